@@ -1,0 +1,29 @@
+#![allow(clippy::disallowed_methods, reason = "this is the seam")]
+//! The time, as a seam: production reads the system's clocks, tests bring their own.
+
+use std::fmt::Debug;
+use std::time::{Duration, SystemTime};
+
+/// What the server asks of time: the date for manifests, and waits between retries.
+#[async_trait::async_trait]
+pub trait Clock: Debug + Send + Sync {
+    /// The date and time of day now.
+    fn now(&self) -> SystemTime;
+    /// Returns once `duration` has passed.
+    async fn sleep(&self, duration: Duration);
+}
+
+/// The system's own clock.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct SystemClock;
+
+#[async_trait::async_trait]
+impl Clock for SystemClock {
+    fn now(&self) -> SystemTime {
+        SystemTime::now()
+    }
+
+    async fn sleep(&self, duration: Duration) {
+        tokio::time::sleep(duration).await;
+    }
+}

@@ -1,0 +1,193 @@
+//! The local disk, as a seam: production uses the kernel's files, tests a disk that fails, tears and crashes.
+//!
+//! The seam is as narrow as the cache needs: named files with positioned reads and writes, holes, and the syncs that
+//! the durability rules speak of. All calls block; `cache` alone decides on which thread.
+
+use std::fmt::Debug;
+use std::fs;
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::sync::Arc;
+
+use rustix::fs::FallocateFlags;
+
+use crate::units::ByteRange;
+
+/// A file system under the cache root.
+pub trait Disk: Debug + Send + Sync {
+    /// Opens a file that must exist, for reading and writing.
+    fn open(&self, path: &Path) -> io::Result<Arc<dyn DiskFile>>;
+    /// Creates an empty file, replacing one of that name.
+    fn create(&self, path: &Path) -> io::Result<Arc<dyn DiskFile>>;
+    /// Replaces `to` by `from` in one step.
+    fn rename(&self, from: &Path, to: &Path) -> io::Result<()>;
+    /// Removes a file; it is no error if there is none.
+    fn remove(&self, path: &Path) -> io::Result<()>;
+    /// Creates a folder and those above it, unless they exist.
+    fn create_dir(&self, path: &Path) -> io::Result<()>;
+    /// Removes an empty folder; it is no error if there is none.
+    fn remove_dir(&self, path: &Path) -> io::Result<()>;
+    /// The names in a folder, sorted; none if there is no such folder.
+    fn list_dir(&self, path: &Path) -> io::Result<Vec<String>>;
+    /// Makes the creations, renames and removals in a folder durable.
+    fn sync_dir(&self, path: &Path) -> io::Result<()>;
+    /// Identifies the boot of this host: the same after a process crash, another after the host went down.
+    fn boot_id(&self) -> io::Result<[u8; 16]>;
+}
+
+/// An open file of a [`Disk`].
+#[allow(clippy::len_without_is_empty, reason = "nobody asks a cache file whether it is empty")]
+pub trait DiskFile: Debug + Send + Sync {
+    /// Fills the whole buffer from `offset`; [`io::ErrorKind::UnexpectedEof`] if the file ends first.
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()>;
+    /// Writes the whole buffer at `offset`.
+    fn write_at(&self, buf: &[u8], offset: u64) -> io::Result<()>;
+    /// The file's length in bytes.
+    fn len(&self) -> io::Result<u64>;
+    /// Cuts or extends the file to `len` bytes; an extension is a hole.
+    fn set_len(&self, len: u64) -> io::Result<()>;
+    /// Makes a range read as zeros and frees its space; the length stays.
+    fn punch(&self, range: ByteRange) -> io::Result<()>;
+    /// Makes all completed writes durable.
+    fn sync(&self) -> io::Result<()>;
+}
+
+/// Replaces a small file in one step that survives a crash: the old content is there, or the new one.
+///
+/// # Errors
+/// Those of the disk; the old content is still there unless the last step, the sync of the folder, failed.
+pub fn replace_file(disk: &dyn Disk, dir: &Path, name: &str, bytes: &[u8]) -> io::Result<()> {
+    let staging = dir.join(format!("{name}.tmp"));
+    let file = disk.create(&staging)?;
+    file.write_at(bytes, 0)?;
+    file.sync()?;
+    disk.rename(&staging, &dir.join(name))?;
+    disk.sync_dir(dir)
+}
+
+/// The whole content of a small file, or `None` if there is none.
+///
+/// # Errors
+/// Those of the disk, and a file of more than `max_bytes`.
+pub fn read_file(disk: &dyn Disk, path: &Path, max_bytes: u64) -> io::Result<Option<Vec<u8>>> {
+    let file = match disk.open(path) {
+        Ok(file) => file,
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(e) => return Err(e),
+    };
+    let len = file.len()?;
+    if len > max_bytes {
+        let text = format!("{} has {len} bytes, more than the {max_bytes} such a file may have", path.display());
+        return Err(io::Error::new(io::ErrorKind::InvalidData, text));
+    }
+    let mut bytes = vec![0; usize::try_from(len).map_err(io::Error::other)?];
+    file.read_at(&mut bytes, 0)?;
+    Ok(Some(bytes))
+}
+
+/// Removes a file for good: the removal survives a crash.
+///
+/// # Errors
+/// Those of the disk.
+pub fn remove_file(disk: &dyn Disk, dir: &Path, name: &str) -> io::Result<()> {
+    disk.remove(&dir.join(name))?;
+    disk.sync_dir(dir)
+}
+
+/// The kernel's files.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct RealDisk;
+
+fn ignore_missing(result: io::Result<()>) -> io::Result<()> {
+    match result {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
+        other => other,
+    }
+}
+
+impl Disk for RealDisk {
+    fn open(&self, path: &Path) -> io::Result<Arc<dyn DiskFile>> {
+        let file = fs::File::options().read(true).write(true).open(path)?;
+        Ok(Arc::new(RealFile(file)))
+    }
+
+    fn create(&self, path: &Path) -> io::Result<Arc<dyn DiskFile>> {
+        let file = fs::File::options().read(true).write(true).create(true).truncate(true).open(path)?;
+        Ok(Arc::new(RealFile(file)))
+    }
+
+    fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
+        fs::rename(from, to)
+    }
+
+    fn remove(&self, path: &Path) -> io::Result<()> {
+        ignore_missing(fs::remove_file(path))
+    }
+
+    fn create_dir(&self, path: &Path) -> io::Result<()> {
+        fs::create_dir_all(path)
+    }
+
+    fn remove_dir(&self, path: &Path) -> io::Result<()> {
+        ignore_missing(fs::remove_dir(path))
+    }
+
+    fn list_dir(&self, path: &Path) -> io::Result<Vec<String>> {
+        let entries = match fs::read_dir(path) {
+            Ok(entries) => entries,
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            Err(e) => return Err(e),
+        };
+        let mut names = Vec::new();
+        for entry in entries {
+            names.push(entry?.file_name().to_string_lossy().into_owned());
+        }
+        names.sort();
+        Ok(names)
+    }
+
+    fn sync_dir(&self, path: &Path) -> io::Result<()> {
+        fs::File::open(path)?.sync_all()
+    }
+
+    fn boot_id(&self) -> io::Result<[u8; 16]> {
+        let text = fs::read_to_string("/proc/sys/kernel/random/boot_id")?;
+        let id = uuid::Uuid::parse_str(text.trim()).map_err(|e| io::Error::new(io::ErrorKind::InvalidData, e))?;
+        Ok(id.into_bytes())
+    }
+}
+
+#[derive(Debug)]
+struct RealFile(fs::File);
+
+impl DiskFile for RealFile {
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
+        self.0.read_exact_at(buf, offset)
+    }
+
+    fn write_at(&self, buf: &[u8], offset: u64) -> io::Result<()> {
+        self.0.write_all_at(buf, offset)
+    }
+
+    fn len(&self) -> io::Result<u64> {
+        Ok(self.0.metadata()?.len())
+    }
+
+    fn set_len(&self, len: u64) -> io::Result<()> {
+        self.0.set_len(len)
+    }
+
+    fn punch(&self, range: ByteRange) -> io::Result<()> {
+        if range.is_empty() {
+            return Ok(());
+        }
+        let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        Ok(rustix::fs::fallocate(&self.0, flags, range.offset(), range.len())?)
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        // fdatasync also flushes the size and the extents a reader needs to find the data.
+        self.0.sync_data()
+    }
+}

@@ -1,0 +1,9 @@
+//! `nbd-server`: network block devices that live in object storage, with a lazy local cache.
+//!
+//! The folders show the way a request takes, from the top down; imports run downward only.
+//! `docs/architecture.md` draws the house.
+
+pub mod clock;
+pub mod disk;
+pub mod store;
+pub mod units;

@@ -1,0 +1,182 @@
+use std::time::{Duration, SystemTime};
+
+use futures_util::StreamExt;
+
+use super::*;
+use crate::clock::SystemClock;
+
+/// A clock that shows one time until told otherwise, and never waits.
+#[derive(Debug)]
+struct StoppedClock(std::sync::Mutex<SystemTime>);
+
+impl StoppedClock {
+    fn at(seconds: u64) -> Arc<Self> {
+        Arc::new(Self(std::sync::Mutex::new(SystemTime::UNIX_EPOCH + Duration::from_secs(seconds))))
+    }
+
+    fn set(&self, seconds: u64) {
+        *self.0.lock().unwrap() = SystemTime::UNIX_EPOCH + Duration::from_secs(seconds);
+    }
+}
+
+#[async_trait::async_trait]
+impl Clock for StoppedClock {
+    fn now(&self) -> SystemTime {
+        *self.0.lock().unwrap()
+    }
+
+    async fn sleep(&self, _: Duration) {}
+}
+
+fn store() -> (tempfile::TempDir, LocalStore) {
+    let root = tempfile::tempdir().unwrap();
+    let store = LocalStore::open(root.path().to_owned(), Arc::new(SystemClock)).unwrap();
+    (root, store)
+}
+
+fn key(text: &str) -> Key {
+    text.parse().unwrap()
+}
+
+fn tmp_files(root: &std::path::Path) -> usize {
+    std::fs::read_dir(root.join(".tmp")).unwrap().count()
+}
+
+#[tokio::test]
+async fn rewriting_the_same_bytes_moves_the_version_even_when_the_clock_stands_still() {
+    let root = tempfile::tempdir().unwrap();
+    let clock = StoppedClock::at(1_700_000_000);
+    let store = LocalStore::open(root.path().to_owned(), clock.clone()).unwrap();
+    let head = key("exports/vm/volume.json");
+    let mut versions = vec![store.put(&head, "same".into(), Condition::IfAbsent).await.unwrap()];
+    for _ in 0..50 {
+        let last = versions.last().unwrap().clone();
+        versions.push(store.put(&head, "same".into(), Condition::IfVersion(last)).await.unwrap());
+    }
+    clock.set(1_600_000_000);
+    versions.push(store.put(&head, "same".into(), Condition::Always).await.unwrap());
+    let times: Vec<_> = versions.iter().map(|v| v.0.split('-').next().unwrap().to_owned()).collect();
+    assert!(times.is_sorted_by(|a, b| a < b), "{times:?}");
+}
+
+#[tokio::test]
+async fn an_object_is_a_plain_file_at_its_key() {
+    let (root, store) = store();
+    store.put(&key("exports/vm/volume.json"), "head".into(), Condition::IfAbsent).await.unwrap();
+    assert_eq!(std::fs::read(root.path().join("exports/vm/volume.json")).unwrap(), b"head");
+    assert_eq!(tmp_files(root.path()), 0);
+}
+
+#[tokio::test]
+async fn the_stores_own_names_are_neither_listed_nor_served() {
+    let (_root, store) = store();
+    for own in [".lock", ".tmp", ".tmp/x", ".anything/else"] {
+        let own = key(own);
+        assert!(matches!(store.get(&own, 9).await, Err(StoreError::Refused { .. })), "{own}");
+        assert!(matches!(store.put(&own, "x".into(), Condition::Always).await, Err(StoreError::Refused { .. })));
+        assert!(matches!(store.delete(&own).await, Err(StoreError::Refused { .. })));
+        assert!(matches!(store.list(&own).await, Err(StoreError::Refused { .. })));
+    }
+}
+
+#[tokio::test]
+async fn a_folder_or_a_link_where_an_object_should_be_is_refused_by_name() {
+    let (root, store) = store();
+    std::fs::create_dir_all(root.path().join("exports/folder")).unwrap();
+    std::fs::write(root.path().join("secret"), "elsewhere").unwrap();
+    std::os::unix::fs::symlink("../secret", root.path().join("exports/link")).unwrap();
+    for name in ["exports/folder", "exports/link"] {
+        let at = key(name);
+        let range = ByteRange::new(0, 1).unwrap();
+        let errors = [
+            store.get(&at, 99).await.map(drop).unwrap_err(),
+            store.get_range(&at, range).await.map(drop).unwrap_err(),
+            store.put(&at, "x".into(), Condition::Always).await.map(drop).unwrap_err(),
+            store.put(&at, "x".into(), Condition::IfAbsent).await.map(drop).unwrap_err(),
+            store.delete(&at).await.unwrap_err(),
+        ];
+        for error in errors {
+            assert!(matches!(error, StoreError::Refused { .. }), "{error}");
+            assert!(error.to_string().contains(name), "{error}");
+        }
+    }
+    assert_eq!(store.list(&key("exports")).await.unwrap(), []);
+    assert_eq!(std::fs::read(root.path().join("secret")).unwrap(), b"elsewhere");
+    assert_eq!(tmp_files(root.path()), 0);
+}
+
+#[tokio::test]
+async fn an_object_where_a_folder_would_be_hides_nothing_and_is_not_replaced() {
+    let (_root, store) = store();
+    store.put(&key("exports/vm"), "file".into(), Condition::Always).await.unwrap();
+    let below = key("exports/vm/volume.json");
+    assert!(matches!(store.get(&below, 9).await, Err(StoreError::NotFound { .. })));
+    assert!(matches!(store.put(&below, "x".into(), Condition::IfAbsent).await, Err(StoreError::Refused { .. })));
+    store.delete(&below).await.unwrap();
+    assert_eq!(&store.get(&key("exports/vm"), 9).await.unwrap().bytes[..], b"file");
+}
+
+#[tokio::test]
+async fn deleting_the_last_object_of_a_folder_removes_the_folder() {
+    let (_root, store) = store();
+    for name in ["exports/a/volume.json", "exports/b/refs/current.json"] {
+        store.put(&key(name), "x".into(), Condition::Always).await.unwrap();
+    }
+    store.delete(&key("exports/b/refs/current.json")).await.unwrap();
+    assert_eq!(store.list_folders(&key("exports")).await.unwrap(), ["a"]);
+    assert_eq!(store.list(&key("exports")).await.unwrap(), [key("exports/a/volume.json")]);
+}
+
+#[tokio::test]
+async fn the_sweep_takes_old_files_of_dead_writers_and_no_others() {
+    let (root, store) = store();
+    let old = SystemTime::UNIX_EPOCH + Duration::from_secs(1_000_000_000);
+    let leave = |name: &str, modified: Option<SystemTime>| {
+        let file = std::fs::File::create(root.path().join(".tmp").join(name)).unwrap();
+        modified.map(|m| file.set_modified(m).unwrap());
+        file
+    };
+    drop(leave("dead", Some(old)));
+    drop(leave("young", None));
+    let slow_writer = leave("alive", Some(old));
+    slow_writer.lock().unwrap();
+    let again = LocalStore::open(root.path().to_owned(), Arc::new(SystemClock)).unwrap();
+    let mut left: Vec<_> =
+        std::fs::read_dir(root.path().join(".tmp")).unwrap().map(|e| e.unwrap().file_name()).collect();
+    left.sort();
+    assert_eq!(left, ["alive", "young"]);
+    drop((store, again));
+}
+
+#[tokio::test]
+async fn an_abandoned_upload_leaves_neither_object_nor_tmp_file() {
+    let (root, store) = store();
+    let stuck =
+        futures_util::stream::iter([Ok(Bytes::from(vec![7; 3 << 20]))]).chain(futures_util::stream::pending()).boxed();
+    let blob = key("exports/vm/snapshots/s/delta.blob");
+    let upload = store.upload(&blob, 9 << 20, stuck);
+    tokio::time::timeout(Duration::from_millis(200), upload).await.unwrap_err();
+    assert_eq!(store.list(&key("exports")).await.unwrap(), []);
+    assert_eq!(tmp_files(root.path()), 0);
+}
+
+#[test]
+fn a_root_that_cannot_be_used_is_an_error_that_names_it() {
+    let root = tempfile::tempdir().unwrap();
+    let file = root.path().join("file");
+    std::fs::write(&file, "").unwrap();
+    let error = LocalStore::open(file.join("store"), Arc::new(SystemClock)).unwrap_err();
+    assert!(error.to_string().contains(&*file.to_string_lossy()), "{error}");
+}
+
+#[tokio::test]
+async fn ten_thousand_folders_are_listed_in_well_under_a_second() {
+    let (root, store) = store();
+    for i in 0..10_000 {
+        std::fs::create_dir_all(root.path().join(format!("exports/vm-{i:05}"))).unwrap();
+    }
+    let start = std::time::Instant::now();
+    let names = store.list_folders(&key("exports")).await.unwrap();
+    assert!(start.elapsed() < Duration::from_secs(1), "{:?}", start.elapsed());
+    assert_eq!((names.len(), &*names[0], &*names[9_999]), (10_000, "vm-00000", "vm-09999"));
+}

@@ -1,0 +1,319 @@
+//! An S3 endpoint that misbehaves to order, at the level of bytes on a socket.
+
+use std::collections::VecDeque;
+use std::sync::Mutex;
+
+use futures_util::{StreamExt, stream};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream};
+
+use super::*;
+use crate::clock::SystemClock;
+
+/// One answer of the endpoint.
+#[derive(Debug, Clone)]
+enum Answer {
+    /// These bytes, then the connection is closed.
+    Raw(String),
+    /// The connection is closed before any answer.
+    HangUp,
+}
+
+/// Answers each request with the next line of the script (for ever the last one), and keeps the requests.
+#[derive(Debug)]
+struct Endpoint {
+    url: String,
+    requests: Arc<Mutex<Vec<String>>>,
+}
+
+impl Endpoint {
+    async fn start(script: &[Answer]) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let url = format!("http://{}", listener.local_addr().unwrap());
+        let requests = Arc::new(Mutex::new(Vec::new()));
+        let mut script: VecDeque<Answer> = script.iter().cloned().collect();
+        let seen = requests.clone();
+        tokio::spawn(async move {
+            while let Ok((mut stream, _)) = listener.accept().await {
+                let Some(request) = read_request(&mut stream).await else { continue };
+                seen.lock().unwrap().push(request);
+                let answer = if script.len() > 1 { script.pop_front() } else { script.front().cloned() };
+                if let Some(Answer::Raw(text)) = answer {
+                    let _ = stream.write_all(text.as_bytes()).await;
+                }
+            }
+        });
+        Self { url, requests }
+    }
+
+    /// A store on it, patient for at most a second.
+    fn store(&self) -> RemoteStore {
+        let config = RemoteConfig {
+            kind: RemoteKind::S3,
+            bucket: Some("disks".into()),
+            endpoint_url: Some(self.url.clone()),
+            region: None,
+            r2_account_id: None,
+        };
+        let environment = |name: &str| match name {
+            "AWS_ACCESS_KEY_ID" => Some("AKIDEXAMPLE".to_owned()),
+            "AWS_SECRET_ACCESS_KEY" => Some("hushhush".to_owned()),
+            _ => None,
+        };
+        let policy = RetryPolicy {
+            limit: Duration::from_secs(1),
+            first_delay: Duration::from_millis(1),
+            max_delay: Duration::from_millis(10),
+        };
+        RemoteStore::connect(&config, &environment, policy, Arc::new(SystemClock)).unwrap()
+    }
+
+    /// Method and path of each request so far.
+    fn lines(&self) -> Vec<String> {
+        let requests = self.requests.lock().unwrap();
+        requests.iter().map(|r| r.split(" HTTP/1.1").next().unwrap_or_default().to_owned()).collect()
+    }
+}
+
+/// The head of a request; its body is read too, so that closing does not reset the connection.
+async fn read_request(stream: &mut TcpStream) -> Option<String> {
+    let mut bytes = Vec::new();
+    let head_len = loop {
+        if let Some(end) = bytes.windows(4).position(|w| w == b"\r\n\r\n") {
+            break end + 4;
+        }
+        if stream.read_buf(&mut bytes).await.ok()? == 0 {
+            return None;
+        }
+    };
+    let head = String::from_utf8_lossy(&bytes[..head_len]).into_owned();
+    let body_len = head
+        .lines()
+        .filter_map(|line| line.split_once(": "))
+        .find(|(name, _)| name.eq_ignore_ascii_case("content-length"))
+        .map_or(0, |(_, value)| value.trim().parse().unwrap());
+    while bytes.len() < head_len + body_len {
+        if stream.read_buf(&mut bytes).await.ok()? == 0 {
+            return None;
+        }
+    }
+    Some(head)
+}
+
+fn answer(status: &str, headers: &str, body: &str) -> Answer {
+    Answer::Raw(format!("HTTP/1.1 {status}\r\nConnection: close\r\nETag: \"1\"\r\n{headers}\r\n{body}"))
+}
+
+fn sized(status: &str, body: &str) -> Answer {
+    answer(status, &format!("Content-Length: {}\r\n", body.len()), body)
+}
+
+fn key() -> Key {
+    "exports/vm/volume.json".parse().unwrap()
+}
+
+async fn range_of_ten_to_twenty(script: Answer) -> Result<Bytes, StoreError> {
+    let endpoint = Endpoint::start(&[script]).await;
+    endpoint.store().get_range(&key(), ByteRange::new(10, 10).unwrap()).await
+}
+
+#[tokio::test]
+async fn a_range_is_taken_only_if_it_is_the_one_asked_for_and_all_of_it() {
+    let ten = "0123456789";
+    let partial = |range: &str, len: usize, body: &str| {
+        answer("206 Partial Content", &format!("Content-Range: bytes {range}\r\nContent-Length: {len}\r\n"), body)
+    };
+    let good = range_of_ten_to_twenty(partial("10-19/100", 10, ten)).await.unwrap();
+    assert_eq!(&good[..], ten.as_bytes());
+
+    for (name, script) in [
+        ("cut short", partial("10-19/100", 10, "0123")),
+        ("shorter than the range says", partial("10-19/100", 4, "0123")),
+        ("longer than the range says", partial("10-19/100", 12, "0123456789ab")),
+        ("another range", partial("0-9/100", 10, ten)),
+        ("a part of the range", partial("10-15/100", 6, "012345")),
+        ("the whole object", sized("200 OK", ten)),
+        ("no range named", answer("206 Partial Content", "Content-Length: 10\r\n", ten)),
+        ("no length", answer("206 Partial Content", "Content-Range: bytes 10-19/100\r\n", ten)),
+        ("nonsense", Answer::Raw("SSH-2.0-OpenSSH_9.2\r\n".into())),
+        ("nothing", Answer::HangUp),
+        ("throttled", sized("503 Slow Down", "<Error><Code>SlowDown</Code></Error>")),
+    ] {
+        let error = range_of_ten_to_twenty(script).await.unwrap_err();
+        assert!(matches!(error, StoreError::Unavailable { .. }), "{name}: {error}");
+    }
+    for (name, script) in [
+        ("the object is shorter", partial("10-14/15", 5, "01234")),
+        ("the object is empty", sized("416 Range Not Satisfiable", "<Error><Code>InvalidRange</Code></Error>")),
+        ("no permission", sized("403 Forbidden", "<Error><Code>AccessDenied</Code></Error>")),
+    ] {
+        let error = range_of_ten_to_twenty(script).await.unwrap_err();
+        assert!(matches!(error, StoreError::Refused { .. }), "{name}: {error}");
+    }
+}
+
+#[tokio::test]
+async fn a_whole_object_is_taken_only_if_it_is_whole() {
+    let endpoint = Endpoint::start(&[answer("200 OK", "Content-Length: 10\r\n", "0123")]).await;
+    let error = endpoint.store().get(&key(), 100).await.unwrap_err();
+    assert!(matches!(error, StoreError::Unavailable { .. }), "{error}");
+    // Announced as too large: refused before the body, which never comes.
+    let endpoint = Endpoint::start(&[answer("200 OK", "Content-Length: 101\r\n", "")]).await;
+    let error = endpoint.store().get(&key(), 100).await.unwrap_err();
+    assert!(matches!(error, StoreError::TooLarge { .. }), "{error}");
+}
+
+#[tokio::test]
+async fn a_conditional_put_is_one_request_on_the_wire_whatever_the_answer() {
+    let conditions = [Condition::IfAbsent, Condition::IfVersion(Version("\"1\"".into()))];
+    for condition in conditions {
+        for (script, is_conflict) in [
+            (sized("500 Internal Server Error", ""), false),
+            (sized("503 Slow Down", ""), false),
+            (sized("429 Too Many Requests", ""), false),
+            (sized("409 Conflict", "<Error><Code>ConditionalRequestConflict</Code></Error>"), true),
+            (sized("412 Precondition Failed", ""), true),
+            (Answer::HangUp, false),
+        ] {
+            let endpoint = Endpoint::start(std::slice::from_ref(&script)).await;
+            let error = endpoint.store().put(&key(), "{}".into(), condition.clone()).await.unwrap_err();
+            assert_eq!(endpoint.lines().len(), 1, "{script:?}");
+            let as_expected = match error {
+                StoreError::Conflict { .. } => is_conflict,
+                StoreError::Unavailable { .. } => !is_conflict,
+                _ => false,
+            };
+            assert!(as_expected, "{script:?}: {error}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_swap_carries_its_condition_on_the_wire() {
+    let endpoint = Endpoint::start(&[sized("200 OK", "")]).await;
+    let store = endpoint.store();
+    store.put(&key(), "{}".into(), Condition::IfAbsent).await.unwrap();
+    store.put(&key(), "{}".into(), Condition::IfVersion(Version("\"7\"".into()))).await.unwrap();
+    store.put(&key(), "{}".into(), Condition::Always).await.unwrap();
+    let requests = endpoint.requests.lock().unwrap().clone();
+    let has = |index: usize, header: &str| requests[index].to_ascii_lowercase().contains(header);
+    assert!(has(0, "if-none-match: *\r\n") && !has(0, "if-match"), "{}", requests[0]);
+    assert!(has(1, "if-match: \"7\"\r\n") && !has(1, "if-none-match"), "{}", requests[1]);
+    assert!(!has(2, "if-match") && !has(2, "if-none-match"), "{}", requests[2]);
+}
+
+#[tokio::test]
+async fn no_error_repeats_a_credential() {
+    let echo = "<Error><Code>SignatureDoesNotMatch</Code><Message>The signature does not match.</Message>\
+                <AWSAccessKeyId>AKIDEXAMPLE</AWSAccessKeyId><StringToSign>hushhush</StringToSign></Error>";
+    for script in [sized("403 Forbidden", echo), sized("500 Oops", echo), Answer::HangUp] {
+        let endpoint = Endpoint::start(&[script]).await;
+        let error = endpoint.store().get(&key(), 9).await.unwrap_err();
+        for text in [error.to_string(), format!("{error:?}")] {
+            assert!(!text.contains("AKIDEXAMPLE") && !text.contains("hushhush"), "{text}");
+        }
+    }
+}
+
+const CREATED: &str = "<InitiateMultipartUploadResult><UploadId>u1</UploadId></InitiateMultipartUploadResult>";
+const ASSEMBLED: &str = "<CompleteMultipartUploadResult><ETag>\"9\"</ETag></CompleteMultipartUploadResult>";
+
+/// Uploads two parts, the second of one byte.
+async fn upload_two_parts(endpoint: &Endpoint) -> Result<(), StoreError> {
+    let content = Bytes::from(vec![7; usize::try_from(MIN_PART_BYTES).unwrap() + 1]);
+    endpoint.store().upload(&key(), 1 << 30, stream::iter([Ok(content)]).boxed()).await
+}
+
+#[tokio::test]
+async fn a_part_that_was_throttled_is_sent_again() {
+    let busy = sized("503 Slow Down", "");
+    let ok = sized("200 OK", "");
+    let script = [sized("200 OK", CREATED), busy.clone(), busy, ok.clone(), ok, sized("200 OK", ASSEMBLED)];
+    let endpoint = Endpoint::start(&script).await;
+    upload_two_parts(&endpoint).await.unwrap();
+    let lines = endpoint.lines();
+    assert_eq!(lines.iter().filter(|line| line.starts_with("PUT")).count(), 4, "{lines:?}");
+    assert!(!lines.iter().any(|line| line.starts_with("DELETE")), "{lines:?}");
+}
+
+#[tokio::test]
+async fn an_upload_that_cannot_be_finished_is_discarded() {
+    let script = [sized("200 OK", CREATED), sized("403 Forbidden", "<Error><Code>AccessDenied</Code></Error>")];
+    let endpoint = Endpoint::start(&script).await;
+    let error = upload_two_parts(&endpoint).await.unwrap_err();
+    assert!(matches!(error, StoreError::Refused { .. }), "{error}");
+    let last = endpoint.lines().pop().unwrap();
+    assert!(last.starts_with("DELETE") && last.contains("uploadId=u1"), "{last}");
+}
+
+#[tokio::test]
+async fn an_assembly_whose_answer_was_lost_is_settled_by_looking_at_the_object() {
+    let ok = sized("200 OK", "");
+    let gone = sized("404 Not Found", "<Error><Code>NoSuchUpload</Code></Error>");
+    let lost = [sized("200 OK", CREATED), ok.clone(), ok, Answer::HangUp, gone];
+    let head = |len: u64| answer("200 OK", &format!("Content-Length: {len}\r\n"), "");
+
+    let landed = [&lost[..], &[head(MIN_PART_BYTES + 1)]].concat();
+    upload_two_parts(&Endpoint::start(&landed).await).await.unwrap();
+
+    let other = [&lost[..], &[head(5)]].concat();
+    let error = upload_two_parts(&Endpoint::start(&other).await).await.unwrap_err();
+    assert!(matches!(error, StoreError::Refused { .. }), "{error}");
+
+    let nothing = [&lost[..], &[sized("404 Not Found", "")]].concat();
+    let error = upload_two_parts(&Endpoint::start(&nothing).await).await.unwrap_err();
+    assert!(matches!(error, StoreError::Unavailable { .. }), "{error}");
+}
+
+#[tokio::test]
+async fn a_page_of_a_listing_that_failed_is_asked_for_again_alone() {
+    let page = |name: &str, more: &str| {
+        let entry = format!(
+            "<Contents><Key>exports/{name}</Key><Size>1</Size><LastModified>2024-01-01T00:00:00.000Z</LastModified></Contents>"
+        );
+        sized("200 OK", &format!("<ListBucketResult>{entry}{more}</ListBucketResult>"))
+    };
+    let more = "<NextContinuationToken>t1</NextContinuationToken>";
+    let script = [page("b", more), sized("503 Slow Down", ""), Answer::HangUp, page("a", "")];
+    let endpoint = Endpoint::start(&script).await;
+    let keys = endpoint.store().list(&"exports".parse().unwrap()).await.unwrap();
+    assert_eq!(keys.iter().map(Key::as_str).collect::<Vec<_>>(), ["exports/a", "exports/b"]);
+    let lines = endpoint.lines();
+    assert_eq!(lines.iter().filter(|line| line.contains("continuation-token=t1")).count(), 3, "{lines:?}");
+    assert_eq!(lines.len(), 4, "{lines:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_body_that_stops_arriving_is_given_up_after_the_limit_of_silence() {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("http://{}", listener.local_addr().unwrap());
+    tokio::spawn(async move {
+        let mut held = Vec::new();
+        while let Ok((mut stream, _)) = listener.accept().await {
+            let _ = read_request(&mut stream).await;
+            let begun = "HTTP/1.1 200 OK\r\nETag: \"1\"\r\nContent-Length: 10\r\n\r\n0123";
+            let _ = stream.write_all(begun.as_bytes()).await;
+            held.push(stream);
+        }
+    });
+    let store = Endpoint { url, requests: Arc::default() }.store();
+    let start = tokio::time::Instant::now();
+    let error = store.get(&key(), 100).await.unwrap_err();
+    assert!(matches!(error, StoreError::Unavailable { .. }), "{error}");
+    assert!(start.elapsed() <= SILENCE_LIMIT * 2, "{:?}", start.elapsed());
+}
+
+#[tokio::test]
+async fn a_port_where_nobody_listens_is_an_outage() {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("http://{}", listener.local_addr().unwrap());
+    drop(listener);
+    let error = Endpoint { url, requests: Arc::default() }.store().get(&key(), 9).await.unwrap_err();
+    assert!(matches!(error, StoreError::Unavailable { .. }), "{error}");
+}
+
+#[test]
+fn a_request_may_take_longer_the_more_it_carries() {
+    assert_eq!(allowance(0), SILENCE_LIMIT);
+    assert_eq!(allowance(8 << 20), SILENCE_LIMIT + Duration::from_secs(128));
+}

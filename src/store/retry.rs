@@ -1,0 +1,203 @@
+//! Patience with a store that has a bad moment: exponential backoff with full jitter, bounded in time and in number.
+//!
+//! Repeated is only what may be repeated without anybody noticing: reads, listings, deletes, and puts that overwrite
+//! whatever is there. A conditional put is passed on **once**, always: after an unclear answer the object may be one's
+//! own, and only the caller can tell. An upload is passed on once too, since its stream cannot be read again; the
+//! backend repeats its parts with the same [`RetryPolicy`].
+
+use std::fmt::Debug;
+use std::future::Future;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+
+use super::{BoxError, Body, Condition, Key, Object, SharedStore, Store, StoreError, Version};
+use crate::clock::Clock;
+use crate::units::ByteRange;
+
+/// How long a request is repeated that does not set another limit: the default of `--store-timeout`.
+pub const DEFAULT_LIMIT: Duration = Duration::from_secs(60);
+/// The upper end of the first delay.
+pub const DEFAULT_FIRST_DELAY: Duration = Duration::from_millis(100);
+/// The upper end of any delay.
+pub const DEFAULT_MAX_DELAY: Duration = Duration::from_secs(5);
+/// The most attempts at one request: ends the loop even if the clock stands still.
+pub const MAX_ATTEMPTS: u32 = 10_000;
+
+/// When to try again, and when to give up.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RetryPolicy {
+    /// From the first attempt to giving up.
+    pub limit: Duration,
+    /// The first delay is random between zero and this; each further upper end is twice the one before.
+    pub first_delay: Duration,
+    /// The upper end stops growing here.
+    pub max_delay: Duration,
+}
+
+impl Default for RetryPolicy {
+    fn default() -> Self {
+        Self { limit: DEFAULT_LIMIT, first_delay: DEFAULT_FIRST_DELAY, max_delay: DEFAULT_MAX_DELAY }
+    }
+}
+
+/// What happens to an attempt that is still under way when the time is up.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Overtime {
+    /// It is abandoned: somebody waits for the answer.
+    Cut,
+    /// It may finish, since it has bounds of its own; there is just no further one.
+    Finish,
+}
+
+/// The name of a request, for its errors.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Request<'a> {
+    pub(crate) operation: &'static str,
+    pub(crate) key: &'a Key,
+}
+
+impl Request<'_> {
+    /// The request may succeed later.
+    pub(crate) fn unavailable(self, source: impl Into<BoxError>) -> StoreError {
+        StoreError::Unavailable { operation: self.operation, key: self.key.clone(), source: source.into() }
+    }
+
+    /// The request will never succeed.
+    pub(crate) fn refused(self, source: impl Into<BoxError>) -> StoreError {
+        StoreError::Refused { operation: self.operation, key: self.key.clone(), source: source.into() }
+    }
+}
+
+/// Why the last attempt was the last.
+#[derive(Debug, thiserror::Error)]
+#[error("gave up after {attempts} attempts in {:.1} s: {source}", elapsed.as_secs_f64())]
+struct GaveUp {
+    attempts: u32,
+    elapsed: Duration,
+    source: BoxError,
+}
+
+impl RetryPolicy {
+    /// The same pace with a limit of at least `limit`: for a transfer whose single attempt may take long.
+    pub(crate) fn lasting(self, limit: Duration) -> Self {
+        Self { limit: self.limit.max(limit), ..self }
+    }
+
+    /// The longest pause after the given number of failures, which is at least one.
+    fn ceiling(&self, failures: u32) -> Duration {
+        // The shift is capped where any delay has long reached its maximum.
+        self.first_delay.saturating_mul(1 << failures.saturating_sub(1).min(30)).min(self.max_delay)
+    }
+
+    /// Repeats `attempt` while it ends as [`StoreError::Unavailable`] and there is time for another one.
+    pub(crate) async fn run<T, F>(
+        &self,
+        clock: &dyn Clock,
+        request: Request<'_>,
+        overtime: Overtime,
+        mut attempt: impl FnMut() -> F,
+    ) -> Result<T, StoreError>
+    where
+        F: Future<Output = Result<T, StoreError>>,
+    {
+        let start = clock.now();
+        let elapsed = || clock.now().duration_since(start).unwrap_or_default();
+        let mut attempts = 0;
+        loop {
+            attempts += 1;
+            let left = self.limit.saturating_sub(elapsed());
+            let outcome = match overtime {
+                Overtime::Finish => attempt().await,
+                Overtime::Cut => tokio::select! {
+                    biased;
+                    outcome = attempt() => outcome,
+                    () = clock.sleep(left) => Err(request.unavailable("no answer before the time was up")),
+                },
+            };
+            let Err(StoreError::Unavailable { operation, key, source }) = outcome else {
+                return outcome;
+            };
+            let elapsed = elapsed();
+            // Full jitter: servers that lost the same store must not come back in step.
+            let delay = rand::random_range(Duration::ZERO..=self.ceiling(attempts));
+            if elapsed.saturating_add(delay) >= self.limit || attempts >= MAX_ATTEMPTS {
+                let source = if attempts == 1 { source } else { Box::new(GaveUp { attempts, elapsed, source }) };
+                return Err(StoreError::Unavailable { operation, key, source });
+            }
+            tracing::debug!(operation, %key, attempts, ?delay, error = %source, "the store did not answer; trying again");
+            clock.sleep(delay).await;
+        }
+    }
+}
+
+/// A store that is asked again when it does not answer.
+#[derive(Debug)]
+pub struct Retrying {
+    inner: SharedStore,
+    policy: RetryPolicy,
+    clock: Arc<dyn Clock>,
+}
+
+impl Retrying {
+    /// Wraps a store.
+    #[must_use]
+    pub fn new(inner: SharedStore, policy: RetryPolicy, clock: Arc<dyn Clock>) -> Self {
+        Self { inner, policy, clock }
+    }
+
+    async fn repeat<T, F>(
+        &self,
+        operation: &'static str,
+        key: &Key,
+        overtime: Overtime,
+        attempt: impl FnMut() -> F,
+    ) -> Result<T, StoreError>
+    where
+        F: Future<Output = Result<T, StoreError>>,
+    {
+        self.policy.run(&*self.clock, Request { operation, key }, overtime, attempt).await
+    }
+}
+
+#[async_trait::async_trait]
+impl Store for Retrying {
+    async fn get(&self, key: &Key, max_bytes: u64) -> Result<Object, StoreError> {
+        self.repeat("get", key, Overtime::Cut, || self.inner.get(key, max_bytes)).await
+    }
+
+    async fn get_range(&self, key: &Key, range: ByteRange) -> Result<Bytes, StoreError> {
+        self.repeat("get", key, Overtime::Cut, || self.inner.get_range(key, range)).await
+    }
+
+    async fn put(&self, key: &Key, bytes: Bytes, condition: Condition) -> Result<Version, StoreError> {
+        match condition {
+            Condition::Always => {
+                let put = || self.inner.put(key, bytes.clone(), Condition::Always);
+                self.repeat("put", key, Overtime::Cut, put).await
+            }
+            Condition::IfAbsent | Condition::IfVersion(_) => self.inner.put(key, bytes, condition).await,
+        }
+    }
+
+    async fn upload(&self, key: &Key, max_bytes: u64, body: Body<'_>) -> Result<(), StoreError> {
+        self.inner.upload(key, max_bytes, body).await
+    }
+
+    // A long listing makes many requests, each with bounds of its own; together they may take longer than one may.
+    async fn list(&self, prefix: &Key) -> Result<Vec<Key>, StoreError> {
+        self.repeat("list", prefix, Overtime::Finish, || self.inner.list(prefix)).await
+    }
+
+    async fn list_folders(&self, prefix: &Key) -> Result<Vec<String>, StoreError> {
+        self.repeat("list", prefix, Overtime::Finish, || self.inner.list_folders(prefix)).await
+    }
+
+    async fn delete(&self, key: &Key) -> Result<(), StoreError> {
+        self.repeat("delete", key, Overtime::Cut, || self.inner.delete(key)).await
+    }
+}
+
+#[cfg(test)]
+mod tests;
