@@ -5,5 +5,6 @@
 
 pub mod clock;
 pub mod disk;
+pub mod manifest;
 pub mod store;
 pub mod units;

@@ -1,0 +1,247 @@
+//! `manifest.json`, version 2, in and out.
+//!
+//! Decoding trusts nothing: the size, the counts, the order, every reference and every range are checked before a
+//! [`Manifest`] exists, and the error names the object and the field. What this file writes, it also reads; so do
+//! older tools, to which the one optional field of ours (`parent_snapshot_id`) means nothing.
+
+use std::borrow::Cow;
+use std::collections::HashMap;
+use std::fmt::Write as _;
+
+use serde::Deserialize;
+
+use super::{Entry, Manifest};
+use crate::store::Key;
+use crate::store::keys::ExportRoot;
+use crate::units::{ByteRange, ChunkIndex, ExportId, Generation, Geometry, MAX_CHUNKS, SnapshotId};
+
+const VERSION: u64 = 2;
+/// What one entry may take in a file, white space and all.
+const MAX_ENTRY_BYTES: u64 = 512;
+/// What everything but the entries may take.
+const MAX_REST_BYTES: u64 = 16 << 20;
+
+/// The most bytes that a manifest of any image may have.
+pub const MAX_BYTES: u64 = MAX_CHUNKS * MAX_ENTRY_BYTES + MAX_REST_BYTES;
+
+/// Why an object of the remote layout cannot be used.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{key}: {problem}")]
+pub struct FormatError {
+    /// The object.
+    pub key: String,
+    /// Which field is wrong, and what would be right.
+    pub problem: String,
+}
+
+/// The most bytes that a manifest of such an image may have.
+#[must_use]
+pub fn max_bytes(geometry: Geometry) -> u64 {
+    u64::from(geometry.chunk_count()) * MAX_ENTRY_BYTES + MAX_REST_BYTES
+}
+
+#[derive(Deserialize)]
+struct Versioned {
+    version: u64,
+}
+
+#[derive(Deserialize)]
+struct RawManifest<'a> {
+    export_id: String,
+    generation: u64,
+    image_size: u64,
+    chunk_size: u64,
+    chunk_count: u64,
+    #[serde(default)]
+    created_at: String,
+    #[serde(default)]
+    parent_snapshot_id: Option<SnapshotId>,
+    #[serde(default)]
+    base_ref: Option<String>,
+    refs: Vec<RawRef>,
+    #[serde(borrow)]
+    entries: Vec<RawEntry<'a>>,
+}
+
+#[derive(Deserialize)]
+struct RawRef {
+    id: String,
+    path: String,
+}
+
+#[derive(Deserialize)]
+struct RawEntry<'a> {
+    index: u64,
+    #[serde(rename = "ref", borrow)]
+    blob: Cow<'a, str>,
+    offset: u64,
+    len: u64,
+    #[serde(borrow)]
+    blake3: Cow<'a, str>,
+}
+
+/// The manifest in a file that should be of `export_id` and, if given, of this geometry.
+///
+/// # Errors
+/// [`FormatError`] naming the object and the first field that is wrong.
+pub fn decode(
+    bytes: &[u8],
+    key: &Key,
+    export_id: &ExportId,
+    geometry: Option<Geometry>,
+    root: &ExportRoot,
+) -> Result<Manifest, FormatError> {
+    decode_fields(bytes, export_id, geometry, root).map_err(|problem| FormatError { key: key.to_string(), problem })
+}
+
+fn decode_fields(
+    bytes: &[u8],
+    export_id: &ExportId,
+    expected: Option<Geometry>,
+    root: &ExportRoot,
+) -> Result<Manifest, String> {
+    let version = serde_json::from_slice::<Versioned>(bytes).map_err(|e| format!("not a manifest: {e}"))?.version;
+    if version != VERSION {
+        return Err(format!("its version is {version}, this server knows {VERSION}: use the tool that wrote it"));
+    }
+    let raw: RawManifest<'_> = serde_json::from_slice(bytes).map_err(|e| format!("not a manifest: {e}"))?;
+    let geometry = Geometry::new(raw.image_size, raw.chunk_size).map_err(|e| e.to_string())?;
+    same("export_id", raw.export_id.as_str(), export_id.as_str())?;
+    if let Some(expected) = expected {
+        same("image_size", geometry.image_size(), expected.image_size())?;
+        same("chunk_size", geometry.chunk_size(), expected.chunk_size())?;
+    }
+    same("chunk_count", raw.chunk_count, u64::from(geometry.chunk_count()))?;
+    if raw.generation == 0 {
+        return Err("generation is 0, but a published snapshot has at least 1".into());
+    }
+    let mut blobs = Vec::with_capacity(raw.refs.len());
+    let mut positions = HashMap::with_capacity(raw.refs.len());
+    for (position, blob) in (0u32..).zip(&raw.refs) {
+        blobs.push(root.parse_inside(&blob.path).map_err(|e| format!("refs[{position}].path: {e}"))?);
+        if positions.insert(blob.id.as_str(), position).is_some() {
+            return Err(format!("refs[{position}].id {:?} is there twice", blob.id));
+        }
+    }
+    let position = |name: &str| positions.get(name).copied().ok_or_else(|| format!("{name:?} is not the id of a ref"));
+    let base = raw.base_ref.as_deref().map(position).transpose().map_err(|e| format!("base_ref: {e}"))?;
+    let mut entries: Vec<Entry> = Vec::with_capacity(raw.entries.len());
+    for (i, entry) in raw.entries.iter().enumerate() {
+        let previous = entries.last().map(|e| e.chunk);
+        let decoded = decode_entry(entry, geometry, previous)
+            .and_then(|(chunk, hash)| Ok(Entry { chunk, blob: position(&entry.blob)?, offset: entry.offset, hash }));
+        entries.push(decoded.map_err(|e| format!("entries[{i}]: {e}"))?);
+    }
+    check_overlap(&entries, geometry)?;
+    Ok(Manifest {
+        export_id: export_id.clone(),
+        generation: Generation(raw.generation),
+        geometry,
+        created_at: raw.created_at,
+        parent: raw.parent_snapshot_id,
+        base,
+        blobs,
+        entries,
+    })
+}
+
+fn same<T: PartialEq + std::fmt::Display>(field: &str, found: T, expected: T) -> Result<(), String> {
+    if found == expected { Ok(()) } else { Err(format!("{field} is {found}, but should be {expected}")) }
+}
+
+fn decode_entry(
+    entry: &RawEntry<'_>,
+    geometry: Geometry,
+    previous: Option<ChunkIndex>,
+) -> Result<(ChunkIndex, [u8; 32]), String> {
+    let index = u32::try_from(entry.index).ok().filter(|i| *i < geometry.chunk_count());
+    let count = geometry.chunk_count();
+    let chunk = index.map(ChunkIndex).ok_or_else(|| format!("index {} is beyond the {count} chunks", entry.index))?;
+    if previous.is_some_and(|previous| previous >= chunk) {
+        return Err(format!("index {chunk} does not ascend"));
+    }
+    same("len", entry.len, geometry.chunk_range(chunk).len())?;
+    if ByteRange::new(entry.offset, entry.len).is_none_or(|range| i64::try_from(range.end()).is_err()) {
+        return Err(format!("offset {} is beyond any object", entry.offset));
+    }
+    let hash = decode_hex(&entry.blake3).ok_or_else(|| format!("blake3 {:?} is not 64 hex digits", entry.blake3))?;
+    Ok((chunk, hash))
+}
+
+/// Two chunks in one place of a blob must be the same bytes, that is: one range, one hash.
+fn check_overlap(entries: &[Entry], geometry: Geometry) -> Result<(), String> {
+    let end = |e: &Entry| e.offset + geometry.chunk_range(e.chunk).len();
+    let ascending = entries.windows(2).all(|w| w[0].blob != w[1].blob || end(&w[0]) <= w[1].offset);
+    // The usual case, one blob written in the order of its chunks, needs no sorting.
+    let blobs_once = entries.chunk_by(|a, b| a.blob == b.blob).count() <= 1;
+    if ascending && blobs_once {
+        return Ok(());
+    }
+    let mut order: Vec<&Entry> = entries.iter().collect();
+    order.sort_by_key(|e| (e.blob, e.offset, end(e)));
+    for pair in order.windows(2) {
+        let (a, b) = (pair[0], pair[1]);
+        let shared = a.offset == b.offset && end(a) == end(b) && a.hash == b.hash;
+        if a.blob == b.blob && b.offset < end(a) && !shared {
+            return Err(format!("entries of chunks {} and {} overlap in their blob", a.chunk, b.chunk));
+        }
+    }
+    Ok(())
+}
+
+/// The manifest as a file: the head of it for people, then one line an entry.
+#[must_use]
+pub fn encode(manifest: &Manifest) -> Vec<u8> {
+    let mut text = String::with_capacity(4096 + manifest.entries.len() * 160);
+    let geometry = manifest.geometry;
+    let mut field = |name: &str, value: serde_json::Value| {
+        // Writing to a string does not fail.
+        let _ = writeln!(text, "  \"{name}\": {value},");
+    };
+    field("version", VERSION.into());
+    field("export_id", manifest.export_id.as_str().into());
+    field("generation", manifest.generation.0.into());
+    field("image_size", geometry.image_size().into());
+    field("chunk_size", geometry.chunk_size().into());
+    field("chunk_count", geometry.chunk_count().into());
+    field("created_at", manifest.created_at.as_str().into());
+    if let Some(parent) = manifest.parent {
+        field("parent_snapshot_id", parent.to_string().into());
+    }
+    if let Some(base) = manifest.base {
+        field("base_ref", ref_id(base).into());
+    }
+    text.insert_str(0, "{\n");
+    text.push_str("  \"refs\": [");
+    for (i, key) in (0..).zip(&manifest.blobs) {
+        let comma = if i == 0 { "" } else { "," };
+        let path = serde_json::Value::from(key.as_str());
+        let _ = write!(text, "{comma}\n    {{\"id\": \"{}\", \"path\": {path}}}", ref_id(i));
+    }
+    text.push_str("\n  ],\n  \"entries\": [");
+    for (i, entry) in manifest.entries.iter().enumerate() {
+        let comma = if i == 0 { "" } else { "," };
+        let len = geometry.chunk_range(entry.chunk).len();
+        let _ = write!(
+            text,
+            "{comma}\n    {{\"index\": {}, \"ref\": \"{}\", \"offset\": {}, \"len\": {len}, \"blake3\": \"{}\"}}",
+            entry.chunk,
+            ref_id(entry.blob),
+            entry.offset,
+            blake3::Hash::from_bytes(entry.hash).to_hex()
+        );
+    }
+    text.push_str("\n  ]\n}\n");
+    text.into_bytes()
+}
+
+fn ref_id(position: u32) -> String {
+    format!("r{position}")
+}
+
+fn decode_hex(text: &str) -> Option<[u8; 32]> {
+    if text.len() != 64 || text.bytes().any(|c| c.is_ascii_uppercase()) {
+        return None;
+    }
+    blake3::Hash::from_hex(text).ok().map(|hash| *hash.as_bytes())
+}

@@ -1,0 +1,176 @@
+//! The small JSON files around a manifest: `volume.json`, `refs/current.json`, and locally `clone.seed.json`.
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+
+use super::format::FormatError;
+use crate::store::Key;
+use crate::units::{ExportId, Generation, Geometry, SnapshotId};
+
+/// The most bytes such a file may have.
+pub const MAX_HEAD_BYTES: u64 = 1 << 20;
+/// The local note of the snapshot that a clone starts from, until its first publish.
+pub const CLONE_SEED_FILE: &str = "clone.seed.json";
+const VERSION: u64 = 1;
+
+/// The snapshot of another export that a clone starts from.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CloneSeed {
+    /// The export it was published under.
+    pub source_export_id: ExportId,
+    /// The snapshot.
+    pub source_snapshot_id: SnapshotId,
+}
+
+impl CloneSeed {
+    /// The file's bytes.
+    #[must_use]
+    pub fn encode(&self) -> Vec<u8> {
+        to_json(self)
+    }
+
+    /// The seed in a file.
+    ///
+    /// # Errors
+    /// What is wrong with it.
+    pub fn decode(bytes: &[u8]) -> Result<Self, String> {
+        serde_json::from_slice(bytes).map_err(|e| format!("not a clone seed: {e}"))
+    }
+}
+
+/// `volume.json`: the only authority on what is published.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Head {
+    /// The export.
+    pub export_id: ExportId,
+    /// The image's sizes.
+    pub geometry: Geometry,
+    /// The snapshot that is the image now; `None` if nothing was published.
+    pub current: Option<SnapshotId>,
+    /// What the image is while nothing was published; `None` for zeros.
+    pub seed: Option<CloneSeed>,
+    /// Counts the times the file was rewritten only to change its version.
+    revision: u64,
+    /// Fields of other tools, kept as they are.
+    others: Map<String, Value>,
+}
+
+#[derive(Serialize, Deserialize)]
+struct RawHead {
+    version: u64,
+    export_id: String,
+    image_size: u64,
+    chunk_size: u64,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    current_snapshot_id: Option<SnapshotId>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    clone_seed: Option<CloneSeed>,
+    #[serde(default, skip_serializing_if = "is_zero")]
+    revision: u64,
+    #[serde(flatten)]
+    others: Map<String, Value>,
+}
+
+#[allow(clippy::trivially_copy_pass_by_ref, reason = "the signature that serde calls")]
+fn is_zero(revision: &u64) -> bool {
+    *revision == 0
+}
+
+impl Head {
+    /// The head of an export that was never published.
+    #[must_use]
+    pub fn new(export_id: ExportId, geometry: Geometry, seed: Option<CloneSeed>) -> Self {
+        Self { export_id, geometry, current: None, seed, revision: 0, others: Map::new() }
+    }
+
+    /// The head once `snapshot` is published. A clone's seed goes: the manifest is complete.
+    #[must_use]
+    pub fn published(self, snapshot: SnapshotId) -> Self {
+        Self { current: Some(snapshot), seed: None, ..self }
+    }
+
+    /// The same head in other bytes, and so under another version in the store, whatever that derives versions from.
+    #[must_use]
+    pub fn nudged(&self) -> Self {
+        Self { revision: self.revision.wrapping_add(1), ..self.clone() }
+    }
+
+    /// The file's bytes.
+    #[must_use]
+    pub fn encode(&self) -> Vec<u8> {
+        to_json(&RawHead {
+            version: VERSION,
+            export_id: self.export_id.to_string(),
+            image_size: self.geometry.image_size(),
+            chunk_size: self.geometry.chunk_size(),
+            current_snapshot_id: self.current,
+            clone_seed: self.seed.clone(),
+            revision: self.revision,
+            others: self.others.clone(),
+        })
+    }
+
+    /// The head in a file at `key`, which should be that of `export_id`.
+    ///
+    /// # Errors
+    /// [`FormatError`] naming the object and the field.
+    pub fn decode(bytes: &[u8], export_id: &ExportId, key: &Key) -> Result<Self, FormatError> {
+        let refused = |problem: String| FormatError { key: key.to_string(), problem };
+        let raw: RawHead = serde_json::from_slice(bytes).map_err(|e| refused(format!("not a volume head: {e}")))?;
+        if raw.version != VERSION {
+            let version = raw.version;
+            let text = format!("its version is {version}, this server knows {VERSION}: use the tool that wrote it");
+            return Err(refused(text));
+        }
+        if raw.export_id != export_id.as_str() {
+            return Err(refused(format!("export_id is {:?}, but should be \"{export_id}\"", raw.export_id)));
+        }
+        let geometry = Geometry::new(raw.image_size, raw.chunk_size).map_err(|e| refused(e.to_string()))?;
+        Ok(Self {
+            export_id: export_id.clone(),
+            geometry,
+            current: raw.current_snapshot_id,
+            seed: raw.clone_seed,
+            revision: raw.revision,
+            others: raw.others,
+        })
+    }
+}
+
+/// `refs/current.json`: a copy of the head for readers of the older direct mode.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CurrentRef {
+    /// The head's generation.
+    pub generation: Generation,
+    /// The head.
+    pub snapshot_id: SnapshotId,
+    /// Where its manifest is.
+    pub manifest_key: String,
+}
+
+impl CurrentRef {
+    /// The file's bytes.
+    #[must_use]
+    pub fn encode(&self) -> Vec<u8> {
+        to_json(self)
+    }
+
+    /// The reference in a file at `key`.
+    ///
+    /// # Errors
+    /// [`FormatError`] naming the object and the field.
+    pub fn decode(bytes: &[u8], key: &Key) -> Result<Self, FormatError> {
+        let refused = |e: serde_json::Error| FormatError {
+            key: key.to_string(),
+            problem: format!("not a reference to the current snapshot: {e}"),
+        };
+        serde_json::from_slice(bytes).map_err(refused)
+    }
+}
+
+fn to_json(value: &impl Serialize) -> Vec<u8> {
+    // Maps with text keys and numbers always serialize.
+    let mut bytes = serde_json::to_vec_pretty(value).unwrap_or_default();
+    bytes.push(b'\n');
+    bytes
+}
