@@ -3,6 +3,7 @@
 //! The folders show the way a request takes, from the top down; imports run downward only.
 //! `docs/architecture.md` draws the house.
 
+pub mod cache;
 pub mod clock;
 pub mod disk;
 pub mod manifest;

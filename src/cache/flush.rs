@@ -1,0 +1,85 @@
+//! FLUSH: one barrier at a time, shared by all who asked before it began (L2).
+//!
+//! A flush that arrives while a barrier is under way waits for the next one: the running one may have begun before
+//! the writes that this flush must cover were complete.
+
+use parking_lot::{Condvar, Mutex};
+
+use super::log::META_FILE;
+use super::{Cache, CacheError, LogFile};
+
+/// Numbers the barriers: who asks waits until one that began after it asked has ended.
+#[derive(Debug, Default)]
+pub struct FlushBarrier {
+    state: Mutex<Barriers>,
+    ended: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct Barriers {
+    begun: u64,
+    ended: u64,
+    /// How the barrier with the number `ended` ended.
+    result: Option<CacheError>,
+}
+
+impl FlushBarrier {
+    /// Returns once a barrier that began after this call has ended; runs it if nobody else does.
+    fn pass(&self, barrier: impl FnOnce() -> Result<(), CacheError>) -> Result<(), CacheError> {
+        let mut state = self.state.lock();
+        let mine = state.begun + 1;
+        loop {
+            if state.ended >= mine {
+                return state.result.clone().map_or(Ok(()), Err);
+            }
+            if state.begun == state.ended {
+                break;
+            }
+            self.ended.wait(&mut state);
+        }
+        state.begun += 1;
+        drop(state);
+        let result = barrier();
+        let mut state = self.state.lock();
+        state.ended = state.begun;
+        state.result = result.clone().err();
+        drop(state);
+        self.ended.notify_all();
+        result
+    }
+}
+
+impl Cache {
+    /// Makes every write that has returned durable, on all connections.
+    ///
+    /// # Errors
+    /// [`CacheError::Failed`] if a sync fails, now or ever before; [`CacheError::NoSpace`] if the seal finds no room.
+    pub fn flush(&self) -> Result<(), CacheError> {
+        self.flush.pass(|| self.flush_barrier())
+    }
+
+    fn flush_barrier(&self) -> Result<(), CacheError> {
+        self.check_not_failed()?;
+        let unsealed = match &self.log.lock().file {
+            LogFile::Open(log) => log.unsealed(),
+            LogFile::Sealed { .. } => None,
+        };
+        self.raw.sync().map_err(|e| self.fail("sync of cache.raw", &e))?;
+        let Some(through) = unsealed else { return Ok(()) };
+        let sealing = match &mut self.log.lock().file {
+            LogFile::Open(log) => log.seal(through).map_err(|e| self.error("write", META_FILE, e))?,
+            LogFile::Sealed { .. } => return Ok(()),
+        };
+        // Not under the log's lock: first writes to other chunks go on while the disk syncs.
+        let (file, seal) = sealing;
+        file.sync().map_err(|e| self.fail("sync of cache.meta", &e))?;
+        let folding = match &mut self.log.lock().file {
+            LogFile::Open(log) => {
+                log.sealed(seal);
+                log.wants_folding()
+            }
+            LogFile::Sealed { .. } => false,
+        };
+        if folding { self.checkpoint() } else { Ok(()) }
+    }
+}

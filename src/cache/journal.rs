@@ -1,0 +1,144 @@
+//! `snapshot.journal.json`: the publish under way, so that a start after a crash knows what to finish or undo.
+//!
+//! It is there exactly while a publish is in flight, and replaced in one step at each phase. A checksum covers all of
+//! it: a damaged journal is refused by name, never guessed at.
+
+use std::io;
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+
+use crate::disk::{self, Disk};
+use crate::units::{ExportId, Generation, SnapshotId};
+
+/// The file's name in the export's cache folder.
+pub const JOURNAL_FILE: &str = "snapshot.journal.json";
+/// Where it is written before it takes its place.
+pub const JOURNAL_STAGING: &str = "snapshot.journal.json.tmp";
+const MAX_JOURNAL_BYTES: u64 = 64 << 10;
+const VERSION: u64 = 1;
+
+/// How far a publish came. What each means for recovery is told in `volume/recover.rs`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "UPPERCASE")]
+pub enum Phase {
+    /// Objects may be uploaded; no swap was sent.
+    Intent,
+    /// All objects are there; a swap may have been sent.
+    Prepared,
+    /// The swap landed.
+    Committed,
+}
+
+/// What is being published.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Kind {
+    /// The dirty chunks.
+    Snapshot,
+    /// The whole image.
+    Compact,
+}
+
+/// A publish under way.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Journal {
+    /// How far it came.
+    pub phase: Phase,
+    /// What is being published.
+    pub kind: Kind,
+    /// The export.
+    pub export_id: ExportId,
+    /// The snapshot it will be.
+    pub snapshot_id: SnapshotId,
+    /// The head it builds on; `None` for an export's first.
+    pub parent: Option<SnapshotId>,
+    /// The generation it will be.
+    pub generation: Generation,
+    /// Its manifest, for whoever reads the file.
+    pub manifest_key: String,
+    /// Its blob, for whoever reads the file.
+    pub blob_key: String,
+}
+
+/// Why a journal cannot be used.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum JournalError {
+    /// Not as this server wrote it.
+    #[error("it is damaged ({0})")]
+    Damaged(String),
+    /// Written by a newer server.
+    #[error("its version is {0}, this server knows {VERSION}: use the server that wrote it")]
+    Version(u64),
+    /// It belongs to another export.
+    #[error("it is of export {0}")]
+    OtherExport(ExportId),
+}
+
+#[derive(Serialize, Deserialize)]
+struct File {
+    version: u64,
+    checksum: String,
+    journal: Journal,
+}
+
+impl Journal {
+    /// The file's bytes.
+    #[must_use]
+    pub fn encode(&self) -> Vec<u8> {
+        let file = File { version: VERSION, checksum: self.checksum(), journal: self.clone() };
+        // Plain fields always serialize.
+        serde_json::to_vec_pretty(&file).unwrap_or_default()
+    }
+
+    /// The journal in a file, which should be that of `export_id`.
+    ///
+    /// # Errors
+    /// [`JournalError`].
+    pub fn decode(bytes: &[u8], export_id: &ExportId) -> Result<Self, JournalError> {
+        let damaged = |e: serde_json::Error| JournalError::Damaged(e.to_string());
+        let value: serde_json::Value = serde_json::from_slice(bytes).map_err(damaged)?;
+        match value.get("version").and_then(serde_json::Value::as_u64) {
+            Some(VERSION) => {}
+            Some(other) => return Err(JournalError::Version(other)),
+            None => return Err(JournalError::Damaged("no version".into())),
+        }
+        let file: File = serde_json::from_value(value).map_err(damaged)?;
+        if file.checksum != file.journal.checksum() {
+            return Err(JournalError::Damaged("checksum".into()));
+        }
+        if file.journal.export_id != *export_id {
+            return Err(JournalError::OtherExport(file.journal.export_id));
+        }
+        Ok(file.journal)
+    }
+
+    fn checksum(&self) -> String {
+        let plain = serde_json::to_vec(self).unwrap_or_default();
+        blake3::hash(&plain).to_hex().to_string()
+    }
+}
+
+/// The journal's bytes, or `None` if no publish was under way.
+///
+/// # Errors
+/// Those of the disk.
+pub fn load(disk: &dyn Disk, dir: &Path) -> io::Result<Option<Vec<u8>>> {
+    disk::read_file(disk, &dir.join(JOURNAL_FILE), MAX_JOURNAL_BYTES)
+}
+
+/// Replaces the journal, durably.
+///
+/// # Errors
+/// Those of the disk.
+pub fn store(disk: &dyn Disk, dir: &Path, bytes: &[u8]) -> io::Result<()> {
+    disk::replace_file(disk, dir, JOURNAL_FILE, bytes)
+}
+
+/// Removes the journal, durably.
+///
+/// # Errors
+/// Those of the disk.
+pub fn remove(disk: &dyn Disk, dir: &Path) -> io::Result<()> {
+    disk::remove_file(disk, dir, JOURNAL_FILE)
+}

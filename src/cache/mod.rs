@@ -1,0 +1,453 @@
+//! The local cache of one export: chunk states over `cache.raw`, and the one place that does disk I/O for data.
+//!
+//! Promises, with the rules of `docs/semantics.md` that they serve:
+//! - A chunk's mark is in `cache.meta` before the reply to the write that made it dirty (L1), and no state is visible
+//!   in memory before its mark is written. The order of mark and bytes is chosen so that a process crash between the
+//!   two leaves the old content or the new one.
+//! - [`Cache::flush`] returns after: sync of `cache.raw`, then the seals, then sync of `cache.meta` (L2).
+//! - A failed sync is final: the cache latches *failed* (L6). A full disk is not (L7).
+//! - It never decides what a missing chunk's content is, and never sees the store: callers say which missing chunks
+//!   are zeros and bring the bytes of the others.
+//!
+//! Locks, always taken in this order: *checkpointing*, the *gate* (shared by every read and transition, exclusive for the cut, the
+//! commit and the reset), a chunk's *stripe* (around each transition), the *log*. None is held across anything but
+//! local I/O. All methods block; [`blocking`] is the one crossing from async code.
+
+pub mod flush;
+pub mod journal;
+mod log;
+pub mod meta;
+pub mod open;
+pub mod publish;
+pub mod states;
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, OnceLock};
+
+use parking_lot::{Mutex, RwLock};
+
+use crate::disk::{Disk, DiskFile};
+use crate::units::{ByteRange, ChunkIndex, ExportId, Geometry};
+use flush::FlushBarrier;
+use log::MetaLog;
+pub use meta::Base;
+use meta::{Header, MetaError};
+use states::{ChunkState, ChunkStates, Content};
+
+/// The image's file name in the export's cache folder.
+pub const RAW_FILE: &str = "cache.raw";
+const STRIPES: usize = 64;
+
+/// Why the cache did not do what was asked, by what the caller does next.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum CacheError {
+    /// The disk is full; nothing is lost, the same call works once space is back.
+    #[error("no space left on the disk of {0}")]
+    NoSpace(PathBuf),
+    /// A disk operation failed.
+    #[error("{operation} of {path} failed: {source}")]
+    Io {
+        /// What was attempted, in one word.
+        operation: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// What the disk said.
+        source: Arc<io::Error>,
+    },
+    /// A sync failed earlier: what reached the disk is unknown, so the export takes no more writes.
+    #[error("{0}")]
+    Failed(Arc<str>),
+    /// A file is not what it should be; nothing was changed.
+    #[error(
+        "{path}: {source}; move the folder away to start from the published snapshot, losing what was not published"
+    )]
+    Damaged {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        source: MetaError,
+    },
+}
+
+/// How far a write or zeroing came.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Progress {
+    /// All of it is in the cache.
+    Done,
+    /// All before byte `at` is; the chunk there must be filled first.
+    NeedsFill {
+        /// The chunk to fill.
+        chunk: ChunkIndex,
+        /// The first byte of the image that was not written.
+        at: u64,
+    },
+}
+
+/// What zeroing does at the edges of a missing chunk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Edges {
+    /// They must read as zeros: the chunk is filled first.
+    Zero,
+    /// They may stay as they are.
+    Skip,
+}
+
+/// Runs blocking cache work on a thread that may block; it goes on to its end even if the caller goes away.
+pub async fn blocking<T, F>(cache: &Arc<Cache>, work: F) -> T
+where
+    T: Send + 'static,
+    F: FnOnce(&Cache) -> T + Send + 'static,
+{
+    let cache = Arc::clone(cache);
+    blocking_io(move || work(&cache)).await
+}
+
+/// Runs blocking disk work that has no cache yet.
+pub async fn blocking_io<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(result) => result,
+        Err(join) => match join.try_into_panic() {
+            Ok(panic) => std::panic::resume_unwind(panic),
+            // The runtime is shutting down: nobody is left to see a result.
+            Err(_) => std::future::pending().await,
+        },
+    }
+}
+
+/// The cache of one export. See the module's documentation for its promises and locks.
+#[derive(Debug)]
+pub struct Cache {
+    disk: Arc<dyn Disk>,
+    dir: PathBuf,
+    export_id: ExportId,
+    geometry: Geometry,
+    boot_id: [u8; 16],
+    raw: Arc<dyn DiskFile>,
+    states: ChunkStates,
+    /// One checkpoint at a time: each carries the log over from the one before.
+    checkpointing: Mutex<()>,
+    gate: RwLock<()>,
+    stripes: [Mutex<()>; STRIPES],
+    log: Mutex<Log>,
+    flush: FlushBarrier,
+    aside: Mutex<publish::Aside>,
+    failed: OnceLock<Arc<str>>,
+}
+
+/// The state of `cache.meta` in this life of the server.
+#[derive(Debug)]
+struct Log {
+    base: Base,
+    file: LogFile,
+}
+
+#[derive(Debug)]
+enum LogFile {
+    /// Sealed by a clean stop and not changed since; the next checkpoint starts at this number.
+    Sealed { next_seq: u64 },
+    /// Written by this life of the server.
+    Open(MetaLog),
+}
+
+impl Cache {
+    /// The sizes of the image and its chunks.
+    #[must_use]
+    pub fn geometry(&self) -> Geometry {
+        self.geometry
+    }
+
+    /// The folder all files of the cache are in.
+    #[must_use]
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// The disk under the cache.
+    #[must_use]
+    pub fn disk(&self) -> &Arc<dyn Disk> {
+        &self.disk
+    }
+
+    /// The published snapshot that the states are relative to.
+    #[must_use]
+    pub fn base(&self) -> Base {
+        self.log.lock().base
+    }
+
+    /// A chunk's state now.
+    #[must_use]
+    pub fn state(&self, chunk: ChunkIndex) -> ChunkState {
+        self.states.get(chunk)
+    }
+
+    /// How many chunks are resident, and how many dirty.
+    #[must_use]
+    pub fn counts(&self) -> (u64, u64) {
+        self.states.iter().fold((0, 0), |(resident, dirty), (_, state)| {
+            (resident + u64::from(state.is_resident()), dirty + u64::from(state.is_dirty()))
+        })
+    }
+
+    /// Why the cache takes no more writes, if it does not.
+    #[must_use]
+    pub fn failure(&self) -> Option<Arc<str>> {
+        self.failed.get().cloned()
+    }
+
+    /// Reads what is here of a range: fills `buf` (as long as the range) but for the chunks it returns, whose content
+    /// the caller must get. `is_zero` says of a missing chunk whether its content is zeros.
+    ///
+    /// # Errors
+    /// [`CacheError::Io`] if the disk does not read; [`CacheError::Failed`] for dirty chunks after a failed sync.
+    pub fn read(
+        &self,
+        range: ByteRange,
+        buf: &mut [u8],
+        is_zero: impl Fn(ChunkIndex) -> bool,
+    ) -> Result<Vec<(ChunkIndex, ByteRange)>, CacheError> {
+        let _shared = self.gate.read();
+        let mut missing = Vec::new();
+        let mut resident: Option<ByteRange> = None;
+        for (chunk, piece) in self.geometry.split(range) {
+            let state = self.states.get(chunk);
+            if state.is_dirty() {
+                self.check_not_failed()?;
+            }
+            if state.is_resident() {
+                let from = resident.map_or(piece.offset(), ByteRange::offset);
+                resident = ByteRange::new(from, piece.end() - from);
+                continue;
+            }
+            self.read_raw(resident.take(), range, buf)?;
+            if state.content() == Content::Zero || is_zero(chunk) {
+                slice_mut(buf, range, piece).fill(0);
+            } else {
+                missing.push((chunk, piece));
+            }
+        }
+        self.read_raw(resident, range, buf)?;
+        Ok(missing)
+    }
+
+    fn read_raw(&self, piece: Option<ByteRange>, range: ByteRange, buf: &mut [u8]) -> Result<(), CacheError> {
+        let Some(piece) = piece else { return Ok(()) };
+        self.raw.read_at(slice_mut(buf, range, piece), piece.offset()).map_err(|e| self.error("read", RAW_FILE, e))
+    }
+
+    /// Writes `data` at `offset`. A chunk that is missing and only partly overwritten stops it, unless `is_zero`.
+    ///
+    /// # Errors
+    /// [`CacheError::NoSpace`], [`CacheError::Io`], [`CacheError::Failed`].
+    pub fn write(
+        &self,
+        offset: u64,
+        data: &[u8],
+        is_zero: impl Fn(ChunkIndex) -> bool,
+    ) -> Result<Progress, CacheError> {
+        let Some(range) = ByteRange::new(offset, data.len() as u64) else { return Ok(Progress::Done) };
+        {
+            let _shared = self.gate.read();
+            self.check_not_failed()?;
+            if self.geometry.split(range).all(|(chunk, _)| self.states.get(chunk).takes_writes_freely()) {
+                self.write_raw(range, data)?;
+                return Ok(Progress::Done);
+            }
+        }
+        self.ensure_log_is_ours()?;
+        for (chunk, piece) in self.geometry.split(range) {
+            let _shared = self.gate.read();
+            let _stripe = self.stripe(chunk);
+            self.check_not_failed()?;
+            if !self.write_chunk(chunk, piece, slice(data, range, piece), &is_zero)? {
+                return Ok(Progress::NeedsFill { chunk, at: piece.offset() });
+            }
+        }
+        Ok(Progress::Done)
+    }
+
+    /// One chunk's part of a write, under its stripe lock; `false` if the chunk must be filled first.
+    fn write_chunk(
+        &self,
+        chunk: ChunkIndex,
+        piece: ByteRange,
+        data: &[u8],
+        is_zero: impl Fn(ChunkIndex) -> bool,
+    ) -> Result<bool, CacheError> {
+        let whole = self.geometry.chunk_range(chunk);
+        let state = self.states.get(chunk);
+        match state.content() {
+            Content::Absent | Content::Zero if piece == whole => {
+                // Bytes, then mark: a process crash in mid-write must not leave a dirty chunk whose rest was never
+                // written.
+                self.write_raw(piece, data)?;
+                self.transition(chunk, state, Content::Dirty)?;
+            }
+            Content::Absent if !is_zero(chunk) => return Ok(false),
+            Content::Absent | Content::Zero => {
+                // What lies in the chunk's region of the file is unknown; all of it must read as zeros first.
+                self.raw.punch(whole).map_err(|e| self.error("punch", RAW_FILE, e))?;
+                self.transition(chunk, state, Content::Dirty)?;
+                self.write_raw(piece, data)?;
+            }
+            Content::Clean => {
+                self.transition(chunk, state, Content::Dirty)?;
+                self.write_raw(piece, data)?;
+            }
+            Content::Dirty => {
+                self.leave_cut(chunk, state, Content::Dirty)?;
+                self.write_raw(piece, data)?;
+            }
+        }
+        Ok(true)
+    }
+
+    /// Makes a range read as zeros without writing any: whole chunks lose their content, edges get holes.
+    ///
+    /// # Errors
+    /// [`CacheError::NoSpace`], [`CacheError::Io`], [`CacheError::Failed`].
+    pub fn zero(
+        &self,
+        range: ByteRange,
+        edges: Edges,
+        is_zero: impl Fn(ChunkIndex) -> bool,
+    ) -> Result<Progress, CacheError> {
+        for (chunk, piece) in self.geometry.split(range) {
+            let state = self.states.get(chunk);
+            if state.content() == Content::Zero || (state.content() == Content::Absent && is_zero(chunk)) {
+                continue;
+            }
+            self.ensure_log_is_ours()?;
+            let _shared = self.gate.read();
+            let _stripe = self.stripe(chunk);
+            self.check_not_failed()?;
+            if !self.zero_chunk(chunk, piece, edges, &is_zero)? {
+                return Ok(Progress::NeedsFill { chunk, at: piece.offset() });
+            }
+        }
+        Ok(Progress::Done)
+    }
+
+    fn zero_chunk(
+        &self,
+        chunk: ChunkIndex,
+        piece: ByteRange,
+        edges: Edges,
+        is_zero: impl Fn(ChunkIndex) -> bool,
+    ) -> Result<bool, CacheError> {
+        let whole = self.geometry.chunk_range(chunk);
+        let state = self.states.get(chunk);
+        match state.content() {
+            Content::Zero => return Ok(true),
+            Content::Absent if is_zero(chunk) => return Ok(true),
+            // The mark before the hole: what is marked zero is never read from the file.
+            Content::Dirty if piece == whole => self.leave_cut(chunk, state, Content::Zero)?,
+            Content::Absent | Content::Clean if piece == whole => self.transition(chunk, state, Content::Zero)?,
+            Content::Absent => return Ok(edges == Edges::Skip),
+            Content::Clean => self.transition(chunk, state, Content::Dirty)?,
+            Content::Dirty => self.leave_cut(chunk, state, Content::Dirty)?,
+        }
+        self.raw.punch(piece).map_err(|e| self.error("punch", RAW_FILE, e))?;
+        Ok(true)
+    }
+
+    /// Makes a missing chunk resident with its published `bytes`, unless it got another content meanwhile or
+    /// `still_published` (asked while no publish or reset can interfere) says that these are no longer its bytes.
+    ///
+    /// # Errors
+    /// [`CacheError::NoSpace`], [`CacheError::Io`]; the chunk stays missing.
+    pub fn fill(&self, chunk: ChunkIndex, bytes: &[u8], still_published: impl Fn() -> bool) -> Result<(), CacheError> {
+        debug_assert_eq!(self.geometry.chunk_range(chunk).len(), bytes.len() as u64);
+        self.ensure_log_is_ours()?;
+        let _shared = self.gate.read();
+        let _stripe = self.stripe(chunk);
+        let state = self.states.get(chunk);
+        if state.content() != Content::Absent || !still_published() {
+            return Ok(());
+        }
+        self.write_raw(self.geometry.chunk_range(chunk), bytes)?;
+        self.transition(chunk, state, Content::Clean)
+    }
+
+    /// The mark, then the state: nobody sees what a crash would not find.
+    fn transition(&self, chunk: ChunkIndex, from: ChunkState, to: Content) -> Result<(), CacheError> {
+        let marked = match &mut self.log.lock().file {
+            LogFile::Open(log) => log.mark(chunk, to),
+            LogFile::Sealed { .. } => Err(io::Error::other("the log was not opened before a change")),
+        };
+        marked.map_err(|e| self.error("write", log::META_FILE, e))?;
+        self.states.set(chunk, from.rewritten(to));
+        Ok(())
+    }
+
+    /// Before a dirty chunk gets other content: a publish under way keeps what it was at the cut, and the chunk is
+    /// dirty for the generation after.
+    fn leave_cut(&self, chunk: ChunkIndex, state: ChunkState, to: Content) -> Result<(), CacheError> {
+        let mut state = state;
+        if state.unsaved() {
+            self.save_aside(chunk);
+            state = self.states.get(chunk);
+        }
+        if state.in_cut() || state.content() != to { self.transition(chunk, state, to) } else { Ok(()) }
+    }
+
+    fn write_raw(&self, range: ByteRange, data: &[u8]) -> Result<(), CacheError> {
+        self.raw.write_at(data, range.offset()).map_err(|e| self.error("write", RAW_FILE, e))
+    }
+
+    fn stripe(&self, chunk: ChunkIndex) -> parking_lot::MutexGuard<'_, ()> {
+        self.stripes[chunk.slot() % STRIPES].lock()
+    }
+
+    fn check_not_failed(&self) -> Result<(), CacheError> {
+        self.failed.get().map_or(Ok(()), |why| Err(CacheError::Failed(Arc::clone(why))))
+    }
+
+    /// Latches the failure of a sync: what reached the disk is unknown from here on.
+    fn fail(&self, what: &str, source: &io::Error) -> CacheError {
+        let text = format!(
+            "export {}: {what} of {} failed ({source}): its cache takes no more writes, since what reached the disk is unknown; check the disk, then restart the server",
+            self.export_id,
+            self.dir.display()
+        );
+        let why = self.failed.get_or_init(|| {
+            tracing::error!(export = %self.export_id, "{text}");
+            text.into()
+        });
+        CacheError::Failed(Arc::clone(why))
+    }
+
+    fn error(&self, operation: &'static str, file: &str, source: io::Error) -> CacheError {
+        disk_error(operation, &self.dir.join(file), source)
+    }
+
+    fn header(&self, base: Base, first_seq: u64) -> Header {
+        let (export_id, geometry, boot_id) = (self.export_id.clone(), self.geometry, self.boot_id);
+        Header { export_id, geometry, base, boot_id, first_seq }
+    }
+
+    fn all_states(&self) -> Vec<ChunkState> {
+        self.states.iter().map(|(_, state)| state).collect()
+    }
+}
+
+fn disk_error(operation: &'static str, path: &Path, source: io::Error) -> CacheError {
+    let full = matches!(source.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded);
+    if full {
+        CacheError::NoSpace(path.to_owned())
+    } else {
+        CacheError::Io { operation, path: path.to_owned(), source: Arc::new(source) }
+    }
+}
+
+#[allow(clippy::cast_possible_truncation, reason = "offsets inside a buffer in memory")]
+fn slice_mut(buf: &mut [u8], range: ByteRange, piece: ByteRange) -> &mut [u8] {
+    let from = (piece.offset() - range.offset()) as usize;
+    &mut buf[from..from + piece.len() as usize]
+}
+
+#[allow(clippy::cast_possible_truncation, reason = "offsets inside a buffer in memory")]
+fn slice(buf: &[u8], range: ByteRange, piece: ByteRange) -> &[u8] {
+    let from = (piece.offset() - range.offset()) as usize;
+    &buf[from..from + piece.len() as usize]
+}

@@ -1,0 +1,274 @@
+//! The cache's life: creation, opening after any kind of end, checkpoints, the clean stop.
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, OnceLock};
+
+use parking_lot::{Mutex, RwLock};
+
+use super::flush::FlushBarrier;
+use super::journal;
+pub use super::log::META_FILE;
+use super::log::{self, META_STAGING, MetaLog};
+use super::meta::{self, Header, MetaError, Record, Trust};
+use super::publish::{ASIDE_FILE, Aside};
+use super::states::{ChunkState, ChunkStates, Content};
+use super::{Base, Cache, CacheError, Log, LogFile, RAW_FILE, STRIPES, disk_error};
+use crate::disk::{Disk, DiskFile};
+use crate::units::{ByteRange, ExportId, Geometry};
+
+/// The largest `cache.meta` that is read: every chunk a run of its own, and a log that was never folded.
+const MAX_META_BYTES: u64 = 1 << 30;
+
+/// What a cache is opened for.
+#[derive(Debug, Clone)]
+pub struct Opening {
+    /// The disk.
+    pub disk: Arc<dyn Disk>,
+    /// The export's cache folder.
+    pub dir: PathBuf,
+    /// The export, as its head names it.
+    pub export_id: ExportId,
+    /// Its sizes, as its head says.
+    pub geometry: Geometry,
+    /// The published snapshot that a new cache starts from.
+    pub base: Base,
+}
+
+impl Opening {
+    /// Opens the cache, or creates an empty one if there is none.
+    ///
+    /// # Errors
+    /// [`CacheError::Damaged`] if what is there is damaged or of another image; [`CacheError::Io`] and
+    /// [`CacheError::NoSpace`] from the disk.
+    pub fn open(self) -> Result<Cache, CacheError> {
+        let boot_id = self.disk.boot_id().map_err(|e| self.error("boot id", "", e))?;
+        for leftover in [META_STAGING, ASIDE_FILE, journal::JOURNAL_STAGING] {
+            self.disk.remove(&self.dir.join(leftover)).map_err(|e| self.error("removal", leftover, e))?;
+        }
+        match self.disk.open(&self.dir.join(META_FILE)) {
+            Ok(file) => self.reopen(&*file, boot_id),
+            Err(e) if e.kind() == io::ErrorKind::NotFound => self.create(boot_id),
+            Err(e) => Err(self.error("open", META_FILE, e)),
+        }
+    }
+
+    fn create(self, boot_id: [u8; 16]) -> Result<Cache, CacheError> {
+        let made = || -> io::Result<(Arc<dyn DiskFile>, MetaLog)> {
+            self.disk.create_dir(&self.dir)?;
+            if let Some(parent) = self.dir.parent() {
+                self.disk.sync_dir(parent)?;
+            }
+            let raw = self.disk.create(&self.dir.join(RAW_FILE))?;
+            raw.set_len(self.geometry.image_size())?;
+            raw.sync()?;
+            // cache.meta comes last: without it, all of this is made anew.
+            let absent = vec![ChunkState::new(Content::Absent); self.geometry.chunk_count() as usize];
+            let staged = log::stage(&*self.disk, &self.dir, &self.header(boot_id, 1), &absent)?;
+            Ok((raw, staged.install(&*self.disk, &self.dir)?))
+        };
+        let (raw, log) = made().map_err(|e| self.error("creation", RAW_FILE, e))?;
+        let states = vec![ChunkState::new(Content::Absent); self.geometry.chunk_count() as usize];
+        Ok(self.into_cache(boot_id, raw, &states, LogFile::Open(log)))
+    }
+
+    fn reopen(mut self, file: &dyn DiskFile, boot_id: [u8; 16]) -> Result<Cache, CacheError> {
+        let len = file.len().map_err(|e| self.error("read", META_FILE, e))?;
+        if len > MAX_META_BYTES {
+            return Err(self.damaged(META_FILE, MetaError::Damaged(format!("its length ({len} bytes)"))));
+        }
+        let mut bytes = vec![0; usize::try_from(len).unwrap_or(0)];
+        file.read_at(&mut bytes, 0).map_err(|e| self.error("read", META_FILE, e))?;
+        let found = meta::decode(&bytes, boot_id).map_err(|e| self.damaged(META_FILE, e))?;
+        self.check_identity(&found.header)?;
+        self.base = found.header.base;
+
+        let raw = self.disk.open(&self.dir.join(RAW_FILE)).map_err(|e| self.error("open", RAW_FILE, e))?;
+        let raw_len = raw.len().map_err(|e| self.error("read", RAW_FILE, e))?;
+        if raw_len != self.geometry.image_size() {
+            let mismatch = MetaError::Mismatch {
+                field: "length",
+                found: raw_len.to_string(),
+                expected: self.geometry.image_size().to_string(),
+            };
+            return Err(self.damaged(RAW_FILE, mismatch));
+        }
+        if found.trust == Trust::CleanStop {
+            let log = LogFile::Sealed { next_seq: found.next_seq };
+            return Ok(self.into_cache(boot_id, raw, &found.states, log));
+        }
+        tracing::info!(export = %self.export_id, trust = ?found.trust, "the cache was not closed in good order; recovering it");
+        // A checkpoint vouches for the bytes under its marks, so these are synced first.
+        raw.sync().map_err(|e| self.error("sync", RAW_FILE, e))?;
+        let header = self.header(boot_id, found.next_seq);
+        let log = log::stage(&*self.disk, &self.dir, &header, &found.states)
+            .and_then(|staged| staged.install(&*self.disk, &self.dir))
+            .map_err(|e| self.error("write", META_FILE, e))?;
+        if found.trust == Trust::SealedOnly {
+            self.free_missing(&*raw, &found.states);
+        }
+        Ok(self.into_cache(boot_id, raw, &found.states, LogFile::Open(log)))
+    }
+
+    /// Gives back the space of chunks that recovery dropped. Their bytes mean nothing either way.
+    fn free_missing(&self, raw: &dyn DiskFile, states: &[ChunkState]) {
+        let mut at = 0u64;
+        for run in states.chunk_by(|a, b| a.is_resident() == b.is_resident()) {
+            let end = (at + run.len() as u64 * self.geometry.chunk_size()).min(self.geometry.image_size());
+            let range = ByteRange::new(at, end - at);
+            let punched = range.filter(|_| !run[0].is_resident()).map_or(Ok(()), |range| raw.punch(range));
+            if let Err(e) = punched {
+                tracing::warn!(export = %self.export_id, "the space of dropped chunks was not freed: {e}");
+            }
+            at = end;
+        }
+    }
+
+    fn check_identity(&self, header: &Header) -> Result<(), CacheError> {
+        let fields = [
+            ("export id", header.export_id.to_string(), self.export_id.to_string()),
+            ("image size", header.geometry.image_size().to_string(), self.geometry.image_size().to_string()),
+            ("chunk size", header.geometry.chunk_size().to_string(), self.geometry.chunk_size().to_string()),
+        ];
+        for (field, found, expected) in fields {
+            if found != expected {
+                return Err(self.damaged(META_FILE, MetaError::Mismatch { field, found, expected }));
+            }
+        }
+        Ok(())
+    }
+
+    fn header(&self, boot_id: [u8; 16], first_seq: u64) -> Header {
+        let (export_id, geometry, base) = (self.export_id.clone(), self.geometry, self.base);
+        Header { export_id, geometry, base, boot_id, first_seq }
+    }
+
+    fn into_cache(self, boot_id: [u8; 16], raw: Arc<dyn DiskFile>, states: &[ChunkState], file: LogFile) -> Cache {
+        Cache {
+            disk: self.disk,
+            dir: self.dir,
+            export_id: self.export_id,
+            geometry: self.geometry,
+            boot_id,
+            raw,
+            states: ChunkStates::new(states),
+            checkpointing: Mutex::new(()),
+            gate: RwLock::new(()),
+            stripes: [const { Mutex::new(()) }; STRIPES],
+            log: Mutex::new(Log { base: self.base, file }),
+            flush: FlushBarrier::default(),
+            aside: Mutex::new(Aside::default()),
+            failed: OnceLock::new(),
+        }
+    }
+
+    fn error(&self, operation: &'static str, file: &str, source: io::Error) -> CacheError {
+        disk_error(operation, &self.dir.join(file), source)
+    }
+
+    fn damaged(&self, file: &str, source: MetaError) -> CacheError {
+        CacheError::Damaged { path: self.dir.join(file), source }
+    }
+}
+
+/// Whether a folder holds a cache, whatever its state.
+///
+/// # Errors
+/// Those of the disk.
+pub fn exists(disk: &dyn Disk, dir: &Path) -> io::Result<bool> {
+    Ok(disk.list_dir(dir)?.iter().any(|name| name == META_FILE))
+}
+
+impl Cache {
+    /// Before the first change of this life: a checkpoint of our own, which clears the clean-stop seal (L4).
+    pub(super) fn ensure_log_is_ours(&self) -> Result<(), CacheError> {
+        self.check_not_failed()?;
+        let mut log = self.log.lock();
+        let LogFile::Sealed { next_seq } = log.file else { return Ok(()) };
+        // Nothing changes a state before this returns, for every change needs a mark in a log of ours.
+        let staged = log::stage(&*self.disk, &self.dir, &self.header(log.base, next_seq), &self.all_states())
+            .map_err(|e| self.error("write", META_FILE, e))?;
+        let ours = staged.install(&*self.disk, &self.dir).map_err(|e| self.fail("renewal of cache.meta", &e))?;
+        log.file = LogFile::Open(ours);
+        Ok(())
+    }
+
+    /// Folds the log into a new checkpoint.
+    pub(super) fn checkpoint(&self) -> Result<(), CacheError> {
+        self.checkpoint_after(|_| {})
+    }
+
+    /// Changes states and base while nothing else does, then makes that durable by a new checkpoint. Readers and
+    /// writers wait only for the change itself; what they mark meanwhile is carried over.
+    ///
+    /// After an error the change stands in memory, and the old file with its log still describes the time before.
+    pub(super) fn checkpoint_after(&self, change: impl FnOnce(&mut Base)) -> Result<(), CacheError> {
+        let _one_at_a_time = self.checkpointing.lock();
+        self.ensure_log_is_ours()?;
+        let (header, states) = {
+            let _alone = self.gate.write();
+            let log = &mut *self.log.lock();
+            change(&mut log.base);
+            let LogFile::Open(file) = &mut log.file else { return Ok(()) };
+            (self.header(log.base, file.begin_carry()), self.all_states())
+        };
+        let staged = self.raw.sync().map_err(|e| self.fail("sync of cache.raw", &e)).and_then(|()| {
+            log::stage(&*self.disk, &self.dir, &header, &states).map_err(|e| self.error("write", META_FILE, e))
+        });
+        let log = &mut *self.log.lock();
+        let LogFile::Open(file) = &mut log.file else { return Ok(()) };
+        match staged {
+            Ok(staged) => {
+                file.replace(staged, &*self.disk, &self.dir).map_err(|e| self.fail("renewal of cache.meta", &e))
+            }
+            Err(e) => {
+                file.end_carry();
+                Err(e)
+            }
+        }
+    }
+
+    /// Drops everything: every chunk is missing, and `base` is what they stand for. Durable on return (L9).
+    ///
+    /// # Errors
+    /// [`CacheError`]; a failure before the checkpoint is in place changes nothing.
+    pub fn reset(&self, change: impl FnOnce() -> Base) -> Result<(), CacheError> {
+        let _one_at_a_time = self.checkpointing.lock();
+        self.ensure_log_is_ours()?;
+        let _alone = self.gate.write();
+        let log = &mut *self.log.lock();
+        let LogFile::Open(file) = &mut log.file else { return Ok(()) };
+        let absent = vec![ChunkState::new(Content::Absent); self.geometry.chunk_count() as usize];
+        let base = change();
+        let header = self.header(base, file.begin_carry());
+        let staged = log::stage(&*self.disk, &self.dir, &header, &absent);
+        let staged = staged.inspect_err(|_| file.end_carry()).map_err(|e| self.error("write", META_FILE, e))?;
+        file.replace(staged, &*self.disk, &self.dir).map_err(|e| self.fail("renewal of cache.meta", &e))?;
+        log.base = base;
+        for (chunk, _) in self.states.iter() {
+            self.states.set(chunk, ChunkState::new(Content::Absent));
+        }
+        let emptied = self.raw.set_len(0).and_then(|()| self.raw.set_len(self.geometry.image_size()));
+        emptied.map_err(|e| self.error("truncation", RAW_FILE, e))
+    }
+
+    /// The clean stop: everything durable, then the seal that lets the next start trust all of it (L4). No call that
+    /// changes the cache may come after.
+    ///
+    /// # Errors
+    /// [`CacheError`]; without the seal, the next start recovers instead.
+    pub fn close(&self) -> Result<(), CacheError> {
+        if matches!(self.log.lock().file, LogFile::Sealed { .. }) {
+            return Ok(());
+        }
+        self.checkpoint()?;
+        let _alone = self.gate.write();
+        let log = &mut *self.log.lock();
+        let LogFile::Open(file) = &mut log.file else { return Ok(()) };
+        file.append(Record::CleanStop).map_err(|e| self.error("write", META_FILE, e))?;
+        file.sync().map_err(|e| self.fail("sync of cache.meta", &e))?;
+        // Whatever comes after starts a file of its own.
+        log.file = LogFile::Sealed { next_seq: file.next_seq() };
+        Ok(())
+    }
+}

@@ -1,0 +1,177 @@
+//! The cache's part in a publish: the cut, what writers must leave readable for it, and the end.
+//!
+//! The cut takes as long as a pass over the chunk states, whatever the volume's size or the store's speed. After it,
+//! a write to a chunk of the cut first copies the old content aside (S2) and marks the chunk dirty for the next
+//! generation (S3). If there is no room for the copy, the publish fails, not the write.
+
+use std::io;
+use std::sync::Arc;
+
+use super::log::META_FILE;
+use super::meta::Record;
+use super::states::Content;
+use super::{Base, Cache, CacheError, LogFile, RAW_FILE};
+use crate::disk::DiskFile;
+use crate::units::ChunkIndex;
+
+/// Where chunks are copied before a write changes them under a publish.
+pub const ASIDE_FILE: &str = "cut.aside";
+
+/// The file of chunks set aside; it lives as long as the publish and need not survive a crash.
+#[derive(Debug, Default)]
+pub struct Aside {
+    file: Option<Arc<dyn DiskFile>>,
+    /// Why a chunk could not be set aside: the publish must fail.
+    broken: Option<CacheError>,
+}
+
+/// A chunk of the cut.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct CutChunk {
+    /// Which one.
+    pub chunk: ChunkIndex,
+    /// Known to be all zeros: there is nothing to read.
+    pub zero: bool,
+}
+
+impl Cache {
+    /// Freezes what is dirty now, while no write is under way: the chunks that the publish is about.
+    ///
+    /// # Errors
+    /// [`CacheError`]; then nothing is frozen.
+    pub fn cut(&self) -> Result<Vec<CutChunk>, CacheError> {
+        self.ensure_log_is_ours()?;
+        let _alone = self.gate.write();
+        self.check_not_failed()?;
+        self.append(Record::Cut)?;
+        *self.aside.lock() = Aside::default();
+        let mut chunks = Vec::new();
+        for (chunk, state) in self.states.iter().filter(|(_, state)| state.is_dirty()) {
+            self.states.set(chunk, state.uncut().cut());
+            chunks.push(CutChunk { chunk, zero: state.content() == Content::Zero });
+        }
+        Ok(chunks)
+    }
+
+    /// Makes the cut's record durable: a recovery that finds the publish landed relies on it.
+    ///
+    /// # Errors
+    /// [`CacheError::Failed`] if the sync fails.
+    pub fn sync_cut(&self) -> Result<(), CacheError> {
+        match &mut self.log.lock().file {
+            LogFile::Open(log) => log.sync().map_err(|e| self.fail("sync of cache.meta", &e)),
+            LogFile::Sealed { .. } => Ok(()),
+        }
+    }
+
+    /// Reads a chunk as it was at the cut; from then on writers need not keep it. `buf` is as long as the chunk.
+    ///
+    /// # Errors
+    /// [`CacheError`] if it cannot be read, or could not be set aside when a write came.
+    pub fn take_cut_chunk(&self, chunk: ChunkIndex, buf: &mut [u8]) -> Result<(), CacheError> {
+        let _stripe = self.stripe(chunk);
+        let aside = self.aside.lock();
+        if let Some(e) = &aside.broken {
+            return Err(e.clone());
+        }
+        let state = self.states.get(chunk);
+        let (file, name) = match (&aside.file, state.saved()) {
+            (Some(file), true) => (Arc::clone(file), ASIDE_FILE),
+            _ => (Arc::clone(&self.raw), RAW_FILE),
+        };
+        drop(aside);
+        file.read_at(buf, self.geometry.chunk_range(chunk).offset()).map_err(|e| self.error("read", name, e))?;
+        self.states.set(chunk, state.taken());
+        Ok(())
+    }
+
+    /// Reads a chunk if it is clean right now; `false` if it is not. `buf` is as long as the chunk.
+    ///
+    /// # Errors
+    /// [`CacheError::Io`] if the disk does not read.
+    pub fn read_clean_chunk(&self, chunk: ChunkIndex, buf: &mut [u8]) -> Result<bool, CacheError> {
+        let _shared = self.gate.read();
+        let _stripe = self.stripe(chunk);
+        if self.states.get(chunk).content() != Content::Clean {
+            return Ok(false);
+        }
+        let offset = self.geometry.chunk_range(chunk).offset();
+        self.raw.read_at(buf, offset).map_err(|e| self.error("read", RAW_FILE, e))?;
+        Ok(true)
+    }
+
+    /// Keeps what a chunk was at the cut, under its stripe lock. A failure breaks the publish, not the write.
+    pub(super) fn save_aside(&self, chunk: ChunkIndex) {
+        let aside = &mut *self.aside.lock();
+        let state = self.states.get(chunk);
+        if aside.broken.is_none() {
+            match self.copy_aside(aside, chunk) {
+                Ok(()) => return self.states.set(chunk, state.set_aside()),
+                Err(e) => aside.broken = Some(self.error("copy", ASIDE_FILE, e)),
+            }
+        }
+        self.states.set(chunk, state.taken());
+    }
+
+    fn copy_aside(&self, aside: &mut Aside, chunk: ChunkIndex) -> io::Result<()> {
+        let file = match &aside.file {
+            Some(file) => file,
+            None => aside.file.insert(self.disk.create(&self.dir.join(ASIDE_FILE))?),
+        };
+        let range = self.geometry.chunk_range(chunk);
+        let mut buf = vec![0; usize::try_from(range.len()).map_err(io::Error::other)?];
+        self.raw.read_at(&mut buf, range.offset())?;
+        file.write_at(&buf, range.offset())
+    }
+
+    /// The publish is the head: what was not written since the cut is now as published, relative to `base`.
+    /// `swap` runs while no reader or writer is under way, before the first state changes.
+    ///
+    /// # Errors
+    /// [`CacheError`]; then the change stands in memory and the caller's journal must stay to redo it after a crash.
+    pub fn commit(&self, base: Base, swap: impl FnOnce()) -> Result<(), CacheError> {
+        // Most of what the checkpoint must sync goes to the disk before it, while everybody still works.
+        self.raw.sync().map_err(|e| self.fail("sync of cache.raw", &e))?;
+        self.checkpoint_after(|current| {
+            swap();
+            *current = base;
+            for (chunk, state) in self.states.iter() {
+                let published = state.published();
+                if published != state {
+                    self.states.set(chunk, published);
+                }
+            }
+        })?;
+        self.drop_aside()
+    }
+
+    /// The publish is given up: everything that was dirty still is.
+    ///
+    /// # Errors
+    /// [`CacheError`] if the log cannot be written; the states are as they should be all the same.
+    pub fn uncut(&self) -> Result<(), CacheError> {
+        {
+            let _alone = self.gate.write();
+            for (chunk, state) in self.states.iter().filter(|(_, state)| state.in_cut() || state.saved()) {
+                self.states.set(chunk, state.uncut());
+            }
+            if matches!(self.log.lock().file, LogFile::Open(_)) {
+                self.append(Record::Uncut)?;
+            }
+        }
+        self.drop_aside()
+    }
+
+    fn drop_aside(&self) -> Result<(), CacheError> {
+        *self.aside.lock() = Aside::default();
+        self.disk.remove(&self.dir.join(ASIDE_FILE)).map_err(|e| self.error("removal", ASIDE_FILE, e))
+    }
+
+    fn append(&self, record: Record) -> Result<(), CacheError> {
+        let appended = match &mut self.log.lock().file {
+            LogFile::Open(log) => log.append(record),
+            LogFile::Sealed { .. } => Err(io::Error::other("the log was not opened before a change")),
+        };
+        appended.map_err(|e| self.error("write", META_FILE, e))
+    }
+}

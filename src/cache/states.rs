@@ -1,0 +1,177 @@
+//! One byte per chunk: what `cache.raw` holds of it, and its part in a publish under way.
+//!
+//! Anybody may look at any time, without a lock. Only `cache/mod.rs` changes a byte, holding the chunk's stripe lock
+//! (or the whole gate), and only after `cache.meta` has the mark, so that what is seen here is never ahead of what a
+//! crash would find.
+
+use std::sync::atomic::{AtomicU8, Ordering};
+
+use crate::units::ChunkIndex;
+
+/// What the cache holds of a chunk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Content {
+    /// Its bytes in `cache.raw` mean nothing; the published image has its content.
+    Absent,
+    /// In `cache.raw`, the same as published.
+    Clean,
+    /// In `cache.raw`, different from what is published.
+    Dirty,
+    /// All zeros, different from what is published; its bytes in `cache.raw` mean nothing.
+    Zero,
+}
+
+/// A chunk's byte: [`Content`] and the flags of a publish.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ChunkState(u8);
+
+const CONTENT: u8 = 0b11;
+const IN_CUT: u8 = 0b100;
+const UNSAVED: u8 = 0b1000;
+const SAVED: u8 = 0b1_0000;
+
+impl ChunkState {
+    /// The state of a chunk that no publish concerns.
+    #[must_use]
+    pub fn new(content: Content) -> Self {
+        Self(match content {
+            Content::Absent => 0,
+            Content::Clean => 1,
+            Content::Dirty => 2,
+            Content::Zero => 3,
+        })
+    }
+
+    /// What the cache holds.
+    #[must_use]
+    pub fn content(self) -> Content {
+        match self.0 & CONTENT {
+            0 => Content::Absent,
+            1 => Content::Clean,
+            2 => Content::Dirty,
+            _ => Content::Zero,
+        }
+    }
+
+    /// Whether the next snapshot publishes the chunk.
+    #[must_use]
+    pub fn is_dirty(self) -> bool {
+        matches!(self.content(), Content::Dirty | Content::Zero)
+    }
+
+    /// Whether its bytes in `cache.raw` are its content.
+    #[must_use]
+    pub fn is_resident(self) -> bool {
+        matches!(self.content(), Content::Clean | Content::Dirty)
+    }
+
+    /// Whether a write needs no more than its bytes: dirty already, and no publish waits for the old content.
+    #[must_use]
+    pub fn takes_writes_freely(self) -> bool {
+        self.0 == Self::new(Content::Dirty).0
+    }
+
+    /// Dirty since before the cut of the publish under way, and not written since.
+    #[must_use]
+    pub fn in_cut(self) -> bool {
+        self.0 & IN_CUT != 0
+    }
+
+    /// In the cut, and the publish still has to read its content from `cache.raw`.
+    #[must_use]
+    pub fn unsaved(self) -> bool {
+        self.0 & UNSAVED != 0
+    }
+
+    /// In the cut, its content of then copied aside.
+    #[must_use]
+    pub fn saved(self) -> bool {
+        self.0 & SAVED != 0
+    }
+
+    /// The state as a publish begins: whatever is dirty joins the cut.
+    #[must_use]
+    pub fn cut(self) -> Self {
+        match self.content() {
+            Content::Dirty => Self(self.0 | IN_CUT | UNSAVED),
+            Content::Zero => Self(self.0 | IN_CUT),
+            _ => self,
+        }
+    }
+
+    /// The state as the publish has read the content it needs, wherever that was.
+    #[must_use]
+    pub fn taken(self) -> Self {
+        Self(self.0 & !(UNSAVED | SAVED))
+    }
+
+    /// The state once the content of the cut stands aside.
+    #[must_use]
+    pub fn set_aside(self) -> Self {
+        Self(self.0 & !UNSAVED | SAVED)
+    }
+
+    /// The state once the chunk has new content: no longer part of the cut, but perhaps still set aside.
+    #[must_use]
+    pub fn rewritten(self, content: Content) -> Self {
+        Self(self.0 & SAVED | Self::new(content).0)
+    }
+
+    /// The state once the publish is the head: what was not written since is now as published.
+    #[must_use]
+    pub fn published(self) -> Self {
+        match (self.in_cut(), self.content()) {
+            (true, Content::Dirty) => Self::new(Content::Clean),
+            (true, Content::Zero) => Self::new(Content::Absent),
+            (_, content) => Self::new(content),
+        }
+    }
+
+    /// The state once the publish is given up: all as before, nothing cleaned.
+    #[must_use]
+    pub fn uncut(self) -> Self {
+        Self::new(self.content())
+    }
+
+    /// The part that a crash must not lose, for `cache.meta`: content and cut.
+    #[must_use]
+    pub fn durable_bits(self) -> u8 {
+        self.0 & (CONTENT | IN_CUT)
+    }
+
+    /// A state from [`durable_bits`](Self::durable_bits); `None` for anything else.
+    #[must_use]
+    pub fn from_durable_bits(bits: u8) -> Option<Self> {
+        let state = Self(bits);
+        (bits & !(CONTENT | IN_CUT) == 0 && (!state.in_cut() || state.is_dirty())).then_some(state)
+    }
+}
+
+/// The states of all chunks of an image.
+#[derive(Debug)]
+pub struct ChunkStates(Box<[AtomicU8]>);
+
+impl ChunkStates {
+    /// The states as recovered, in the order of the chunks.
+    #[must_use]
+    pub fn new(states: &[ChunkState]) -> Self {
+        Self(states.iter().map(|s| AtomicU8::new(s.0)).collect())
+    }
+
+    /// A chunk's state now.
+    #[must_use]
+    pub fn get(&self, chunk: ChunkIndex) -> ChunkState {
+        // Acquire pairs with the Release of `set`: who sees a chunk resident sees its bytes, too.
+        ChunkState(self.0[chunk.slot()].load(Ordering::Acquire))
+    }
+
+    /// Sets a chunk's state; the caller holds its stripe lock or the gate.
+    pub fn set(&self, chunk: ChunkIndex, state: ChunkState) {
+        self.0[chunk.slot()].store(state.0, Ordering::Release);
+    }
+
+    /// Every chunk with its state, in order.
+    pub fn iter(&self) -> impl Iterator<Item = (ChunkIndex, ChunkState)> + '_ {
+        (0..).map(ChunkIndex).zip(self.0.iter().map(|s| ChunkState(s.load(Ordering::Acquire))))
+    }
+}
