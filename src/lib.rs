@@ -9,3 +9,4 @@ pub mod disk;
 pub mod manifest;
 pub mod store;
 pub mod units;
+pub mod volume;

@@ -1,12 +1,40 @@
 //! A volume is one open export: its cache on local disk, its published image in the store, and the rules between them.
+//!
+//! This is the only place where cache and store meet. What it promises its front ends:
+//! - A read returns the newest write it was ordered after, else what was published: never bytes whose hash was not
+//!   checked, never zeros in place of what could not be had.
+//! - A write that returned survives the process; after [`Volume::flush`] also the host's power.
+//! - A chunk is missing, or all of it is in the cache: nobody sees a half-filled one.
+//!
+//! One rule ties the two sides together. A chunk's state is read *before* the published image: a commit changes the
+//! image first and the states after, so whoever sees a chunk missing finds the image that says what it is.
 
+mod ancestry;
+mod fill;
+mod objects;
+mod open;
+mod publish;
+mod recover;
 pub mod registry;
 
 use std::sync::Arc;
 
 use bytes::Bytes;
+use futures_util::stream::{self, StreamExt, TryStreamExt};
+use parking_lot::{Mutex, RwLock};
 
-use crate::units::{ByteRange, ExportId, Geometry};
+use crate::cache::{self, Cache, CacheError, Edges, Progress, states::Content};
+use crate::clock::Clock;
+use crate::disk::Disk;
+use crate::manifest::Manifest;
+use crate::store::SharedStore;
+use crate::store::keys::{ExportKeys, ExportRoot};
+use crate::units::{ByteRange, ChunkIndex, ExportId, Generation, Geometry};
+use fill::{FillBudget, Fills};
+use registry::Operation;
+
+/// How many missing chunks one request fetches at a time.
+const FETCHES_PER_REQUEST: usize = 16;
 
 /// Why a volume did not do what was asked, by what the caller tells its client.
 #[derive(Debug, Clone, thiserror::Error)]
@@ -61,56 +89,289 @@ pub struct Extent {
     pub residency: Residency,
 }
 
+/// What all volumes of a server share.
+#[derive(Debug)]
+pub struct Services {
+    /// The object store, retrying.
+    pub store: SharedStore,
+    /// Where the exports are in it.
+    pub root: ExportRoot,
+    /// The local disk.
+    pub disk: Arc<dyn Disk>,
+    /// The time.
+    pub clock: Arc<dyn Clock>,
+    /// Bounds the memory of chunks on their way from the store.
+    pub(crate) fill_budget: FillBudget,
+}
+
+impl Services {
+    /// Services over a store, a disk and a clock.
+    #[must_use]
+    pub fn new(store: SharedStore, root: ExportRoot, disk: Arc<dyn Disk>, clock: Arc<dyn Clock>) -> Self {
+        Self { store, root, disk, clock, fill_budget: FillBudget::default() }
+    }
+}
+
 /// One open export.
 #[derive(Debug)]
-pub struct Volume {}
+pub struct Volume {
+    export_id: ExportId,
+    geometry: Geometry,
+    read_only: bool,
+    services: Arc<Services>,
+    keys: ExportKeys,
+    cache: Arc<Cache>,
+    /// The published image that missing and clean chunks stand for.
+    image: Arc<RwLock<Arc<Manifest>>>,
+    /// The generation of the head when it was last read or written.
+    head_seen: Mutex<Generation>,
+    fills: Fills,
+    /// Held by every request and every fill; `false` once closed. Taken exclusively to close.
+    open: tokio::sync::RwLock<bool>,
+    /// Set once the server stops: a publish gives up.
+    stopping: tokio::sync::watch::Sender<bool>,
+    /// What is going on. Anything but `Idle` keeps other operations out.
+    operation: Mutex<Operation>,
+}
 
 impl Volume {
     /// The export's name.
+    #[must_use]
     pub fn export_id(&self) -> &ExportId {
-        todo!()
+        &self.export_id
     }
+
     /// The size of the image and of its chunks.
+    #[must_use]
     pub fn geometry(&self) -> Geometry {
-        todo!()
+        self.geometry
     }
+
     /// Whether writes are refused.
+    #[must_use]
     pub fn read_only(&self) -> bool {
-        todo!()
+        self.read_only
     }
+
     /// The bytes of a range.
+    ///
+    /// # Errors
+    /// [`VolumeError::Unavailable`] if a missing chunk cannot be had, or the disk does not read.
     pub async fn read(self: &Arc<Self>, range: ByteRange) -> Result<Bytes, VolumeError> {
-        let _ = range;
-        todo!()
+        let _open = self.enter(range).await?;
+        let volume = Arc::clone(self);
+        let (mut buf, missing) = cache::blocking(&self.cache, move |cache| {
+            let mut buf = vec![0; buffer_len(range)];
+            let missing = cache.read(range, &mut buf, |chunk| volume.is_zero(chunk))?;
+            Ok((buf, missing))
+        })
+        .await
+        .map_err(|e| self.cache_error(e))?;
+        let fetches = missing.into_iter().map(|(chunk, piece)| async move {
+            let filled = self.fill(chunk).await?;
+            Ok::<_, VolumeError>((chunk, piece, filled.bytes))
+        });
+        let mut fetched = stream::iter(fetches).buffer_unordered(FETCHES_PER_REQUEST);
+        while let Some((chunk, piece, bytes)) = fetched.try_next().await? {
+            let chunk_at = self.geometry.chunk_range(chunk).offset();
+            let from = buffer_len_of(piece.offset() - chunk_at);
+            let to = buffer_len_of(piece.offset() - range.offset());
+            let len = buffer_len(piece);
+            buf[to..to + len].copy_from_slice(&bytes[from..from + len]);
+        }
+        Ok(buf.into())
     }
+
     /// Writes `data` at `offset`.
+    ///
+    /// # Errors
+    /// Any [`VolumeError`]; then an unknown part of the range has the new content.
     pub async fn write(self: &Arc<Self>, offset: u64, data: Bytes) -> Result<(), VolumeError> {
-        let _ = (offset, data);
-        todo!()
+        let range = self.range(offset, data.len() as u64)?;
+        let _open = self.enter_to_write(range).await?;
+        let partial = [range.offset(), range.end()].map(|edge| self.chunk_cut_by(edge));
+        self.fill_all(partial.into_iter().flatten()).await?;
+        self.until_done(range, move |cache, volume, rest| {
+            let from = buffer_len_of(rest.offset() - range.offset());
+            cache.write(rest.offset(), &data[from..], |chunk| volume.is_zero(chunk))
+        })
+        .await
     }
-    /// Makes a range read as zeros.
+
+    /// Makes a range read as zeros. Whole chunks cost neither a fetch nor space.
+    ///
+    /// # Errors
+    /// As [`write`](Self::write).
     pub async fn write_zeroes(self: &Arc<Self>, range: ByteRange) -> Result<(), VolumeError> {
-        let _ = range;
-        todo!()
+        let _open = self.enter_to_write(range).await?;
+        self.until_done(range, |cache, volume, rest| cache.zero(rest, Edges::Zero, |chunk| volume.is_zero(chunk))).await
     }
-    /// Lets go of a range's content where that is cheap.
+
+    /// Lets go of a range's content: it reads as zeros, except for the edges of chunks that are not here.
+    ///
+    /// # Errors
+    /// As [`write`](Self::write).
     pub async fn trim(self: &Arc<Self>, range: ByteRange) -> Result<(), VolumeError> {
-        let _ = range;
-        todo!()
+        let _open = self.enter_to_write(range).await?;
+        self.until_done(range, |cache, volume, rest| cache.zero(rest, Edges::Skip, |chunk| volume.is_zero(chunk))).await
     }
-    /// Makes every write that was replied to durable on the local disk.
+
+    /// Makes every write that was replied to, on any connection, durable on the local disk.
+    ///
+    /// # Errors
+    /// [`VolumeError::Failed`] if a sync failed, now or earlier.
     pub async fn flush(self: &Arc<Self>) -> Result<(), VolumeError> {
-        todo!()
+        let _open = self.still_open().await?;
+        cache::blocking(&self.cache, Cache::flush).await.map_err(|e| self.cache_error(e))
     }
-    /// Fetches what is missing of a range; a failed fetch is no error.
+
+    /// Fetches what is missing of a range. That a chunk cannot be had now is no error: a read will say so.
+    ///
+    /// # Errors
+    /// [`VolumeError::OutOfRange`], [`VolumeError::Closed`].
     pub async fn prefetch(self: &Arc<Self>, range: ByteRange) -> Result<(), VolumeError> {
-        let _ = range;
-        todo!()
+        let _open = self.enter(range).await?;
+        let missing = self.geometry.split(range).map(|(chunk, _)| chunk).filter(|chunk| self.must_fetch(*chunk));
+        stream::iter(missing)
+            .for_each_concurrent(FETCHES_PER_REQUEST, |chunk| async move {
+                if let Err(e) = self.fill(chunk).await {
+                    tracing::debug!(export = %self.export_id, %chunk, "prefetch: {e}");
+                }
+            })
+            .await;
+        Ok(())
     }
+
     /// The range's extents in order, neighbours of one residency merged, at most `max` of them; they cover the range
-    /// from its start, and all of it unless `max` cut them short. `max` is at least 1.
+    /// from its start, and all of it unless `max` (at least 1) cut them short.
+    ///
+    /// # Errors
+    /// [`VolumeError::OutOfRange`], [`VolumeError::Closed`].
     pub async fn extents(self: &Arc<Self>, range: ByteRange, max: usize) -> Result<Vec<Extent>, VolumeError> {
-        let _ = (range, max);
-        todo!()
+        let _open = self.enter(range).await?;
+        let mut extents: Vec<Extent> = Vec::new();
+        for (chunk, piece) in self.geometry.split(range) {
+            let residency = self.residency(chunk);
+            let full = extents.len() >= max.max(1);
+            match extents.last_mut() {
+                Some(last) if last.residency == residency => last.len += piece.len(),
+                _ if full => break,
+                _ => extents.push(Extent { len: piece.len(), residency }),
+            }
+        }
+        Ok(extents)
     }
+
+    fn residency(&self, chunk: ChunkIndex) -> Residency {
+        match self.cache.state(chunk).content() {
+            Content::Absent if self.is_zero(chunk) => Residency::Zero { dirty: false },
+            Content::Absent => Residency::Absent,
+            Content::Clean => Residency::Clean,
+            Content::Dirty => Residency::Dirty,
+            Content::Zero => Residency::Zero { dirty: true },
+        }
+    }
+
+    /// Repeats a cache change from where it stopped, filling the chunk that stopped it, until all of it is done.
+    async fn until_done<F>(self: &Arc<Self>, range: ByteRange, change: F) -> Result<(), VolumeError>
+    where
+        F: Fn(&Cache, &Volume, ByteRange) -> Result<Progress, CacheError> + Clone + Send + 'static,
+    {
+        let mut rest = range;
+        loop {
+            let (volume, change) = (Arc::clone(self), change.clone());
+            let progress = cache::blocking(&self.cache, move |cache| change(cache, &volume, rest)).await;
+            match progress.map_err(|e| self.cache_error(e))? {
+                Progress::Done => return Ok(()),
+                Progress::NeedsFill { chunk, at } => {
+                    self.fill_all([chunk]).await?;
+                    rest = self.range(at, range.end() - at)?;
+                }
+            }
+        }
+    }
+
+    /// Makes chunks resident that a change needs and that must be fetched for it.
+    async fn fill_all(self: &Arc<Self>, chunks: impl IntoIterator<Item = ChunkIndex>) -> Result<(), VolumeError> {
+        let missing: Vec<_> = chunks.into_iter().filter(|chunk| self.must_fetch(*chunk)).collect();
+        stream::iter(missing.into_iter().map(|chunk| async move { self.fill(chunk).await?.kept }))
+            .buffer_unordered(FETCHES_PER_REQUEST)
+            .try_collect()
+            .await
+    }
+
+    /// The chunk that an edge of a range cuts in two, if it does.
+    fn chunk_cut_by(&self, edge: u64) -> Option<ChunkIndex> {
+        let inside = edge < self.geometry.image_size() && !edge.is_multiple_of(self.geometry.chunk_size());
+        inside.then(|| self.geometry.chunk_at(edge))
+    }
+
+    fn must_fetch(&self, chunk: ChunkIndex) -> bool {
+        self.cache.state(chunk).content() == Content::Absent && !self.is_zero(chunk)
+    }
+
+    /// Whether a chunk that was just seen missing is zeros in the published image.
+    fn is_zero(&self, chunk: ChunkIndex) -> bool {
+        self.image.read().is_zero(chunk)
+    }
+
+    fn image(&self) -> Arc<Manifest> {
+        Arc::clone(&self.image.read())
+    }
+
+    fn range(&self, offset: u64, len: u64) -> Result<ByteRange, VolumeError> {
+        let range = ByteRange::new(offset, len);
+        range.filter(|r| self.geometry.contains(*r)).ok_or_else(|| VolumeError::OutOfRange {
+            range: range.or(ByteRange::new(offset, 0)).unwrap_or_else(|| self.geometry.chunk_range(ChunkIndex(0))),
+            image_size: self.geometry.image_size(),
+        })
+    }
+
+    async fn still_open(&self) -> Result<tokio::sync::RwLockReadGuard<'_, bool>, VolumeError> {
+        let open = self.open.read().await;
+        if *open { Ok(open) } else { Err(VolumeError::Closed(self.export_id.clone())) }
+    }
+
+    async fn enter(&self, range: ByteRange) -> Result<tokio::sync::RwLockReadGuard<'_, bool>, VolumeError> {
+        self.range(range.offset(), range.len())?;
+        self.still_open().await
+    }
+
+    async fn enter_to_write(&self, range: ByteRange) -> Result<tokio::sync::RwLockReadGuard<'_, bool>, VolumeError> {
+        if self.read_only {
+            return Err(VolumeError::ReadOnly(self.export_id.clone()));
+        }
+        self.enter(range).await
+    }
+
+    fn cache_error(&self, error: CacheError) -> VolumeError {
+        match error {
+            CacheError::NoSpace(_) => VolumeError::NoSpace(self.export_id.clone()),
+            CacheError::Failed(why) => VolumeError::Failed(why),
+            other => {
+                let text = format!("export {}: {other}", self.export_id);
+                tracing::error!("{text}");
+                VolumeError::Unavailable(text.into())
+            }
+        }
+    }
+
+    /// Ends all requests and seals the cache. The remote data stays, and so does the cache.
+    async fn close(&self) -> Result<(), CacheError> {
+        let mut open = self.open.write().await;
+        if !std::mem::replace(&mut *open, false) {
+            return Ok(());
+        }
+        cache::blocking(&self.cache, Cache::close).await
+    }
+}
+
+/// The length of a range that is held in memory. Requests are far smaller than `usize`.
+fn buffer_len(range: ByteRange) -> usize {
+    buffer_len_of(range.len())
+}
+
+#[allow(clippy::cast_possible_truncation, reason = "lengths inside one request or chunk")]
+fn buffer_len_of(len: u64) -> usize {
+    len as usize
 }

@@ -1,9 +1,27 @@
 //! Export name → open volume: create, open, clone, unload, discover.
+//!
+//! An export is known by its head alone until somebody uses it: only then are its manifest loaded and its cache
+//! opened. An export that cannot be served stays listed with the reason, and is tried again at the next use; no
+//! other export notices.
 
+use std::collections::BTreeMap;
+use std::path::PathBuf;
 use std::sync::Arc;
 
-use super::{Volume, VolumeError};
+use futures_util::stream::{self, StreamExt};
+use parking_lot::{Mutex, RwLock};
+use tokio::sync::OnceCell;
+
+use super::ancestry::Ancestry;
+use super::{Services, Volume, VolumeError};
+use crate::cache::journal::{JOURNAL_FILE, Kind};
+use crate::cache::{self, open as cache_files};
+use crate::manifest::head::{CloneSeed, Head};
+use crate::store::{Condition, StoreError};
 use crate::units::{ExportId, Generation, Geometry, SnapshotId, UnitError};
+
+/// How many exports are looked at or closed at a time.
+const EXPORTS_AT_A_TIME: usize = 64;
 
 /// What the list of exports says of one.
 #[derive(Debug, Clone)]
@@ -31,6 +49,20 @@ pub enum Operation {
     Resetting,
     /// The export is being unloaded.
     Closing,
+}
+
+impl Operation {
+    /// As `operation_state` names it.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Idle => "idle",
+            Self::Snapshotting => "snapshotting",
+            Self::Compacting => "compacting",
+            Self::Resetting => "resetting",
+            Self::Closing => "closing",
+        }
+    }
 }
 
 /// Everything that can be said of one loaded export.
@@ -114,67 +146,305 @@ pub enum ExportError {
     Volume(#[from] VolumeError),
 }
 
+impl ExportError {
+    pub(super) fn damaged(e: impl std::fmt::Display) -> Self {
+        Self::Damaged(e.to_string().into())
+    }
+}
+
+/// An export that is known here.
+#[derive(Debug)]
+struct Export {
+    read_only: bool,
+    /// The head as last read, or why it could not be.
+    head: Mutex<Result<Head, String>>,
+    volume: OnceCell<Arc<Volume>>,
+}
+
+impl Export {
+    fn new(head: Result<Head, String>, read_only: bool) -> Arc<Self> {
+        Arc::new(Self { read_only, head: Mutex::new(head), volume: OnceCell::new() })
+    }
+}
+
 /// All exports of a server.
 #[derive(Debug)]
-pub struct Registry {}
+pub struct Registry {
+    services: Arc<Services>,
+    cache_root: PathBuf,
+    exports: RwLock<BTreeMap<ExportId, Arc<Export>>>,
+    /// One change of the set of exports at a time, so that two calls never make one export twice.
+    changing: tokio::sync::Mutex<()>,
+}
 
 impl Registry {
+    /// Finds every export under the export root and settles what a crash left of their publishes.
+    ///
+    /// # Errors
+    /// [`ExportError::StoreUnavailable`] if the store cannot be listed. One bad export is no error.
+    pub async fn discover(services: Arc<Services>, cache_root: PathBuf) -> Result<Arc<Self>, ExportError> {
+        let registry = Arc::new(Self {
+            services,
+            cache_root,
+            exports: RwLock::default(),
+            changing: tokio::sync::Mutex::default(),
+        });
+        let folders = registry.services.store.list_folders(registry.services.root.prefix()).await?;
+        let ids: Vec<ExportId> = folders.iter().filter_map(|name| name.parse().ok()).collect();
+        stream::iter(ids).for_each_concurrent(EXPORTS_AT_A_TIME, |id| registry.discover_one(id)).await;
+        registry.discover_local().await;
+        Ok(registry)
+    }
+
+    async fn discover_one(&self, id: ExportId) {
+        let head = match self.services.read_head(&id).await {
+            Ok(Some(stored)) => Ok(stored.head),
+            Ok(None) => return,
+            Err(e) => Err(e.to_string()),
+        };
+        if let Err(reason) = &head {
+            tracing::error!(export = %id, "cannot be served: {reason}");
+        }
+        self.exports.write().insert(id, Export::new(head, false));
+    }
+
+    /// Caches without an export in the store are reported, for they may hold what was never published; those with an
+    /// interrupted publish are opened, which settles it.
+    async fn discover_local(&self) {
+        let (disk, root) = (Arc::clone(&self.services.disk), self.cache_root.clone());
+        let names = cache::blocking_io(move || disk.list_dir(&root)).await.unwrap_or_default();
+        for id in names.into_iter().filter_map(|name| name.parse::<ExportId>().ok()) {
+            let (disk, dir) = (Arc::clone(&self.services.disk), self.cache_root.join(id.as_str()));
+            let files = cache::blocking_io(move || disk.list_dir(&dir)).await.unwrap_or_default();
+            let known = self.exports.read().contains_key(&id);
+            if known && files.iter().any(|name| name == JOURNAL_FILE) {
+                if let Err(e) = self.volume(&id).await {
+                    tracing::error!(export = %id, "an interrupted publish is not settled yet: {e}");
+                }
+            } else if !known && files.iter().any(|name| name == cache_files::META_FILE) {
+                let reason = format!(
+                    "{} is not in the store, but {} holds a cache of it: restore the object, or remove the folder",
+                    self.services.root.export(&id).head(),
+                    self.cache_root.join(id.as_str()).display()
+                );
+                tracing::error!(export = %id, "cannot be served: {reason}");
+                self.exports.write().insert(id, Export::new(Err(reason), false));
+            }
+        }
+    }
+
     /// All exports, sorted by id.
+    #[must_use]
     pub fn list(&self) -> Vec<ExportSummary> {
-        todo!()
+        let summary = |(id, export): (&ExportId, &Arc<Export>)| {
+            let head = export.head.lock().clone();
+            let volume = export.volume.get();
+            let geometry = head.as_ref().ok().map(|head| head.geometry);
+            let current = head.as_ref().ok().and_then(|head| head.current);
+            ExportSummary {
+                export_id: id.clone(),
+                geometry: volume.map_or(geometry, |v| Some(v.geometry())),
+                current_snapshot_id: volume.map_or(current, |v| v.expected_head()),
+                failed: match volume {
+                    Some(volume) => volume.cache.failure().map(|why| why.to_string()),
+                    None => head.err(),
+                },
+            }
+        };
+        self.exports.read().iter().map(summary).collect()
     }
+
     /// The open volume of that name: opens it on first use.
+    ///
+    /// # Errors
+    /// [`ExportError::NotFound`] if it is not loaded here; whatever keeps it from being opened.
     pub async fn volume(&self, id: &ExportId) -> Result<Arc<Volume>, ExportError> {
-        let _ = id;
-        todo!()
+        let export = self.export(id)?;
+        self.open_export(id, &export).await
     }
+
+    fn export(&self, id: &ExportId) -> Result<Arc<Export>, ExportError> {
+        let found = self.exports.read().get(id).cloned();
+        found.ok_or_else(|| {
+            ExportError::NotFound(id.clone(), "loaded here: create it, or open it if it is in the store")
+        })
+    }
+
+    async fn open_export(&self, id: &ExportId, export: &Arc<Export>) -> Result<Arc<Volume>, ExportError> {
+        let opened = export.volume.get_or_try_init(|| async {
+            let not_found = || ExportError::NotFound(id.clone(), "in the store any more");
+            let head = self.services.read_head(id).await?.ok_or_else(not_found)?.head;
+            let dir = self.cache_root.join(id.as_str());
+            let volume = Volume::open(Arc::clone(&self.services), dir, &head, export.read_only).await?;
+            *export.head.lock() = Ok(head);
+            Ok(volume)
+        });
+        match opened.await {
+            Ok(volume) => Ok(Arc::clone(volume)),
+            Err(e) => {
+                if !matches!(e, ExportError::StoreUnavailable(_)) {
+                    *export.head.lock() = Err(ExportError::to_string(&e));
+                }
+                Err(e)
+            }
+        }
+    }
+
     /// A new export of zeros.
+    ///
+    /// # Errors
+    /// [`ExportError::Exists`] if the name is taken here or in the store.
     pub async fn create(&self, id: ExportId, geometry: Geometry) -> Result<ExportStatus, ExportError> {
-        let _ = (id, geometry);
-        todo!()
+        self.create_with(Head::new(id, geometry, None)).await
     }
-    /// Loads an export that is in the store.
-    pub async fn open(&self, id: ExportId, read_only: bool) -> Result<ExportStatus, ExportError> {
-        let _ = (id, read_only);
-        todo!()
-    }
+
     /// A new export that starts as a published snapshot of another (default: its head).
+    ///
+    /// # Errors
+    /// [`ExportError::NotFound`], [`ExportError::SnapshotNotFound`] and [`ExportError::NothingPublished`] about the
+    /// source; [`ExportError::Exists`] about the new one.
     pub async fn clone_export(
         &self,
         id: ExportId,
         source: ExportId,
         snapshot: Option<SnapshotId>,
     ) -> Result<ExportStatus, ExportError> {
-        let _ = (id, source, snapshot);
-        todo!()
+        let not_found = || ExportError::NotFound(source.clone(), "in the store");
+        let head = self.services.read_head(&source).await?.ok_or_else(not_found)?.head;
+        let snapshot = match (snapshot, head.current) {
+            (_, None) => return Err(ExportError::NothingPublished(source)),
+            (Some(asked), Some(_)) => self.published(&source, &head, asked).await?,
+            (None, Some(current)) => current,
+        };
+        let seed = CloneSeed { source_export_id: source, source_snapshot_id: snapshot };
+        self.create_with(Head::new(id, head.geometry, Some(seed))).await
     }
+
+    /// A snapshot that an export's head is or came from. An object that an aborted publish left is not one.
+    async fn published(&self, id: &ExportId, head: &Head, asked: SnapshotId) -> Result<SnapshotId, ExportError> {
+        let not_found = || ExportError::SnapshotNotFound(id.clone(), asked);
+        if head.current == Some(asked) {
+            return Ok(asked);
+        }
+        let manifest = self.services.find_manifest(id, head.geometry, asked).await?.ok_or_else(not_found)?;
+        let ancestry = self.services.ancestry(id, head.geometry, head.current, (asked, manifest.generation())).await?;
+        if ancestry == Ancestry::Foreign { Err(not_found()) } else { Ok(asked) }
+    }
+
+    async fn create_with(&self, head: Head) -> Result<ExportStatus, ExportError> {
+        let id = head.export_id.clone();
+        let _changing = self.changing.lock().await;
+        let exists = || ExportError::Exists(id.clone());
+        if self.exports.read().contains_key(&id) {
+            return Err(exists());
+        }
+        let (disk, dir) = (Arc::clone(&self.services.disk), self.cache_root.join(id.as_str()));
+        let cached = cache::blocking_io(move || cache_files::exists(&*disk, &dir)).await;
+        if cached.map_err(ExportError::damaged)? {
+            return Err(exists());
+        }
+        match self.services.write_head(&head, Condition::IfAbsent).await {
+            Ok(()) => {}
+            Err(StoreError::Conflict { .. }) => return Err(exists()),
+            Err(e) => return Err(e.into()),
+        }
+        let export = Export::new(Ok(head), false);
+        match self.open_export(&id, &export).await {
+            Ok(volume) => {
+                self.exports.write().insert(id.clone(), export);
+                Ok(volume.status())
+            }
+            Err(e) => {
+                // It is ours alone and empty: nothing half-made stays behind.
+                let key = self.services.root.export(&id).head();
+                if let Err(left) = self.services.store.delete(&key).await {
+                    tracing::warn!(export = %id, "{key} of an export that could not be created is still there: {left}");
+                }
+                Err(e)
+            }
+        }
+    }
+
+    /// Loads an export that is in the store; one that only has `refs/current.json` gets its missing head.
+    ///
+    /// # Errors
+    /// [`ExportError::AlreadyLoaded`], [`ExportError::NotFound`].
+    pub async fn open(&self, id: ExportId, read_only: bool) -> Result<ExportStatus, ExportError> {
+        let _changing = self.changing.lock().await;
+        if self.exports.read().contains_key(&id) {
+            return Err(ExportError::AlreadyLoaded(id));
+        }
+        let head = match self.services.read_head(&id).await? {
+            Some(stored) => stored.head,
+            None => self.services.adopt(&id).await?.ok_or_else(|| ExportError::NotFound(id.clone(), "in the store"))?,
+        };
+        let export = Export::new(Ok(head), read_only);
+        let volume = self.open_export(&id, &export).await?;
+        self.exports.write().insert(id, export);
+        Ok(volume.status())
+    }
+
     /// Everything about one export.
+    ///
+    /// # Errors
+    /// As [`volume`](Self::volume).
     pub async fn status(&self, id: &ExportId) -> Result<ExportStatus, ExportError> {
-        let _ = id;
-        todo!()
+        Ok(self.volume(id).await?.status())
     }
+
     /// Publishes what is dirty.
+    ///
+    /// # Errors
+    /// [`ExportError::Busy`], [`ExportError::Conflict`], and whatever keeps it from being uploaded.
     pub async fn snapshot(&self, id: &ExportId) -> Result<Published, ExportError> {
-        let _ = id;
-        todo!()
+        self.volume(id).await?.publish(Kind::Snapshot).await
     }
+
     /// Publishes the whole image afresh.
+    ///
+    /// # Errors
+    /// As [`snapshot`](Self::snapshot).
     pub async fn compact(&self, id: &ExportId) -> Result<Published, ExportError> {
-        let _ = id;
-        todo!()
+        self.volume(id).await?.publish(Kind::Compact).await
     }
+
     /// Drops all local state; what was not published is gone.
+    ///
+    /// # Errors
+    /// [`ExportError::Busy`]; [`ExportError::StoreUnavailable`] if the head cannot be read.
     pub async fn reset(&self, id: &ExportId) -> Result<(), ExportError> {
-        let _ = id;
-        todo!()
+        self.volume(id).await?.reset().await
     }
+
     /// Unloads an export here; cache and remote data stay.
+    ///
+    /// # Errors
+    /// [`ExportError::NotFound`], [`ExportError::Busy`].
     pub async fn unload(&self, id: &ExportId) -> Result<(), ExportError> {
-        let _ = id;
-        todo!()
+        let _changing = self.changing.lock().await;
+        let export = self.export(id)?;
+        if let Some(volume) = export.volume.get() {
+            // Never ended: a closed volume takes no other operation.
+            let operation = volume.begin(Operation::Closing)?;
+            if let Err(e) = volume.close().await {
+                drop(operation);
+                tracing::warn!(export = %id, "unloaded without a clean stop; the next open recovers it: {e}");
+            }
+        }
+        self.exports.write().remove(id);
+        Ok(())
     }
-    /// Flushes and seals every volume; the server stops afterwards.
+
+    /// Ends publishes, flushes and seals every volume; the server stops afterwards.
     pub async fn close(&self) {
-        todo!()
+        let volumes: Vec<_> = self.exports.read().values().filter_map(|e| e.volume.get().cloned()).collect();
+        stream::iter(volumes)
+            .for_each_concurrent(EXPORTS_AT_A_TIME, |volume| async move {
+                volume.stop_publishing();
+                if let Err(e) = volume.close().await {
+                    tracing::error!(export = %volume.export_id(), "stopped without the clean-stop seal: {e}");
+                }
+            })
+            .await;
     }
 }

@@ -1,0 +1,50 @@
+//! Which snapshots led to a head: a manifest names its parent.
+//!
+//! A swap that seemed to fail may have landed and been built upon by another server since; its objects are then part
+//! of a published image and must stay.
+
+use super::Services;
+use super::registry::ExportError;
+use crate::units::{ExportId, Generation, Geometry, SnapshotId};
+
+/// How many manifests are followed before the answer is "unknown".
+const MAX_STEPS: usize = 4096;
+
+/// Whether a snapshot is the head or led to it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Ancestry {
+    /// It was published.
+    Published,
+    /// It never was the head of this line.
+    Foreign,
+    /// The line has manifests of other tools that do not name their parents.
+    Unknown,
+}
+
+impl Services {
+    /// Follows the parents of `head` until `snapshot`, whose own generation is `generation`, must have appeared.
+    pub(super) async fn ancestry(
+        &self,
+        id: &ExportId,
+        geometry: Geometry,
+        head: Option<SnapshotId>,
+        (snapshot, generation): (SnapshotId, Generation),
+    ) -> Result<Ancestry, ExportError> {
+        let mut at = head;
+        for _ in 0..MAX_STEPS {
+            let Some(current) = at else { return Ok(Ancestry::Foreign) };
+            if current == snapshot {
+                return Ok(Ancestry::Published);
+            }
+            let Some(manifest) = self.find_manifest(id, geometry, current).await? else { return Ok(Ancestry::Unknown) };
+            if manifest.generation() <= generation {
+                return Ok(Ancestry::Foreign);
+            }
+            if manifest.parent().is_none() {
+                return Ok(Ancestry::Unknown);
+            }
+            at = manifest.parent();
+        }
+        Ok(Ancestry::Unknown)
+    }
+}

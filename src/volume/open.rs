@@ -1,0 +1,179 @@
+//! Opening a volume: which published image the cache stands on, and what to do when the head is another.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use parking_lot::{Mutex, RwLock};
+
+use super::fill::Fills;
+use super::registry::{ExportError, ExportStatus, Operation};
+use super::{Services, Volume, VolumeError};
+use crate::cache::{self, Base, CacheError, open::Opening};
+use crate::disk;
+use crate::manifest::Manifest;
+use crate::manifest::head::{CLONE_SEED_FILE, CloneSeed, CurrentRef, Head, MAX_HEAD_BYTES};
+use crate::store::{Condition, StoreError};
+use crate::units::{ExportId, Generation};
+
+impl Services {
+    /// The image that a head stands for, and what a cache of it is relative to.
+    pub(super) async fn published_image(&self, head: &Head) -> Result<(Base, Manifest), ExportError> {
+        let id = &head.export_id;
+        if let Some(snapshot) = head.current {
+            let manifest = self.read_manifest(id, head.geometry, snapshot).await?;
+            Ok((Base { snapshot: Some(snapshot), generation: manifest.generation() }, manifest))
+        } else if let Some(seed) = &head.seed {
+            let snapshot = seed.source_snapshot_id;
+            let manifest = self.read_manifest(&seed.source_export_id, head.geometry, snapshot).await?;
+            Ok((Base { snapshot: Some(snapshot), generation: Generation(0) }, manifest.seed_of(id.clone())))
+        } else {
+            Ok((Base::default(), Manifest::empty(id.clone(), head.geometry)))
+        }
+    }
+
+    /// Gives an export of the older direct mode, which only has `refs/current.json`, its head.
+    pub(super) async fn adopt(&self, id: &ExportId) -> Result<Option<Head>, ExportError> {
+        let keys = self.root.export(id);
+        let object = match self.store.get(&keys.current_ref(), MAX_HEAD_BYTES).await {
+            Ok(object) => object,
+            Err(StoreError::NotFound { .. }) => return Ok(None),
+            Err(e) => return Err(e.into()),
+        };
+        let current = CurrentRef::decode(&object.bytes, &keys.current_ref()).map_err(ExportError::damaged)?;
+        let geometry = self.read_geometry(id, current.snapshot_id).await?;
+        let head = Head::new(id.clone(), geometry, None).published(current.snapshot_id);
+        match self.write_head(&head, Condition::IfAbsent).await {
+            // Somebody else adopted it first: theirs is the head.
+            Ok(()) | Err(StoreError::Conflict { .. }) => Ok(self.read_head(id).await?.map(|stored| stored.head)),
+            Err(e) => Err(e.into()),
+        }
+    }
+}
+
+impl Volume {
+    /// Opens the cache, settles what a crash left, and stands on the head, unless dirty data here builds on another.
+    pub(super) async fn open(
+        services: Arc<Services>,
+        dir: PathBuf,
+        head: &Head,
+        read_only: bool,
+    ) -> Result<Arc<Self>, ExportError> {
+        let (head_base, head_image) = services.published_image(head).await?;
+        let opening = Opening {
+            disk: Arc::clone(&services.disk),
+            dir: dir.clone(),
+            export_id: head.export_id.clone(),
+            geometry: head.geometry,
+            base: head_base,
+        };
+        let opened = cache::blocking_io(move || opening.open()).await;
+        let cache = opened.map_err(|e| open_error(&head.export_id, e))?;
+        let base = cache.base();
+        let image = if base == head_base { head_image.clone() } else { services.image_of(head, base, &dir).await? };
+        let volume = Arc::new(Self {
+            export_id: head.export_id.clone(),
+            geometry: head.geometry,
+            read_only,
+            keys: services.root.export(&head.export_id),
+            services,
+            cache: Arc::new(cache),
+            image: Arc::new(RwLock::new(Arc::new(image))),
+            head_seen: Mutex::new(head_base.generation),
+            fills: Fills::default(),
+            open: tokio::sync::RwLock::new(true),
+            stopping: tokio::sync::watch::Sender::new(false),
+            operation: Mutex::new(Operation::Idle),
+        });
+        volume.settle_journal().await?;
+        volume.follow_head().await?;
+        volume.note_seed(head).await?;
+        Ok(volume)
+    }
+
+    /// A cache without dirty chunks follows a head that another server moved; one with dirty chunks stays, and its
+    /// next publish reports the conflict.
+    async fn follow_head(self: &Arc<Self>) -> Result<(), ExportError> {
+        let gone = || ExportError::Damaged(format!("{} is gone from the store", self.keys.head()).into());
+        let head = self.services.read_head(&self.export_id).await?.ok_or_else(gone)?.head;
+        if head.current == self.expected_head() {
+            return Ok(());
+        }
+        if self.cache.counts().1 == 0 {
+            tracing::info!(export = %self.export_id, "another server published since; its snapshot is served from now on");
+            return self.stand_on(&head).await;
+        }
+        tracing::warn!("{}", self.conflict(head.current));
+        Ok(())
+    }
+
+    /// Keeps the seed of a clone that was never published beside its cache.
+    async fn note_seed(&self, head: &Head) -> Result<(), ExportError> {
+        let Some(seed) = head.seed.as_ref().filter(|_| head.current.is_none()) else { return Ok(()) };
+        let bytes = seed.encode();
+        self.journal_io(move |cache| {
+            let (disk, dir) = (cache.disk(), cache.dir());
+            match disk::read_file(&**disk, &dir.join(CLONE_SEED_FILE), MAX_HEAD_BYTES)? {
+                Some(there) if there == bytes => Ok(()),
+                _ => disk::replace_file(&**disk, dir, CLONE_SEED_FILE, &bytes),
+            }
+        })
+        .await
+    }
+
+    /// Everything about the export that can be said without asking the store.
+    pub(super) fn status(&self) -> ExportStatus {
+        let (resident_chunks, dirty_chunks) = self.cache.counts();
+        ExportStatus {
+            export_id: self.export_id.clone(),
+            geometry: self.geometry,
+            resident_chunks,
+            dirty_chunks,
+            snapshot_generation: self.cache.base().generation,
+            remote_head_generation: *self.head_seen.lock(),
+            current_snapshot_id: self.expected_head(),
+            operation: *self.operation.lock(),
+            failed: self.cache.failure().map(|why| why.to_string()),
+        }
+    }
+
+    /// Ends a publish that is uploading; it is rolled back.
+    pub(super) fn stop_publishing(&self) {
+        self.stopping.send_replace(true);
+    }
+}
+
+impl Services {
+    /// The image that a cache stands on whose base is not the head's: another server published since, or a publish of
+    /// our own was not settled.
+    async fn image_of(&self, head: &Head, base: Base, dir: &Path) -> Result<Manifest, ExportError> {
+        let (id, geometry) = (head.export_id.clone(), head.geometry);
+        let as_of_then = match (base.snapshot, base.generation) {
+            (None, _) => Head::new(id, geometry, None),
+            (Some(snapshot), Generation(0)) => {
+                let path = dir.join(CLONE_SEED_FILE);
+                let (disk, file) = (Arc::clone(&self.disk), path.clone());
+                let noted = cache::blocking_io(move || disk::read_file(&*disk, &file, MAX_HEAD_BYTES)).await;
+                let noted = noted
+                    .map_err(|e| e.to_string())
+                    .and_then(|bytes| CloneSeed::decode(&bytes.ok_or_else(|| "it is missing".to_owned())?));
+                let seed = noted.ok().filter(|seed| seed.source_snapshot_id == snapshot).ok_or_else(|| {
+                    let path = path.display();
+                    ExportError::Damaged(
+                        format!("{path} does not name snapshot {snapshot}, on which the cache stands").into(),
+                    )
+                })?;
+                Head::new(id, geometry, Some(seed))
+            }
+            (Some(snapshot), _) => Head::new(id, geometry, None).published(snapshot),
+        };
+        Ok(self.published_image(&as_of_then).await?.1)
+    }
+}
+
+fn open_error(id: &ExportId, error: CacheError) -> ExportError {
+    match error {
+        CacheError::NoSpace(_) => VolumeError::NoSpace(id.clone()).into(),
+        CacheError::Failed(why) => VolumeError::Failed(why).into(),
+        other => ExportError::Damaged(format!("export {id}: {other}").into()),
+    }
+}

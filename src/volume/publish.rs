@@ -1,0 +1,370 @@
+//! Publishing: the cut, the journal, the upload, the swap.
+//!
+//! The order, and what a crash after each step finds (`recover.rs` acts on it):
+//! 1. *cut* – nothing yet: the dirty set is dirty as before.
+//! 2. journal INTENT, durable – objects may be in the store that nobody names: they are removed.
+//! 3. blob, then manifest – the same.
+//! 4. the cut's record synced, journal PREPARED, durable – the swap may have landed, or still may: the head tells.
+//! 5. swap of `volume.json` – the moment of truth.
+//! 6. journal COMMITTED, then the clean marks – the marks are redone.
+//! 7. journal removed, then `refs/current.json` – a copy that may lag by one publish.
+//!
+//! Clients read and write throughout; they wait only for the cut and the change of states in step 6.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use futures_util::future;
+use futures_util::stream::{self, StreamExt};
+use parking_lot::Mutex;
+
+use super::ancestry::Ancestry;
+use super::fill::Remote;
+use super::objects::StoredHead;
+use super::registry::{ExportError, Operation, Published};
+use super::{Volume, VolumeError};
+use crate::cache::journal::{self, Journal, Kind, Phase};
+use crate::cache::{self, Cache, publish::CutChunk, states::Content};
+use crate::manifest::{Change, Manifest};
+use crate::store::{BoxError, Condition, StoreError};
+use crate::units::{ChunkIndex, SnapshotId};
+
+/// The most bytes of chunks that a publish holds between disk and upload, unless a single chunk is larger.
+pub const READ_AHEAD_BYTES: u64 = 32 << 20;
+/// How often a swap is tried while the head stays the one we build on.
+const SWAP_ATTEMPTS: usize = 5;
+
+/// Keeps other operations out of a volume while it lives.
+#[derive(Debug)]
+pub(super) struct OperationGuard<'a>(&'a Volume);
+
+impl Drop for OperationGuard<'_> {
+    fn drop(&mut self) {
+        *self.0.operation.lock() = Operation::Idle;
+    }
+}
+
+/// A chunk on its way into the blob.
+#[derive(Debug, Clone, Copy)]
+enum Planned {
+    /// Dirty at the cut: read as it was then.
+    Cut(ChunkIndex),
+    /// As published: from the cache if it is there, else from the store.
+    Published(ChunkIndex),
+}
+
+impl Volume {
+    /// Begins an operation that excludes all others.
+    pub(super) fn begin(&self, operation: Operation) -> Result<OperationGuard<'_>, ExportError> {
+        let mut current = self.operation.lock();
+        if *current != Operation::Idle {
+            return Err(ExportError::Busy(self.export_id.clone(), current.as_str()));
+        }
+        *current = operation;
+        drop(current);
+        Ok(OperationGuard(self))
+    }
+
+    /// The snapshot that `volume.json` must name for our changes to build on it.
+    pub(super) fn expected_head(&self) -> Option<SnapshotId> {
+        let base = self.cache.base();
+        if base.generation.0 == 0 { None } else { base.snapshot }
+    }
+
+    /// Publishes what is dirty, or the whole image.
+    pub(super) async fn publish(self: &Arc<Self>, kind: Kind) -> Result<Published, ExportError> {
+        let _operation = self.begin(match kind {
+            Kind::Snapshot => Operation::Snapshotting,
+            Kind::Compact => Operation::Compacting,
+        })?;
+        let _open = self.still_open().await?;
+        self.settle_journal().await?;
+        if kind == Kind::Snapshot && self.cache.counts().1 == 0 {
+            return Ok(self.nothing_to_publish());
+        }
+        // Before anything is uploaded: a head that moved makes all of it useless.
+        self.check_head().await?;
+        let cut = cache::blocking(&self.cache, Cache::cut).await.map_err(|e| self.cache_error(e))?;
+        let journal = self.intent(kind);
+        let result = self.publish_cut(&journal, cut).await;
+        match result {
+            Ok(published) => Ok(published),
+            Err(e) => {
+                // Whatever can be undone is undone now; the rest at the next publish or start, by the same rules.
+                if let Err(unsettled) = self.settle_or_uncut().await {
+                    tracing::warn!(export = %self.export_id, "an aborted publish is not cleared away yet: {unsettled}");
+                }
+                Err(e)
+            }
+        }
+    }
+
+    fn nothing_to_publish(&self) -> Published {
+        let base = self.cache.base();
+        Published { created: false, generation: base.generation, snapshot_id: self.expected_head() }
+    }
+
+    fn intent(&self, kind: Kind) -> Journal {
+        let snapshot_id = SnapshotId::generate();
+        Journal {
+            phase: Phase::Intent,
+            kind,
+            export_id: self.export_id.clone(),
+            snapshot_id,
+            parent: self.expected_head(),
+            generation: self.cache.base().generation.next(),
+            manifest_key: self.keys.manifest(snapshot_id).to_string(),
+            blob_key: match kind {
+                Kind::Snapshot => self.keys.delta(snapshot_id).to_string(),
+                Kind::Compact => self.keys.base(snapshot_id).to_string(),
+            },
+        }
+    }
+
+    async fn publish_cut(self: &Arc<Self>, intent: &Journal, cut: Vec<CutChunk>) -> Result<Published, ExportError> {
+        self.write_journal(intent, Phase::Intent).await?;
+        let image = self.image();
+        let upload = async {
+            let manifest = match intent.kind {
+                Kind::Snapshot => self.upload_delta(intent, &image, cut).await?,
+                Kind::Compact => self.upload_base(intent, &image, cut).await?,
+            };
+            self.services.write_manifest(&self.keys.manifest(intent.snapshot_id), manifest.clone()).await?;
+            Ok::<_, ExportError>(manifest)
+        };
+        let mut stopping = self.stopping.subscribe();
+        // Only the upload can be given up in the middle; from PREPARED on every step is taken to its end.
+        let manifest = tokio::select! {
+            manifest = upload => manifest?,
+            _ = stopping.wait_for(|stop| *stop) => return Err(VolumeError::Closed(self.export_id.clone()).into()),
+        };
+        cache::blocking(&self.cache, Cache::sync_cut).await.map_err(|e| self.cache_error(e))?;
+        self.write_journal(intent, Phase::Prepared).await?;
+        self.swap_head(intent).await?;
+        self.finish(intent, manifest).await?;
+        Ok(Published { created: true, generation: intent.generation, snapshot_id: Some(intent.snapshot_id) })
+    }
+
+    /// One blob with what the cut holds; all else stays where it is.
+    async fn upload_delta(
+        self: &Arc<Self>,
+        journal: &Journal,
+        image: &Arc<Manifest>,
+        cut: Vec<CutChunk>,
+    ) -> Result<Manifest, ExportError> {
+        let mut changes: Vec<_> = cut.iter().filter(|c| c.zero).map(|c| (c.chunk, Change::Zero)).collect();
+        let dirty: Vec<_> = cut.iter().filter(|c| !c.zero).map(|c| c.chunk).collect();
+        changes.extend(self.adopt_unhashed(image, &cut).await?);
+        changes.extend(self.upload(journal, dirty.into_iter().map(Planned::Cut)).await?);
+        let (parent, now) = (journal.parent, self.services.clock.now());
+        let blob = self.blob_key(journal);
+        image.successor(self.export_id.clone(), parent, now, blob, changes).map_err(ExportError::damaged)
+    }
+
+    /// One blob with every chunk that is not zeros.
+    async fn upload_base(
+        self: &Arc<Self>,
+        journal: &Journal,
+        image: &Arc<Manifest>,
+        cut: Vec<CutChunk>,
+    ) -> Result<Manifest, ExportError> {
+        let mut in_cut = cut.into_iter().peekable();
+        let chunks = (0..self.geometry.chunk_count()).map(ChunkIndex);
+        let plan: Vec<_> = chunks
+            .filter_map(|chunk| match in_cut.next_if(|c| c.chunk == chunk) {
+                Some(CutChunk { zero: true, .. }) => None,
+                Some(_) => Some(Planned::Cut(chunk)),
+                None => (!image.is_zero(chunk)).then_some(Planned::Published(chunk)),
+            })
+            .collect();
+        let changes = self.upload(journal, plan.into_iter()).await?;
+        let (parent, now) = (journal.parent, self.services.clock.now());
+        let blob = self.blob_key(journal);
+        image.compacted(self.export_id.clone(), parent, now, blob, changes).map_err(ExportError::damaged)
+    }
+
+    fn blob_key(&self, journal: &Journal) -> crate::store::Key {
+        match journal.kind {
+            Kind::Snapshot => self.keys.delta(journal.snapshot_id),
+            Kind::Compact => self.keys.base(journal.snapshot_id),
+        }
+    }
+
+    /// Reads the chunks one after the other, a few ahead, and streams those that are not zeros into the blob. The
+    /// very buffer that is uploaded is hashed (S4). No blob if all are zeros.
+    async fn upload(
+        self: &Arc<Self>,
+        journal: &Journal,
+        plan: impl ExactSizeIterator<Item = Planned> + Send,
+    ) -> Result<Vec<(ChunkIndex, Change)>, ExportError> {
+        let max_bytes = plan.len() as u64 * self.geometry.chunk_size();
+        let ahead = usize::try_from((READ_AHEAD_BYTES / self.geometry.chunk_size()).clamp(1, 8)).unwrap_or(1);
+        let changes = Arc::new(Mutex::new(Vec::with_capacity(plan.len())));
+        let (into, mut offset) = (Arc::clone(&changes), 0);
+        let mut body = stream::iter(plan)
+            .map(|planned| self.read_planned(planned))
+            .buffered(ahead)
+            .filter_map(move |read| {
+                let piece = match read {
+                    Err(e) => Some(Err(BoxError::from(e))),
+                    Ok((chunk, None)) => {
+                        into.lock().push((chunk, Change::Zero));
+                        None
+                    }
+                    Ok((chunk, Some((bytes, hash)))) => {
+                        into.lock().push((chunk, Change::New { offset, hash }));
+                        offset += bytes.len() as u64;
+                        Some(Ok(bytes))
+                    }
+                };
+                future::ready(piece)
+            })
+            .boxed();
+        if let Some(first) = body.next().await {
+            let whole = stream::iter([first]).chain(body).boxed();
+            self.services.store.upload(&self.blob_key(journal), max_bytes, whole).await.map_err(|e| match e {
+                StoreError::Body { source, .. } => match source.downcast::<VolumeError>() {
+                    Ok(own) => ExportError::Volume(*own),
+                    Err(other) => ExportError::Damaged(other.to_string().into()),
+                },
+                e => e.into(),
+            })?;
+        } else {
+            drop(body);
+        }
+        Ok(std::mem::take(&mut *changes.lock()))
+    }
+
+    async fn read_planned(self: &Arc<Self>, planned: Planned) -> Result<HashedChunk, VolumeError> {
+        match planned {
+            Planned::Cut(chunk) => {
+                let read = move |cache: &Cache| {
+                    let mut buf = vec![0; super::buffer_len(cache.geometry().chunk_range(chunk))];
+                    cache.take_cut_chunk(chunk, &mut buf).map(|()| hashed(chunk, buf.into()))
+                };
+                cache::blocking(&self.cache, read).await.map_err(|e| self.cache_error(e))
+            }
+            Planned::Published(chunk) => {
+                let bytes = self.published_chunk(chunk).await?;
+                Ok(cache::blocking_io(move || hashed(chunk, bytes)).await)
+            }
+        }
+    }
+
+    /// A chunk as published: from the cache if that holds it and it is still right, else from the store.
+    async fn published_chunk(self: &Arc<Self>, chunk: ChunkIndex) -> Result<Bytes, VolumeError> {
+        let Some(source) = Remote::of(self.image().source(chunk)) else {
+            return Ok(vec![0; super::buffer_len(self.geometry.chunk_range(chunk))].into());
+        };
+        if let (Content::Clean, Some(hash)) = (self.cache.state(chunk).content(), source.hash) {
+            let read = move |cache: &Cache| {
+                let mut buf = vec![0; super::buffer_len(cache.geometry().chunk_range(chunk))];
+                let clean = cache.read_clean_chunk(chunk, &mut buf)?;
+                Ok((clean && *blake3::hash(&buf).as_bytes() == hash).then_some(buf))
+            };
+            if let Some(buf) = cache::blocking(&self.cache, read).await.map_err(|e| self.cache_error(e))? {
+                return Ok(buf.into());
+            }
+        }
+        self.fetch(chunk, &source).await
+    }
+
+    /// Chunks under a `base_ref` of older tools have no hash. What we write covers every byte by one, so they are
+    /// read once and named where they are.
+    async fn adopt_unhashed(
+        self: &Arc<Self>,
+        image: &Arc<Manifest>,
+        cut: &[CutChunk],
+    ) -> Result<Vec<(ChunkIndex, Change)>, ExportError> {
+        let mut adopted = Vec::new();
+        if !image.has_base() {
+            return Ok(adopted);
+        }
+        let mut in_cut = cut.iter().peekable();
+        for chunk in (0..self.geometry.chunk_count()).map(ChunkIndex) {
+            if in_cut.next_if(|c| c.chunk == chunk).is_some() {
+                continue;
+            }
+            let Some(source @ Remote { hash: None, .. }) = Remote::of(image.source(chunk)) else { continue };
+            let bytes = self.fetch(chunk, &source).await?;
+            adopted.push(match cache::blocking_io(move || hashed(chunk, bytes)).await {
+                (chunk, None) => (chunk, Change::Zero),
+                (chunk, Some((_, hash))) => {
+                    (chunk, Change::Existing { blob: source.key, offset: source.range.offset(), hash })
+                }
+            });
+        }
+        Ok(adopted)
+    }
+
+    /// Refuses to publish over a head that is not the one we build on (S8).
+    async fn check_head(&self) -> Result<StoredHead, ExportError> {
+        let gone = || {
+            let text = format!(
+                "{} is gone: the export was deleted in the store; restore it or unload the export",
+                self.keys.head()
+            );
+            ExportError::Damaged(text.into())
+        };
+        let stored = self.services.read_head(&self.export_id).await?.ok_or_else(gone)?;
+        if stored.head.current == self.expected_head() { Ok(stored) } else { Err(self.conflict(stored.head.current)) }
+    }
+
+    pub(super) fn conflict(&self, found: Option<SnapshotId>) -> ExportError {
+        let name = |id: Option<SnapshotId>| id.map_or_else(|| "none".to_owned(), |id| id.to_string());
+        ExportError::Conflict {
+            export_id: self.export_id.clone(),
+            expected: name(self.expected_head()),
+            found: name(found),
+        }
+    }
+
+    /// Moves the head to the new snapshot, or says why not. An unclear answer is settled by reading the head (S6).
+    async fn swap_head(&self, journal: &Journal) -> Result<(), ExportError> {
+        let mut last = None;
+        for _ in 0..SWAP_ATTEMPTS {
+            let stored = match self.landed(journal).await? {
+                (Ancestry::Published, _) => return Ok(()),
+                (_, stored) if stored.head.current == journal.parent => stored,
+                (_, stored) => return Err(self.conflict(stored.head.current)),
+            };
+            let next = stored.head.published(journal.snapshot_id);
+            match self.services.write_head(&next, Condition::IfVersion(stored.version)).await {
+                Ok(()) => return Ok(()),
+                Err(e @ (StoreError::Conflict { .. } | StoreError::Unavailable { .. })) => last = Some(e.into()),
+                Err(e) => return Err(e.into()),
+            }
+        }
+        Err(last.unwrap_or_else(|| self.conflict(None)))
+    }
+
+    /// The swap landed: the journal says so, then the chunks of the cut become clean.
+    pub(super) async fn finish(&self, journal: &Journal, manifest: Manifest) -> Result<(), ExportError> {
+        self.write_journal(journal, Phase::Committed).await?;
+        let base = cache::Base { snapshot: Some(journal.snapshot_id), generation: journal.generation };
+        let current = manifest.current_ref(journal.snapshot_id, &self.keys.manifest(journal.snapshot_id));
+        self.commit(base, manifest).await?;
+        *self.head_seen.lock() = journal.generation;
+        self.drop_journal().await?;
+        if let Err(e) = self.services.write_current_ref(&self.export_id, &current).await {
+            tracing::warn!(export = %self.export_id, "refs/current.json was not updated, the next publish will: {e}");
+        }
+        Ok(())
+    }
+
+    async fn write_journal(&self, journal: &Journal, phase: Phase) -> Result<(), ExportError> {
+        let bytes = Journal { phase, ..journal.clone() }.encode();
+        self.journal_io(move |cache| journal::store(&**cache.disk(), cache.dir(), &bytes)).await
+    }
+}
+
+/// A chunk with the hash of its bytes, or without either if it is zeros.
+type HashedChunk = (ChunkIndex, Option<(Bytes, [u8; 32])>);
+
+fn hashed(chunk: ChunkIndex, bytes: Bytes) -> HashedChunk {
+    if bytes.iter().all(|b| *b == 0) {
+        return (chunk, None);
+    }
+    let hash = *blake3::hash(&bytes).as_bytes();
+    (chunk, Some((bytes, hash)))
+}

@@ -1,0 +1,178 @@
+//! What a start, or the next publish, does with what an interrupted publish left.
+//!
+//! The journal's phase decides; every step may be repeated, since recovery may itself be interrupted:
+//! - INTENT: no swap was ever sent. Remove the objects; all that was dirty still is.
+//! - PREPARED: a swap may have landed. If the head is ours, or was built upon ours: finish. If not: move the head's
+//!   version by a swap of our own, so that a delayed one can only fail (S7); then remove the objects. If the line of
+//!   the head cannot be followed, the objects stay: a leak is no loss.
+//! - COMMITTED: finish.
+
+use std::io;
+use std::sync::Arc;
+
+use super::ancestry::Ancestry;
+use super::objects::StoredHead;
+use super::registry::ExportError;
+use super::{Volume, VolumeError};
+use crate::cache::journal::{self, Journal, Phase};
+use crate::cache::{self, Base, Cache};
+use crate::manifest::Manifest;
+use crate::manifest::head::{CLONE_SEED_FILE, Head};
+use crate::store::{Condition, StoreError};
+
+/// How often the head's version is moved before it is left for the next time.
+const NUDGE_ATTEMPTS: usize = 5;
+
+impl Volume {
+    /// Finishes or rolls back an interrupted publish, if there is one.
+    pub(super) async fn settle_journal(self: &Arc<Self>) -> Result<(), ExportError> {
+        let found = self.journal_io(|cache| journal::load(&**cache.disk(), cache.dir())).await?;
+        let Some(bytes) = found else { return Ok(()) };
+        let path = self.cache.dir().join(journal::JOURNAL_FILE);
+        let damaged = |e: journal::JournalError| {
+            ExportError::Damaged(format!("{}: {e}; remove it if no publish was under way", path.display()).into())
+        };
+        let journal = Journal::decode(&bytes, &self.export_id).map_err(damaged)?;
+        tracing::info!(
+            export = %self.export_id, snapshot = %journal.snapshot_id, phase = ?journal.phase,
+            "settling an interrupted publish"
+        );
+        match journal.phase {
+            Phase::Intent => self.roll_back(&journal, true).await,
+            Phase::Committed => self.finish_interrupted(&journal).await,
+            Phase::Prepared => match self.landed(&journal).await? {
+                (Ancestry::Published, _) => self.finish_interrupted(&journal).await,
+                (Ancestry::Unknown, stored) if stored.head.current != journal.parent => {
+                    tracing::warn!(
+                        export = %self.export_id, snapshot = %journal.snapshot_id,
+                        "whether the snapshot was published cannot be told from the manifests: its objects are kept"
+                    );
+                    self.roll_back(&journal, false).await
+                }
+                (_, stored) => {
+                    let removable = self.fence(&journal, stored).await?;
+                    if removable {
+                        self.roll_back(&journal, true).await
+                    } else {
+                        self.finish_interrupted(&journal).await
+                    }
+                }
+            },
+        }
+    }
+
+    /// As [`settle_journal`](Self::settle_journal), for a publish that failed perhaps before it had a journal.
+    pub(super) async fn settle_or_uncut(self: &Arc<Self>) -> Result<(), ExportError> {
+        self.settle_journal().await?;
+        // Nothing is in the cut any more if the journal was settled; if there was none, all of it still is.
+        Ok(cache::blocking(&self.cache, Cache::uncut).await.map_err(|e| self.cache_error(e))?)
+    }
+
+    /// Whether the journal's snapshot became the head or was built upon, and the head as it stands.
+    pub(super) async fn landed(&self, journal: &Journal) -> Result<(Ancestry, StoredHead), ExportError> {
+        let gone = || ExportError::Damaged(format!("{} is gone from the store", self.keys.head()).into());
+        let stored = self.services.read_head(&self.export_id).await?.ok_or_else(gone)?;
+        let ours = (journal.snapshot_id, journal.generation);
+        let head = stored.head.current;
+        if head == journal.parent {
+            return Ok((Ancestry::Foreign, stored));
+        }
+        Ok((self.services.ancestry(&self.export_id, self.geometry, head, ours).await?, stored))
+    }
+
+    /// Makes sure that a swap still on its way can only fail. `false` if it landed after all.
+    async fn fence(&self, journal: &Journal, mut stored: StoredHead) -> Result<bool, ExportError> {
+        for _ in 0..NUDGE_ATTEMPTS {
+            if stored.head.current != journal.parent {
+                // The head moved on without us: the version that the swap was bound to is gone for good.
+                return Ok(true);
+            }
+            let nudged = stored.head.nudged();
+            match self.services.write_head(&nudged, Condition::IfVersion(stored.version)).await {
+                Ok(()) => return Ok(true),
+                Err(StoreError::Conflict { .. } | StoreError::Unavailable { .. }) => {}
+                Err(e) => return Err(e.into()),
+            }
+            match self.landed(journal).await? {
+                (Ancestry::Published, _) => return Ok(false),
+                (_, now) => stored = now,
+            }
+        }
+        let text = format!("{} keeps changing; the interrupted publish is settled later", self.keys.head());
+        Err(ExportError::StoreUnavailable(text.into()))
+    }
+
+    async fn roll_back(&self, journal: &Journal, remove_objects: bool) -> Result<(), ExportError> {
+        if remove_objects {
+            let snapshot = journal.snapshot_id;
+            for key in [self.keys.manifest(snapshot), self.keys.delta(snapshot), self.keys.base(snapshot)] {
+                self.services.store.delete(&key).await?;
+            }
+        }
+        cache::blocking(&self.cache, Cache::uncut).await.map_err(|e| self.cache_error(e))?;
+        self.drop_journal().await
+    }
+
+    async fn finish_interrupted(&self, journal: &Journal) -> Result<(), ExportError> {
+        let (id, geometry) = (&self.export_id, self.geometry);
+        let manifest = self.services.read_manifest(id, geometry, journal.snapshot_id).await?;
+        self.finish(journal, manifest).await
+    }
+
+    /// The cache stands on a new snapshot; image and states change together.
+    pub(super) async fn commit(&self, base: Base, manifest: Manifest) -> Result<(), VolumeError> {
+        let image = Arc::new(manifest);
+        let holder = Arc::clone(&self.image);
+        let committed = cache::blocking(&self.cache, move |cache| cache.commit(base, || *holder.write() = image)).await;
+        committed.map_err(|e| self.cache_error(e))
+    }
+
+    /// Drops all local state and stands on the head as it is in the store now.
+    pub(super) async fn reset(self: &Arc<Self>) -> Result<(), ExportError> {
+        let _operation = self.begin(super::registry::Operation::Resetting)?;
+        let _open = self.still_open().await?;
+        self.settle_journal().await?;
+        let gone = || ExportError::Damaged(format!("{} is gone from the store", self.keys.head()).into());
+        let stored = self.services.read_head(&self.export_id).await?.ok_or_else(gone)?;
+        self.stand_on(&stored.head).await
+    }
+
+    /// Forgets the cache's content and takes a head's image in its place.
+    pub(super) async fn stand_on(self: &Arc<Self>, head: &Head) -> Result<(), ExportError> {
+        let (base, manifest) = self.services.published_image(head).await?;
+        *self.head_seen.lock() = base.generation;
+        let (holder, image) = (Arc::clone(&self.image), Arc::new(manifest));
+        let reset = move |cache: &Cache| {
+            cache.reset(|| {
+                *holder.write() = image;
+                base
+            })
+        };
+        Ok(cache::blocking(&self.cache, reset).await.map_err(|e| self.cache_error(e))?)
+    }
+
+    /// The publish is over: its journal goes, and with the first one the note of the clone's seed.
+    pub(super) async fn drop_journal(&self) -> Result<(), ExportError> {
+        let published = self.cache.base().generation.0 > 0;
+        self.journal_io(move |cache| {
+            if published {
+                cache.disk().remove(&cache.dir().join(CLONE_SEED_FILE))?;
+            }
+            journal::remove(&**cache.disk(), cache.dir())
+        })
+        .await
+    }
+
+    pub(super) async fn journal_io<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&Cache) -> io::Result<T> + Send + 'static,
+    ) -> Result<T, ExportError> {
+        cache::blocking(&self.cache, work).await.map_err(|e| {
+            if matches!(e.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded) {
+                return VolumeError::NoSpace(self.export_id.clone()).into();
+            }
+            let path = self.cache.dir().join(journal::JOURNAL_FILE);
+            ExportError::Damaged(format!("{}: {e}", path.display()).into())
+        })
+    }
+}
