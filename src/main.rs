@@ -1,1 +1,3 @@
+//! The `nbd-server` program.
+
 fn main() {}

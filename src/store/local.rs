@@ -22,8 +22,8 @@ use super::retry::Request;
 use super::{Body, Condition, Key, Object, Store, StoreError, Version};
 use crate::clock::Clock;
 use crate::units::ByteRange;
-pub use folder::{LOCK_PATIENCE, TMP_LIFETIME};
 use folder::{Fault, Folder, Tmp};
+pub use folder::{LOCK_PATIENCE, TMP_LIFETIME};
 
 /// How many bytes of an upload are gathered for one trip to a blocking thread.
 const WRITE_BATCH_BYTES: u64 = 1 << 20;

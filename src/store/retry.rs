@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 
-use super::{BoxError, Body, Condition, Key, Object, SharedStore, Store, StoreError, Version};
+use super::{Body, BoxError, Condition, Key, Object, SharedStore, Store, StoreError, Version};
 use crate::clock::Clock;
 use crate::units::ByteRange;
 

@@ -94,12 +94,7 @@ impl Cutter<'_> {
     }
 }
 
-pub(super) async fn upload(
-    store: &RemoteStore,
-    key: &Key,
-    max_bytes: u64,
-    body: Body<'_>,
-) -> Result<(), StoreError> {
+pub(super) async fn upload(store: &RemoteStore, key: &Key, max_bytes: u64, body: Body<'_>) -> Result<(), StoreError> {
     let request = Request { operation: "upload", key };
     let path = path(request)?;
     let part_bytes = part_bytes(max_bytes);

@@ -150,7 +150,8 @@ async fn an_outage_ends_as_an_error_within_the_limit_that_says_how_often_and_how
         assert!(waited < DEFAULT_LIMIT, "{name} waited {waited:?}");
         assert!(waited > DEFAULT_LIMIT - DEFAULT_MAX_DELAY * 2, "{name} gave up after {waited:?} already");
         let text = error.to_string();
-        let said = format!("gave up after {} attempts in {:.1} s: the lights are out", store.calls(), waited.as_secs_f64());
+        let said =
+            format!("gave up after {} attempts in {:.1} s: the lights are out", store.calls(), waited.as_secs_f64());
         assert!(matches!(error, StoreError::Unavailable { .. }) && text.contains(&said), "{text} / {said}");
     }
 }

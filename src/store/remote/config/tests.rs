@@ -24,10 +24,7 @@ fn a_client_for_https_can_be_made_for_every_service() {
         (RemoteKind::S3, KEYS),
         (RemoteKind::R2, KEYS),
         (RemoteKind::Gcs, &[("GOOGLE_BEARER_TOKEN", "hushhush")]),
-        (
-            RemoteKind::Azure,
-            &[("AZURE_STORAGE_ACCOUNT_NAME", "account"), ("AZURE_STORAGE_ACCOUNT_KEY", azure_key)],
-        ),
+        (RemoteKind::Azure, &[("AZURE_STORAGE_ACCOUNT_NAME", "account"), ("AZURE_STORAGE_ACCOUNT_KEY", azure_key)]),
     ];
     for (kind, environment) in environments {
         let store = connect(&config(kind), environment).unwrap();

@@ -7,13 +7,9 @@ const MIB: u64 = 1 << 20;
 
 #[test]
 fn parts_are_small_until_the_limit_on_their_number_makes_them_larger() {
-    for (max_bytes, expected) in [
-        (0, 8 * MIB),
-        (1, 8 * MIB),
-        (80_000 * MIB, 8 * MIB),
-        (80_000 * MIB + 1, 9 * MIB),
-        (1_000_000 * MIB, 100 * MIB),
-    ] {
+    for (max_bytes, expected) in
+        [(0, 8 * MIB), (1, 8 * MIB), (80_000 * MIB, 8 * MIB), (80_000 * MIB + 1, 9 * MIB), (1_000_000 * MIB, 100 * MIB)]
+    {
         assert_eq!(part_bytes(max_bytes), expected, "{max_bytes}");
     }
 }

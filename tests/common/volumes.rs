@@ -1,0 +1,92 @@
+//! Volumes without sockets: a registry over a watched store and a temporary cache root.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use nbd_server::clock::SystemClock;
+use nbd_server::disk::{Disk, RealDisk};
+use nbd_server::store::keys::ExportRoot;
+use nbd_server::store::remote::RemoteStore;
+use nbd_server::units::{ByteRange, ExportId, Geometry};
+use nbd_server::volume::registry::{ExportStatus, Registry};
+use nbd_server::volume::{Services, Volume};
+use tempfile::TempDir;
+
+use super::watched::Watched;
+
+pub const CHUNK: u64 = 4096;
+
+/// One store and the cache roots of any number of servers on it.
+pub struct Site {
+    pub store: Arc<Watched>,
+    dirs: BTreeMap<&'static str, TempDir>,
+}
+
+impl Site {
+    pub fn new() -> Self {
+        Self { store: Arc::new(Watched::new(RemoteStore::memory())), dirs: BTreeMap::new() }
+    }
+
+    pub fn cache_root(&mut self, server: &'static str) -> PathBuf {
+        self.dirs.entry(server).or_insert_with(|| tempfile::tempdir().unwrap()).path().to_owned()
+    }
+
+    /// Starts a server; starting it again without a close is what a killed process does.
+    pub async fn start(&mut self, server: &'static str) -> Arc<Registry> {
+        self.start_on(server, Arc::new(RealDisk)).await
+    }
+
+    pub async fn start_on(&mut self, server: &'static str, disk: Arc<dyn Disk>) -> Arc<Registry> {
+        let services = Services::new(self.store.clone(), root(), disk, Arc::new(SystemClock));
+        Registry::discover(Arc::new(services), self.cache_root(server)).await.unwrap()
+    }
+
+    /// A fresh server that has nothing cached: what it reads comes from the store.
+    pub async fn elsewhere(&mut self) -> Arc<Registry> {
+        self.dirs.remove("elsewhere");
+        self.start("elsewhere").await
+    }
+}
+
+pub fn root() -> ExportRoot {
+    ExportRoot::new("exports".parse().unwrap())
+}
+
+pub fn id(name: &str) -> ExportId {
+    name.parse().unwrap()
+}
+
+pub fn geometry(chunks: u64) -> Geometry {
+    Geometry::new(chunks * CHUNK, CHUNK).unwrap()
+}
+
+pub async fn create(registry: &Arc<Registry>, name: &str, chunks: u64) -> Arc<Volume> {
+    registry.create(id(name), geometry(chunks)).await.unwrap();
+    registry.volume(&id(name)).await.unwrap()
+}
+
+pub async fn read(volume: &Arc<Volume>, offset: u64, len: u64) -> Bytes {
+    volume.read(ByteRange::new(offset, len).unwrap()).await.unwrap()
+}
+
+pub async fn read_all(volume: &Arc<Volume>) -> Bytes {
+    read(volume, 0, volume.geometry().image_size()).await
+}
+
+pub async fn image(registry: &Arc<Registry>, name: &str) -> Bytes {
+    read_all(&registry.volume(&id(name)).await.unwrap()).await
+}
+
+pub async fn write(volume: &Arc<Volume>, offset: u64, byte: u8, len: u64) {
+    volume.write(offset, vec![byte; usize::try_from(len).unwrap()].into()).await.unwrap();
+}
+
+pub async fn status(registry: &Arc<Registry>, name: &str) -> ExportStatus {
+    registry.status(&id(name)).await.unwrap()
+}
+
+pub fn range(offset: u64, len: u64) -> ByteRange {
+    ByteRange::new(offset, len).unwrap()
+}

@@ -1,0 +1,721 @@
+//! What a volume promises its front ends, over a store that counts and fails as a test wishes.
+
+#![allow(clippy::unwrap_used, clippy::cast_possible_truncation, missing_docs)]
+
+mod common;
+
+use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use common::volumes::*;
+use common::watched::Fate;
+use nbd_server::disk::{Disk, DiskFile, RealDisk};
+use nbd_server::store::{Condition, Store};
+use nbd_server::units::SnapshotId;
+use nbd_server::volume::registry::ExportError;
+use nbd_server::volume::{Extent, Residency, VolumeError};
+
+/// Publishes an export of 8 chunks, chunk i full of byte i + 1, and returns its snapshot.
+async fn publish_eight(site: &mut Site) -> SnapshotId {
+    let registry = site.start("origin").await;
+    let volume = create(&registry, "disk", 8).await;
+    for i in 0..8 {
+        write(&volume, i * CHUNK, i as u8 + 1, CHUNK).await;
+    }
+    let published = registry.snapshot(&id("disk")).await.unwrap();
+    registry.close().await;
+    site.store.forget_counts();
+    published.snapshot_id.unwrap()
+}
+
+#[tokio::test]
+async fn a_new_export_reads_as_zeros_and_asks_the_store_for_nothing() {
+    let mut site = Site::new();
+    let registry = site.start("a").await;
+    let volume = create(&registry, "disk", 8).await;
+    site.store.forget_counts();
+    assert!(read_all(&volume).await.iter().all(|b| *b == 0));
+    assert_eq!(site.store.count("get_range"), 0);
+}
+
+#[tokio::test]
+async fn concurrent_readers_of_a_missing_chunk_cause_one_fetch() {
+    let mut site = Site::new();
+    publish_eight(&mut site).await;
+    let registry = site.elsewhere().await;
+    let volume = registry.volume(&id("disk")).await.unwrap();
+    *site.store.delay.lock().unwrap() = Duration::from_millis(50);
+    let reads = (0..32).map(|i| {
+        let volume = volume.clone();
+        tokio::spawn(async move { read(&volume, 3 * CHUNK + i, 1).await[0] })
+    });
+    for byte in futures_util::future::join_all(reads).await {
+        assert_eq!(byte.unwrap(), 4);
+    }
+    assert_eq!(site.store.count("get_range"), 1);
+    assert_eq!(status(&registry, "disk").await.resident_chunks, 1);
+    read(&volume, 3 * CHUNK, CHUNK).await;
+    assert_eq!(site.store.count("get_range"), 1, "a resident chunk is not fetched again");
+}
+
+#[tokio::test]
+async fn a_fill_lives_on_when_its_first_requester_hangs_up() {
+    let mut site = Site::new();
+    publish_eight(&mut site).await;
+    let registry = site.elsewhere().await;
+    let volume = registry.volume(&id("disk")).await.unwrap();
+    *site.store.delay.lock().unwrap() = Duration::from_millis(100);
+    let hung_up = tokio::time::timeout(Duration::from_millis(20), read(&volume, 0, 1)).await;
+    assert!(hung_up.is_err());
+    assert_eq!(read(&volume, 0, 1).await[0], 1);
+    assert_eq!(site.store.count("get_range"), 1);
+}
+
+#[tokio::test]
+async fn a_partial_write_on_a_missing_chunk_keeps_the_rest() {
+    let mut site = Site::new();
+    publish_eight(&mut site).await;
+    let registry = site.elsewhere().await;
+    let volume = registry.volume(&id("disk")).await.unwrap();
+    write(&volume, 2 * CHUNK + 100, 0xee, 10).await;
+    let chunk = read(&volume, 2 * CHUNK, CHUNK).await;
+    assert!(chunk[..100].iter().all(|b| *b == 3));
+    assert!(chunk[100..110].iter().all(|b| *b == 0xee));
+    assert!(chunk[110..].iter().all(|b| *b == 3));
+}
+
+#[tokio::test]
+async fn a_full_overwrite_fetches_nothing_and_a_write_across_chunks_only_its_edges() {
+    let mut site = Site::new();
+    publish_eight(&mut site).await;
+    let registry = site.elsewhere().await;
+    let volume = registry.volume(&id("disk")).await.unwrap();
+    write(&volume, 2 * CHUNK, 0xee, 2 * CHUNK).await;
+    assert_eq!(site.store.count("get_range"), 0);
+    write(&volume, 5 * CHUNK - 1, 0xdd, 2 * CHUNK + 2).await;
+    assert_eq!(site.store.count("get_range"), 2, "chunks 4 and 7, not 5 and 6");
+    let all = read_all(&volume).await;
+    assert_eq!(all[5 * CHUNK as usize - 2], 5);
+    assert!(all[5 * CHUNK as usize - 1..7 * CHUNK as usize + 1].iter().all(|b| *b == 0xdd));
+    assert_eq!(all[7 * CHUNK as usize + 1], 8);
+}
+
+#[tokio::test]
+async fn zeroing_whole_chunks_fetches_nothing_and_frees_their_space() {
+    let mut site = Site::new();
+    publish_eight(&mut site).await;
+    let registry = site.start("origin").await;
+    let volume = registry.volume(&id("disk")).await.unwrap();
+    let raw = site.cache_root("origin").join("disk/cache.raw");
+    let before = std::fs::metadata(&raw).unwrap().blocks();
+    volume.trim(range(0, 4 * CHUNK)).await.unwrap();
+    assert!(std::fs::metadata(&raw).unwrap().blocks() < before);
+    assert!(read(&volume, 0, 4 * CHUNK).await.iter().all(|b| *b == 0));
+
+    let registry = site.elsewhere().await;
+    let volume = registry.volume(&id("disk")).await.unwrap();
+    volume.write_zeroes(range(0, 2 * CHUNK)).await.unwrap();
+    assert_eq!(site.store.count("get_range"), 0);
+    // An edge of a missing chunk: WRITE_ZEROES fetches and merges, TRIM leaves it.
+    volume.write_zeroes(range(2 * CHUNK, 10)).await.unwrap();
+    volume.trim(range(3 * CHUNK, 10)).await.unwrap();
+    assert_eq!(site.store.count("get_range"), 1);
+    let all = read_all(&volume).await;
+    assert!(all[..2 * CHUNK as usize + 10].iter().all(|b| *b == 0));
+    assert_eq!(all[2 * CHUNK as usize + 10], 3);
+    assert_eq!(all[3 * CHUNK as usize], 4);
+}
+
+#[tokio::test]
+async fn a_partial_write_on_a_zeroed_chunk_lets_no_older_data_shine_through() {
+    let mut site = Site::new();
+    publish_eight(&mut site).await;
+    let registry = site.elsewhere().await;
+    let volume = registry.volume(&id("disk")).await.unwrap();
+    read_all(&volume).await;
+    volume.trim(range(0, CHUNK)).await.unwrap();
+    write(&volume, 10, 0xaa, 10).await;
+    registry.snapshot(&id("disk")).await.unwrap();
+    let mut expected = vec![0; CHUNK as usize];
+    expected[10..20].fill(0xaa);
+    assert_eq!(read(&volume, 0, CHUNK).await, expected);
+    assert_eq!(image(&site.elsewhere().await, "disk").await[..CHUNK as usize], expected);
+}
+
+#[tokio::test]
+async fn extents_tell_absent_clean_dirty_and_zero_apart() {
+    let mut site = Site::new();
+    publish_eight(&mut site).await;
+    let registry = site.elsewhere().await;
+    let volume = registry.volume(&id("disk")).await.unwrap();
+    read(&volume, CHUNK, CHUNK).await;
+    write(&volume, 2 * CHUNK, 9, CHUNK).await;
+    volume.trim(range(3 * CHUNK, CHUNK)).await.unwrap();
+    let extents = volume.extents(range(0, 8 * CHUNK), 100).await.unwrap();
+    let expected = [
+        (CHUNK, Residency::Absent),
+        (CHUNK, Residency::Clean),
+        (CHUNK, Residency::Dirty),
+        (CHUNK, Residency::Zero { dirty: true }),
+        (4 * CHUNK, Residency::Absent),
+    ];
+    assert_eq!(extents, expected.map(|(len, residency)| Extent { len, residency }));
+    assert_eq!(volume.extents(range(10, 8 * CHUNK - 10), 2).await.unwrap().len(), 2);
+}
+
+#[tokio::test]
+async fn a_snapshot_holds_what_was_written_before_it_and_nothing_after() {
+    let mut site = Site::new();
+    let registry = site.start("a").await;
+    let volume = create(&registry, "disk", 64).await;
+    for i in 0..64 {
+        write(&volume, i * CHUNK, 1, CHUNK).await;
+    }
+    // While the blob is on its way, every chunk is overwritten: most must be set aside for the snapshot.
+    *site.store.delay.lock().unwrap() = Duration::from_millis(100);
+    let publishing = tokio::spawn({
+        let registry = registry.clone();
+        async move { registry.snapshot(&id("disk")).await.unwrap() }
+    });
+    while registry.list()[0].current_snapshot_id.is_none() && site.store.count("upload") == 0 {
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    for i in 0..64 {
+        write(&volume, i * CHUNK + 7, 2, 100).await;
+    }
+    let published = publishing.await.unwrap();
+    *site.store.delay.lock().unwrap() = Duration::ZERO;
+    assert_eq!(status(&registry, "disk").await.dirty_chunks, 64, "dirty for the next generation");
+    assert!(image(&site.elsewhere().await, "disk").await.iter().all(|b| *b == 1));
+    assert!(!site.cache_root("a").join("disk/cut.aside").exists());
+
+    let second = registry.snapshot(&id("disk")).await.unwrap();
+    assert_eq!(second.generation.0, published.generation.0 + 1);
+    assert_eq!(image(&site.elsewhere().await, "disk").await, read_all(&volume).await);
+}
+
+#[tokio::test]
+async fn a_snapshot_with_nothing_dirty_creates_nothing_and_says_so() {
+    let mut site = Site::new();
+    let snapshot = publish_eight(&mut site).await;
+    let registry = site.elsewhere().await;
+    read_all(&registry.volume(&id("disk")).await.unwrap()).await;
+    site.store.forget_counts();
+    let published = registry.snapshot(&id("disk")).await.unwrap();
+    assert!(!published.created);
+    assert_eq!((published.generation.0, published.snapshot_id), (1, Some(snapshot)));
+    assert_eq!(site.store.count("upload") + site.store.count("put"), 0);
+}
+
+#[tokio::test]
+async fn a_delta_holds_only_what_changed_and_no_zeros() {
+    let mut site = Site::new();
+    publish_eight(&mut site).await;
+    let registry = site.elsewhere().await;
+    let volume = registry.volume(&id("disk")).await.unwrap();
+    write(&volume, 0, 9, CHUNK).await;
+    write(&volume, CHUNK, 0, CHUNK).await;
+    volume.trim(range(2 * CHUNK, CHUNK)).await.unwrap();
+    let snapshot = registry.snapshot(&id("disk")).await.unwrap().snapshot_id.unwrap();
+    let delta = site.store.get(&root().export(&id("disk")).delta(snapshot), 1 << 20).await.unwrap();
+    assert_eq!(delta.bytes, vec![9; CHUNK as usize]);
+    let all = image(&site.elsewhere().await, "disk").await;
+    let firsts: Vec<u8> = all.chunks(CHUNK as usize).map(|chunk| chunk[0]).collect();
+    assert_eq!(firsts, [9, 0, 0, 4, 5, 6, 7, 8]);
+}
+
+#[tokio::test]
+async fn compaction_makes_one_base_and_every_older_snapshot_stays() {
+    let mut site = Site::new();
+    let first = publish_eight(&mut site).await;
+    let registry = site.elsewhere().await;
+    let volume = registry.volume(&id("disk")).await.unwrap();
+    write(&volume, 0, 9, CHUNK).await;
+    let second = registry.snapshot(&id("disk")).await.unwrap().snapshot_id.unwrap();
+    write(&volume, CHUNK, 10, 5).await;
+    volume.trim(range(7 * CHUNK, CHUNK)).await.unwrap();
+    let third = registry.compact(&id("disk")).await.unwrap();
+    assert_eq!((third.created, third.generation.0), (true, 3));
+    let keys = root().export(&id("disk"));
+    let base = site.store.get(&keys.base(third.snapshot_id.unwrap()), 1 << 20).await.unwrap();
+    assert_eq!(base.bytes.len() as u64, 7 * CHUNK);
+    // The compacted image needs no other blob.
+    for snapshot in [first, second] {
+        let blob = site.store.get(&keys.delta(snapshot), 1 << 20).await.unwrap();
+        site.store.delete(&keys.delta(snapshot)).await.unwrap();
+        assert_eq!(image(&site.elsewhere().await, "disk").await, read_all(&volume).await);
+        site.store.put(&keys.delta(snapshot), blob.bytes, Condition::Always).await.unwrap();
+    }
+    // Each published snapshot is still there to be cloned.
+    for (snapshot, name, bytes) in [(first, "c1", [1, 2, 8]), (second, "c2", [9, 2, 8])] {
+        registry.clone_export(id(name), id("disk"), Some(snapshot)).await.unwrap();
+        let all = image(&registry, name).await;
+        assert_eq!([all[0], all[CHUNK as usize], all[7 * CHUNK as usize]], bytes);
+    }
+}
+
+#[tokio::test]
+async fn a_clone_shares_its_sources_blobs_and_first_publishes_only_what_it_wrote() {
+    let mut site = Site::new();
+    let source = publish_eight(&mut site).await;
+    let registry = site.start("origin").await;
+    site.store.forget_counts();
+    registry.clone_export(id("copy"), id("disk"), None).await.unwrap();
+    assert_eq!(site.store.count("upload"), 0);
+    let seed = site.cache_root("origin").join("copy/clone.seed.json");
+    assert!(seed.exists());
+    let copy = registry.volume(&id("copy")).await.unwrap();
+    write(&copy, 3 * CHUNK + 1, 0xcc, 1).await;
+    let published = registry.snapshot(&id("copy")).await.unwrap();
+    assert_eq!(published.generation.0, 1);
+    assert!(!seed.exists());
+    let keys = root().export(&id("copy"));
+    let delta = site.store.get(&keys.delta(published.snapshot_id.unwrap()), 1 << 20).await.unwrap();
+    assert_eq!(delta.bytes.len() as u64, CHUNK);
+    let manifest = site.store.get(&keys.manifest(published.snapshot_id.unwrap()), 1 << 20).await.unwrap();
+    let manifest = String::from_utf8(manifest.bytes.to_vec()).unwrap();
+    assert!(manifest.contains(root().export(&id("disk")).delta(source).as_str()));
+
+    let there = site.elsewhere().await;
+    let mut expected = image(&there, "disk").await.to_vec();
+    expected[3 * CHUNK as usize + 1] = 0xcc;
+    assert_eq!(image(&there, "copy").await, expected);
+}
+
+#[tokio::test]
+async fn an_unpublished_clone_comes_back_with_its_writes() {
+    let mut site = Site::new();
+    publish_eight(&mut site).await;
+    let registry = site.start("origin").await;
+    registry.clone_export(id("copy"), id("disk"), None).await.unwrap();
+    write(&registry.volume(&id("copy")).await.unwrap(), 0, 0xcc, 10).await;
+    // The source moves on; the clone does not.
+    write(&registry.volume(&id("disk")).await.unwrap(), CHUNK, 0xdd, CHUNK).await;
+    registry.snapshot(&id("disk")).await.unwrap();
+    drop(registry);
+    let all = image(&site.start("origin").await, "copy").await;
+    assert_eq!([all[0], all[10], all[CHUNK as usize]], [0xcc, 1, 2]);
+}
+
+#[tokio::test]
+async fn clones_are_made_of_published_snapshots_only() {
+    let mut site = Site::new();
+    let registry = site.start("a").await;
+    create(&registry, "empty", 8).await;
+    let clone = |source: &'static str, snapshot| registry.clone_export(id("copy"), id(source), snapshot);
+    assert!(matches!(clone("nowhere", None).await, Err(ExportError::NotFound(..))));
+    assert!(matches!(clone("empty", None).await, Err(ExportError::NothingPublished(_))));
+    write(&registry.volume(&id("empty")).await.unwrap(), 0, 1, 1).await;
+    // A publish whose swap fails leaves nothing that could be cloned.
+    site.store.judge(
+        |op, key| if op == "put" && key.as_str().ends_with("volume.json") { Fate::Failed } else { Fate::Served },
+    );
+    assert!(registry.snapshot(&id("empty")).await.is_err());
+    site.store.serve_all();
+    assert!(registry.snapshot(&id("empty")).await.unwrap().created);
+    assert!(matches!(clone("empty", Some(SnapshotId::generate())).await, Err(ExportError::SnapshotNotFound(..))));
+    assert!(matches!(registry.clone_export(id("empty"), id("empty"), None).await, Err(ExportError::Exists(_))));
+}
+
+#[tokio::test]
+async fn a_restart_without_a_clean_stop_brings_every_write_back() {
+    let mut site = Site::new();
+    publish_eight(&mut site).await;
+    let registry = site.elsewhere().await;
+    let volume = registry.volume(&id("disk")).await.unwrap();
+    write(&volume, 100, 0xaa, 3 * CHUNK).await;
+    volume.trim(range(5 * CHUNK, CHUNK)).await.unwrap();
+    let (before, then) = (read_all(&volume).await, status(&registry, "disk").await);
+    site.store.forget_counts();
+    for _ in 0..2 {
+        let registry = site.start("elsewhere").await;
+        assert_eq!(image(&registry, "disk").await, before);
+        let now = status(&registry, "disk").await;
+        assert_eq!((now.dirty_chunks, now.resident_chunks), (then.dirty_chunks, then.resident_chunks));
+    }
+    assert_eq!(site.store.count("get_range"), 0, "clean chunks survive a process crash, too");
+}
+
+#[tokio::test]
+async fn a_clean_stop_keeps_everything_even_across_a_boot() {
+    let mut site = Site::new();
+    publish_eight(&mut site).await;
+    let registry = site.elsewhere().await;
+    let volume = registry.volume(&id("disk")).await.unwrap();
+    write(&volume, 100, 0xaa, CHUNK).await;
+    let before = read_all(&volume).await;
+    registry.close().await;
+    assert!(matches!(volume.flush().await, Err(VolumeError::Closed(_))));
+    site.store.forget_counts();
+    let registry = site.start_on("elsewhere", Arc::new(AfterBoot(1))).await;
+    assert_eq!(image(&registry, "disk").await, before);
+    assert_eq!(status(&registry, "disk").await.dirty_chunks, 2);
+    assert_eq!(site.store.count("get_range"), 0);
+}
+
+/// The same disk after the host went down and came up again.
+#[derive(Debug)]
+struct AfterBoot(u8);
+
+impl Disk for AfterBoot {
+    fn open(&self, path: &Path) -> io::Result<Arc<dyn DiskFile>> {
+        RealDisk.open(path)
+    }
+    fn create(&self, path: &Path) -> io::Result<Arc<dyn DiskFile>> {
+        RealDisk.create(path)
+    }
+    fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
+        RealDisk.rename(from, to)
+    }
+    fn remove(&self, path: &Path) -> io::Result<()> {
+        RealDisk.remove(path)
+    }
+    fn create_dir(&self, path: &Path) -> io::Result<()> {
+        RealDisk.create_dir(path)
+    }
+    fn remove_dir(&self, path: &Path) -> io::Result<()> {
+        RealDisk.remove_dir(path)
+    }
+    fn list_dir(&self, path: &Path) -> io::Result<Vec<String>> {
+        RealDisk.list_dir(path)
+    }
+    fn sync_dir(&self, path: &Path) -> io::Result<()> {
+        RealDisk.sync_dir(path)
+    }
+    fn boot_id(&self) -> io::Result<[u8; 16]> {
+        Ok([self.0; 16])
+    }
+}
+
+#[tokio::test]
+async fn after_the_host_went_down_only_sealed_marks_count() {
+    let mut site = Site::new();
+    publish_eight(&mut site).await;
+    let registry = site.elsewhere().await;
+    let volume = registry.volume(&id("disk")).await.unwrap();
+    write(&volume, 0, 0xaa, 10).await;
+    volume.flush().await.unwrap();
+    write(&volume, CHUNK, 0xbb, 10).await;
+    read(&volume, 2 * CHUNK, CHUNK).await;
+    drop((volume, registry));
+    let registry = site.start_on("elsewhere", Arc::new(AfterBoot(1))).await;
+    let now = status(&registry, "disk").await;
+    assert_eq!((now.dirty_chunks, now.resident_chunks), (1, 1));
+    let all = image(&registry, "disk").await;
+    assert_eq!([all[0], all[CHUNK as usize], all[2 * CHUNK as usize]], [0xaa, 2, 3]);
+}
+
+#[tokio::test]
+async fn a_publish_interrupted_anywhere_is_finished_or_undone_at_the_next_start() {
+    // The k-th change of the store never returns and the process is killed; then the host of k + 1, and so on.
+    for landed in [false, true] {
+        for k in 0.. {
+            let mut site = Site::new();
+            publish_eight(&mut site).await;
+            let registry = site.start("origin").await;
+            let volume = registry.volume(&id("disk")).await.unwrap();
+            write(&volume, 0, 0xaa, CHUNK).await;
+            let calls = Arc::new(AtomicUsize::new(0));
+            let counted = Arc::clone(&calls);
+            site.store.judge(move |op, _| {
+                let change = matches!(op, "put" | "upload" | "delete");
+                match change.then(|| counted.fetch_add(1, Ordering::SeqCst)) {
+                    Some(n) if n == k && landed => Fate::LandedUnseen,
+                    Some(n) if n >= k => Fate::Stuck,
+                    _ => Fate::Served,
+                }
+            });
+            let disk = id("disk");
+            let ended = tokio::time::timeout(Duration::from_millis(300), registry.snapshot(&disk)).await;
+            drop((volume, registry));
+            site.store.serve_all();
+            let done = calls.load(Ordering::SeqCst) <= k;
+
+            let registry = site.start("origin").await;
+            let here = image(&registry, "disk").await;
+            assert!(here[..CHUNK as usize].iter().all(|b| *b == 0xaa), "k = {k}");
+            let folder = std::fs::read_dir(site.cache_root("origin").join("disk")).unwrap();
+            let mut names: Vec<_> = folder.map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
+            names.sort();
+            assert_eq!(names, ["cache.meta", "cache.raw"], "k = {k}");
+            let state = status(&registry, "disk").await;
+            let expected = if state.snapshot_generation.0 == 2 { 0 } else { 1 };
+            assert_eq!(state.dirty_chunks, expected, "k = {k}");
+            // Nothing but whole, published snapshots is left in the store.
+            let snapshots = site.store.list_folders(&"exports/disk/snapshots".parse().unwrap()).await.unwrap();
+            assert_eq!(snapshots.len() as u64, state.snapshot_generation.0, "k = {k}");
+            registry.snapshot(&id("disk")).await.unwrap();
+            assert_eq!(image(&site.elsewhere().await, "disk").await, here, "k = {k}");
+            if done {
+                assert!(ended.unwrap().unwrap().created);
+                assert!(k >= 3, "blob, manifest and head at least");
+                break;
+            }
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_swap_that_landed_unseen_is_recognised_as_our_own() {
+    let mut site = Site::new();
+    publish_eight(&mut site).await;
+    let registry = site.start("origin").await;
+    write(&registry.volume(&id("disk")).await.unwrap(), 0, 0xaa, CHUNK).await;
+    let mut once = true;
+    site.store.judge(move |op, key| {
+        let swap = op == "put" && key.as_str().ends_with("volume.json");
+        if swap && std::mem::take(&mut once) { Fate::LandedUnseen } else { Fate::Served }
+    });
+    let published = registry.snapshot(&id("disk")).await.unwrap();
+    assert_eq!((published.created, published.generation.0), (true, 2));
+    assert_eq!(status(&registry, "disk").await.dirty_chunks, 0);
+}
+
+#[tokio::test]
+async fn an_outage_in_mid_publish_keeps_everything_dirty_and_a_later_publish_succeeds() {
+    let mut site = Site::new();
+    publish_eight(&mut site).await;
+    for lost in ["upload", "put"] {
+        let registry = site.start("origin").await;
+        let volume = registry.volume(&id("disk")).await.unwrap();
+        write(&volume, 0, 0xaa, CHUNK).await;
+        let mut down = false;
+        site.store.judge(move |op, _| {
+            down |= op == lost;
+            if down { Fate::Failed } else { Fate::Served }
+        });
+        let refused = registry.snapshot(&id("disk")).await.unwrap_err();
+        assert!(matches!(refused, ExportError::StoreUnavailable(_)), "{refused}");
+        assert_eq!(status(&registry, "disk").await.dirty_chunks, 1);
+        write(&volume, 10, 0xbb, 10).await;
+        site.store.serve_all();
+        assert!(registry.snapshot(&id("disk")).await.unwrap().created);
+        assert_eq!(image(&site.elsewhere().await, "disk").await, read_all(&volume).await);
+        registry.close().await;
+    }
+}
+
+#[tokio::test]
+async fn of_two_servers_that_publish_one_export_one_wins_and_the_other_keeps_its_dirty_data() {
+    let mut site = Site::new();
+    let first = publish_eight(&mut site).await;
+    let (a, b) = (site.start("a").await, site.start("b").await);
+    let (on_a, on_b) = (a.volume(&id("disk")).await.unwrap(), b.volume(&id("disk")).await.unwrap());
+    write(&on_a, 0, 0xaa, 10).await;
+    write(&on_b, 0, 0xbb, 10).await;
+    let disk = id("disk");
+    let (x, y) = tokio::join!(a.snapshot(&disk), b.snapshot(&disk));
+    let (winner, lost, loser, bytes) = match (x, y) {
+        (Ok(won), Err(lost)) => (won, lost, ("b", &b), 0xbb),
+        (Err(lost), Ok(won)) => (won, lost, ("a", &a), 0xaa),
+        other => panic!("one must win: {other:?}"),
+    };
+    let ExportError::Conflict { expected, found, .. } = &lost else { panic!("{lost}") };
+    assert_eq!(*expected, first.to_string());
+    assert_eq!(*found, winner.snapshot_id.unwrap().to_string());
+    assert_eq!(status(loser.1, "disk").await.dirty_chunks, 1);
+    // Its dirty data survives a restart, and so does the conflict.
+    loser.1.close().await;
+    let again = site.start(loser.0).await;
+    assert_eq!(image(&again, "disk").await[0], bytes);
+    assert!(matches!(again.snapshot(&id("disk")).await, Err(ExportError::Conflict { .. })));
+    // A reset gives it up and follows the winner.
+    again.reset(&id("disk")).await.unwrap();
+    assert_ne!(image(&again, "disk").await[0], bytes);
+    assert_eq!(status(&again, "disk").await.dirty_chunks, 0);
+}
+
+#[tokio::test]
+async fn a_server_without_changes_follows_the_head_at_its_next_start() {
+    let mut site = Site::new();
+    publish_eight(&mut site).await;
+    let (a, b) = (site.start("a").await, site.start("b").await);
+    image(&b, "disk").await;
+    b.close().await;
+    write(&a.volume(&id("disk")).await.unwrap(), 0, 0xaa, CHUNK).await;
+    a.snapshot(&id("disk")).await.unwrap();
+    assert_eq!(image(&site.start("b").await, "disk").await[0], 0xaa);
+}
+
+#[tokio::test]
+async fn a_damaged_blob_is_an_error_never_zeros_and_never_cached() {
+    let mut site = Site::new();
+    let snapshot = publish_eight(&mut site).await;
+    let key = root().export(&id("disk")).delta(snapshot);
+    let good = site.store.get(&key, 1 << 20).await.unwrap().bytes;
+    let mut bad = good.to_vec();
+    bad[2 * CHUNK as usize + 5] ^= 1;
+    site.store.put(&key, bad.into(), Condition::Always).await.unwrap();
+    let registry = site.elsewhere().await;
+    let volume = registry.volume(&id("disk")).await.unwrap();
+    site.store.forget_counts();
+    let refused = volume.read(range(2 * CHUNK, 1)).await.unwrap_err();
+    assert!(refused.to_string().contains(key.as_str()), "{refused}");
+    assert_eq!(site.store.count("get_range"), 2, "retried once, on a fresh request");
+    assert!(volume.write(2 * CHUNK, vec![1].into()).await.is_err());
+    assert_eq!(read(&volume, 3 * CHUNK, 1).await[0], 4, "other chunks are served");
+    site.store.put(&key, good, Condition::Always).await.unwrap();
+    assert_eq!(read(&volume, 2 * CHUNK, 1).await[0], 3);
+}
+
+#[tokio::test]
+async fn in_an_outage_resident_data_is_read_and_written_and_misses_fail_until_it_ends() {
+    let mut site = Site::new();
+    publish_eight(&mut site).await;
+    let registry = site.elsewhere().await;
+    let volume = registry.volume(&id("disk")).await.unwrap();
+    read(&volume, 0, CHUNK).await;
+    site.store.outage();
+    write(&volume, 10, 0xaa, 10).await;
+    volume.flush().await.unwrap();
+    assert_eq!(read(&volume, 10, 1).await[0], 0xaa);
+    assert!(matches!(volume.read(range(CHUNK, 1)).await, Err(VolumeError::Unavailable(_))));
+    assert!(volume.write(CHUNK + 1, vec![1].into()).await.is_err());
+    write(&volume, CHUNK, 0xbb, CHUNK).await;
+    site.store.serve_all();
+    assert_eq!(read(&volume, 2 * CHUNK, 1).await[0], 3);
+}
+
+#[tokio::test]
+async fn a_reset_drops_what_was_not_published_for_good() {
+    let mut site = Site::new();
+    publish_eight(&mut site).await;
+    let registry = site.start("origin").await;
+    let volume = registry.volume(&id("disk")).await.unwrap();
+    write(&volume, 0, 0xaa, 3 * CHUNK).await;
+    volume.flush().await.unwrap();
+    registry.reset(&id("disk")).await.unwrap();
+    assert_eq!(read(&volume, 0, 1).await[0], 1);
+    let raw = site.cache_root("origin").join("disk/cache.raw");
+    assert_eq!(std::fs::metadata(&raw).unwrap().len(), 8 * CHUNK);
+    drop((volume, registry));
+    let registry = site.start_on("origin", Arc::new(AfterBoot(7))).await;
+    assert_eq!(image(&registry, "disk").await[0], 1);
+    assert_eq!(status(&registry, "disk").await.dirty_chunks, 0);
+}
+
+#[tokio::test]
+async fn creating_opening_and_unloading_refuse_what_does_not_fit() {
+    let mut site = Site::new();
+    let registry = site.start("a").await;
+    create(&registry, "disk", 8).await;
+    assert!(matches!(registry.create(id("disk"), geometry(8)).await, Err(ExportError::Exists(_))));
+    assert!(matches!(registry.open(id("disk"), false).await, Err(ExportError::AlreadyLoaded(_))));
+    assert!(matches!(registry.open(id("other"), false).await, Err(ExportError::NotFound(..))));
+    assert!(matches!(registry.unload(&id("other")).await, Err(ExportError::NotFound(..))));
+    let volume = registry.volume(&id("disk")).await.unwrap();
+    write(&volume, 0, 7, 10).await;
+    registry.unload(&id("disk")).await.unwrap();
+    assert!(matches!(volume.read(range(0, 1)).await, Err(VolumeError::Closed(_))));
+    assert!(matches!(registry.status(&id("disk")).await, Err(ExportError::NotFound(..))));
+    // Still in the store, and the cache with its dirty data still here.
+    assert!(matches!(registry.create(id("disk"), geometry(8)).await, Err(ExportError::Exists(_))));
+    let status = registry.open(id("disk"), true).await.unwrap();
+    assert_eq!(status.dirty_chunks, 1);
+    let volume = registry.volume(&id("disk")).await.unwrap();
+    assert_eq!(read(&volume, 0, 1).await[0], 7);
+    assert!(matches!(volume.write(0, vec![1].into()).await, Err(VolumeError::ReadOnly(_))));
+    assert!(matches!(volume.read(range(8 * CHUNK - 1, 2)).await, Err(VolumeError::OutOfRange { .. })));
+}
+
+#[tokio::test]
+async fn an_export_that_cannot_be_made_leaves_nothing_behind() {
+    let mut site = Site::new();
+    let registry = site.start("a").await;
+    std::fs::write(site.cache_root("a").join("disk"), "in the way").unwrap();
+    registry.create(id("disk"), geometry(8)).await.unwrap_err();
+    assert!(registry.list().is_empty());
+    assert!(site.store.list(&"exports".parse().unwrap()).await.unwrap().is_empty());
+}
+
+#[tokio::test]
+async fn one_bad_export_hinders_no_other() {
+    let mut site = Site::new();
+    publish_eight(&mut site).await;
+    let put = async |key: &str, text: &str| {
+        let bytes = text.to_owned().into_bytes().into();
+        site.store.put(&key.parse().unwrap(), bytes, Condition::Always).await.unwrap();
+    };
+    put("exports/broken/volume.json", "{").await;
+    put("exports/new/volume.json", r#"{"version":9,"export_id":"new","image_size":4096,"chunk_size":4096}"#).await;
+    put(
+        "exports/lost/volume.json",
+        r#"{"version":1,"export_id":"lost","image_size":4096,"chunk_size":4096,"current_snapshot_id":"0123456789abcdef0123456789abcdef"}"#,
+    )
+    .await;
+    put("exports/no.export/readme.txt", "").await;
+    let registry = site.elsewhere().await;
+    let listed = registry.list();
+    let failed: Vec<_> = listed.iter().map(|e| (e.export_id.as_str(), e.failed.is_some())).collect();
+    assert_eq!(failed, [("broken", true), ("disk", false), ("lost", false), ("new", true)]);
+    assert!(listed[3].failed.as_ref().unwrap().contains("version is 9"));
+    assert_eq!(image(&registry, "disk").await[0], 1);
+    // A head that names a missing manifest is an error for that export, never a fallback.
+    assert!(matches!(registry.volume(&id("lost")).await, Err(ExportError::Damaged(_))));
+    assert!(registry.list()[2].failed.as_ref().unwrap().contains("manifest.json"));
+}
+
+#[tokio::test]
+async fn a_cache_of_another_geometry_is_refused_and_left_alone() {
+    let mut site = Site::new();
+    let registry = site.start("a").await;
+    write(&create(&registry, "disk", 8).await, 0, 1, 1).await;
+    registry.close().await;
+    let key = root().export(&id("disk")).head();
+    let text = r#"{"version":1,"export_id":"disk","image_size":65536,"chunk_size":4096}"#;
+    site.store.put(&key, text.into(), Condition::Always).await.unwrap();
+    let refused = site.start("a").await.volume(&id("disk")).await.unwrap_err().to_string();
+    assert!(refused.contains("image size is 32768") && refused.contains("65536"), "{refused}");
+}
+
+/// An export as older tools left it: a flat base image, no head, only `refs/current.json`.
+async fn legacy_export(site: &Site) {
+    let put = async |key: &str, bytes: Vec<u8>| {
+        site.store.put(&key.parse().unwrap(), bytes.into(), Condition::Always).await.unwrap();
+    };
+    let base: Vec<u8> = (0..4u8).flat_map(|i| vec![if i == 2 { 0 } else { i + 1 }; CHUNK as usize]).collect();
+    put("exports/old/snapshots/00000000000000000000000000000001/base.blob", base).await;
+    let delta = vec![0x77; CHUNK as usize];
+    let hash = blake3::hash(&delta).to_hex();
+    put("exports/old/snapshots/00000000000000000000000000000002/delta.blob", delta).await;
+    let manifest = format!(
+        r#"{{"version":2,"export_id":"old","generation":5,"image_size":16384,"chunk_size":4096,"chunk_count":4,
+        "created_at":"2024-01-01T00:00:00Z","base_ref":"base",
+        "refs":[{{"id":"base","path":"exports/old/snapshots/00000000000000000000000000000001/base.blob"}},
+                {{"id":"d","path":"exports/old/snapshots/00000000000000000000000000000002/delta.blob"}}],
+        "entries":[{{"index":1,"ref":"d","offset":0,"len":4096,"blake3":"{hash}"}}]}}"#
+    );
+    let key = "exports/old/snapshots/00000000000000000000000000000002/manifest.json";
+    put(key, manifest.into_bytes()).await;
+    let current =
+        format!(r#"{{"generation":5,"snapshot_id":"00000000000000000000000000000002","manifest_key":"{key}"}}"#);
+    put("exports/old/refs/current.json", current.into_bytes()).await;
+}
+
+#[tokio::test]
+async fn an_export_of_older_tools_is_adopted_and_its_next_publish_covers_every_byte_by_a_hash() {
+    let mut site = Site::new();
+    legacy_export(&site).await;
+    let registry = site.start("a").await;
+    assert!(registry.list().is_empty());
+    let status = registry.open(id("old"), false).await.unwrap();
+    assert_eq!(status.snapshot_generation.0, 5);
+    let volume = registry.volume(&id("old")).await.unwrap();
+    let firsts: Vec<u8> = read_all(&volume).await.chunks(CHUNK as usize).map(|c| c[0]).collect();
+    assert_eq!(firsts, [1, 0x77, 0, 4]);
+    volume.trim(range(0, CHUNK)).await.unwrap();
+    let published = registry.snapshot(&id("old")).await.unwrap();
+    assert_eq!(published.generation.0, 6);
+    let key = root().export(&id("old")).manifest(published.snapshot_id.unwrap());
+    let manifest = site.store.get(&key, 1 << 20).await.unwrap().bytes;
+    let manifest: serde_json::Value = serde_json::from_slice(&manifest).unwrap();
+    assert!(manifest.get("base_ref").is_none());
+    let indices: Vec<_> = manifest["entries"].as_array().unwrap().iter().map(|e| e["index"].clone()).collect();
+    assert_eq!(indices, [1, 3], "published zeros have no entry");
+    let firsts: Vec<u8> = image(&site.elsewhere().await, "old").await.chunks(CHUNK as usize).map(|c| c[0]).collect();
+    assert_eq!(firsts, [0, 0x77, 0, 4]);
+}
