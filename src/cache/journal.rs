@@ -142,3 +142,47 @@ pub fn store(disk: &dyn Disk, dir: &Path, bytes: &[u8]) -> io::Result<()> {
 pub fn remove(disk: &dyn Disk, dir: &Path) -> io::Result<()> {
     disk::remove_file(disk, dir, JOURNAL_FILE)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn journal() -> Journal {
+        Journal {
+            phase: Phase::Prepared,
+            kind: Kind::Snapshot,
+            export_id: "disk".parse().unwrap(),
+            snapshot_id: SnapshotId::generate(),
+            parent: None,
+            generation: Generation(1),
+            manifest_key: "m".into(),
+            blob_key: "b".into(),
+        }
+    }
+
+    #[test]
+    fn a_journal_reads_back_and_any_changed_byte_is_refused() {
+        let (journal, id) = (journal(), "disk".parse().unwrap());
+        let good = journal.encode();
+        assert_eq!(Journal::decode(&good, &id), Ok(journal.clone()));
+        for at in 0..good.len() {
+            let mut bad = good.clone();
+            bad[at] ^= 1;
+            if let Ok(found) = Journal::decode(&bad, &id) {
+                // White space between the fields means nothing.
+                assert_eq!(found, journal, "byte {at}");
+            }
+            assert!(Journal::decode(&good[..at], &id).is_err(), "cut at {at}");
+        }
+    }
+
+    #[test]
+    fn a_journal_of_another_export_or_version_is_refused_by_name() {
+        let other = "other".parse().unwrap();
+        assert!(
+            matches!(Journal::decode(&journal().encode(), &other), Err(JournalError::OtherExport(id)) if id.as_str() == "disk")
+        );
+        let newer = String::from_utf8(journal().encode()).unwrap().replace("\"version\": 1", "\"version\": 2");
+        assert_eq!(Journal::decode(newer.as_bytes(), &"disk".parse().unwrap()), Err(JournalError::Version(2)));
+    }
+}

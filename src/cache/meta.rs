@@ -330,3 +330,6 @@ fn replay(states: &mut [ChunkState], log: &[(u64, Record)], trust: Trust) -> Res
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests;

@@ -245,3 +245,6 @@ fn decode_hex(text: &str) -> Option<[u8; 32]> {
     }
     blake3::Hash::from_hex(text).ok().map(|hash| *hash.as_bytes())
 }
+
+#[cfg(test)]
+mod tests;

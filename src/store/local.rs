@@ -5,7 +5,7 @@
 //! with a dot are the store's own (`.tmp`, `.lock`) and never objects. What differs from S3: `a` and `a/b` cannot both
 //! be objects, and a segment of a key is 255 bytes at most. The directory must be one file system.
 //!
-//! A write goes tmp file → fsync → lock, compare, rename, fsync of the directory → answer ([`folder`] has the details).
+//! A write goes tmp file → fsync → lock, compare, rename, fsync of the directory → answer; `local/folder.rs` has the details.
 //! Everything here blocks, so everything runs on the blocking threads; calls are bounded by the kernel's own patience
 //! with the disk, waiting for the lock by [`LOCK_PATIENCE`].
 

@@ -133,7 +133,9 @@ async fn the_sweep_takes_old_files_of_dead_writers_and_no_others() {
     let old = SystemTime::UNIX_EPOCH + Duration::from_secs(1_000_000_000);
     let leave = |name: &str, modified: Option<SystemTime>| {
         let file = std::fs::File::create(root.path().join(".tmp").join(name)).unwrap();
-        modified.map(|m| file.set_modified(m).unwrap());
+        if let Some(modified) = modified {
+            file.set_modified(modified).unwrap();
+        }
         file
     };
     drop(leave("dead", Some(old)));

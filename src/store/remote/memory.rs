@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use futures_util::TryStreamExt;
 use object_store::list::{PaginatedListOptions, PaginatedListResult, PaginatedListStore};
 use object_store::memory::InMemory;
 use object_store::path::Path;
@@ -10,7 +11,6 @@ use object_store::{ListResult, ObjectStore};
 use super::{RemoteStore, VersionTag};
 use crate::clock::SystemClock;
 use crate::store::retry::RetryPolicy;
-use futures_util::TryStreamExt;
 
 impl RemoteStore {
     /// An empty store in memory.

@@ -19,7 +19,7 @@ proptest! {
     fn a_blob_of_any_size_fits_the_number_of_parts(max_bytes in 0..=u64::MAX / 2) {
         let part = part_bytes(max_bytes);
         prop_assert!(max_bytes.div_ceil(part) <= MAX_PARTS);
-        prop_assert!(part >= MIN_PART_BYTES && part % MIB == 0);
+        prop_assert!(part >= MIN_PART_BYTES && part.is_multiple_of(MIB));
     }
 
     #[test]
