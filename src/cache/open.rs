@@ -248,8 +248,10 @@ impl Cache {
         for (chunk, _) in self.states.iter() {
             self.states.set(chunk, ChunkState::new(Content::Absent));
         }
-        let emptied = self.raw.set_len(0).and_then(|()| self.raw.set_len(self.geometry.image_size()));
-        emptied.map_err(|e| self.error("truncation", RAW_FILE, e))
+        // A hole rather than a truncation: the file has its full length at every moment.
+        let whole = ByteRange::new(0, self.geometry.image_size());
+        let emptied = whole.map_or(Ok(()), |whole| self.raw.punch(whole));
+        emptied.map_err(|e| self.error("punch", RAW_FILE, e))
     }
 
     /// The clean stop: everything durable, then the seal that lets the next start trust all of it (L4). No call that
