@@ -3,10 +3,14 @@
 //! The folders show the way a request takes, from the top down; imports run downward only.
 //! `docs/architecture.md` draws the house.
 
+pub mod admin;
 pub mod cache;
 pub mod clock;
+pub mod config;
 pub mod disk;
 pub mod manifest;
+pub mod nbd;
+pub mod server;
 pub mod store;
 pub mod units;
 pub mod volume;

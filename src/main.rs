@@ -1,3 +1,71 @@
-//! The `nbd-server` program.
+//! Arguments → configuration → run; the only exit. Status 0: a clean stop. 1: the machine said no. 2: the user did.
 
-fn main() {}
+use std::io::Write;
+use std::process::ExitCode;
+
+use clap::Parser;
+use nbd_server::config::{Cli, Command, Config, LogLevel, Surroundings};
+use nbd_server::server;
+use tracing::level_filters::LevelFilter;
+use tracing_subscriber::Layer;
+use tracing_subscriber::filter::Targets;
+use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::util::SubscriberInitExt;
+
+const FAILURE: u8 = 1;
+const USAGE: u8 = 2;
+
+fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(refused) => {
+            // Help and version come this way too, with status 0; nothing helps if the terminal is gone.
+            let _ = refused.print();
+            return ExitCode::from(u8::try_from(refused.exit_code()).unwrap_or(USAGE));
+        }
+    };
+    let Command::Serve(flags) = cli.command;
+    let variable = |name: &str| std::env::var(name).ok();
+    let root = rustix::process::geteuid().is_root();
+    match flags.check(&Surroundings { root, variable: &variable }) {
+        Ok(config) => serve(config),
+        Err(refused) => complain(&refused, USAGE),
+    }
+}
+
+fn serve(config: Config) -> ExitCode {
+    start_logging(config.log_level);
+    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(e) => return complain(&format!("cannot start the runtime: {e}"), FAILURE),
+    };
+    let ended = runtime.block_on(server::run(config));
+    // Blocking work that a second signal overtook is not waited for.
+    runtime.shutdown_background();
+    match ended {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) if e.is_usage() => complain(&e, USAGE),
+        Err(e) => complain(&e, FAILURE),
+    }
+}
+
+/// One line on stderr, whatever the store put into its answer.
+fn complain(what: &dyn std::fmt::Display, status: u8) -> ExitCode {
+    let line = what.to_string().split_whitespace().collect::<Vec<_>>().join(" ");
+    let _ = writeln!(std::io::stderr(), "error: {line}");
+    ExitCode::from(status)
+}
+
+fn start_logging(level: LogLevel) {
+    let level = match level {
+        LogLevel::Error => LevelFilter::ERROR,
+        LogLevel::Warn => LevelFilter::WARN,
+        LogLevel::Info => LevelFilter::INFO,
+        LogLevel::Debug => LevelFilter::DEBUG,
+        LogLevel::Trace => LevelFilter::TRACE,
+    };
+    // The libraries below speak only when something is wrong.
+    let filter = Targets::new().with_default(level.min(LevelFilter::WARN)).with_target("nbd_server", level);
+    let lines = tracing_subscriber::fmt::layer().with_writer(std::io::stderr).with_ansi(false).with_target(false);
+    tracing_subscriber::registry().with(lines.with_filter(filter)).init();
+}

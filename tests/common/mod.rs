@@ -1,7 +1,31 @@
-//! What the test suites share: each uses some of it.
-#![allow(dead_code, clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
+//! Helpers that several test suites share. Each suite uses its own part of them.
+#![allow(
+    dead_code,
+    unreachable_pub,
+    missing_docs,
+    reason = "no suite uses everything, and a suite is a crate of its own"
+)]
+#![allow(clippy::expect_used, clippy::unwrap_used, clippy::panic, reason = "helpers of tests fail the test")]
 
+pub mod http;
 pub mod moto;
+pub mod server;
 pub mod sim;
 pub mod volumes;
 pub mod watched;
+
+use std::path::Path;
+use std::sync::Arc;
+
+use nbd_server::clock::SystemClock;
+use nbd_server::disk::RealDisk;
+use nbd_server::store::remote::RemoteStore;
+use nbd_server::volume::Services;
+use nbd_server::volume::registry::Registry;
+
+/// A registry over an empty store in memory, its cache in `dir`.
+pub async fn registry(dir: &Path) -> Arc<Registry> {
+    let (store, disk) = (Arc::new(RemoteStore::memory()), Arc::new(RealDisk));
+    let services = Services::new(store, volumes::root(), disk, Arc::new(SystemClock));
+    Registry::discover(Arc::new(services), dir.to_owned()).await.unwrap()
+}

@@ -1,0 +1,274 @@
+//! `/v1/exports`: each call parses its request, makes one typed call on the registry and types the answer.
+//!
+//! A call that changes something runs in a task of its own: a client that hangs up does not cancel a publish.
+
+use std::future::Future;
+
+use axum::Json;
+use axum::Router;
+use axum::extract::State;
+use axum::http::StatusCode;
+use axum::routing::{delete, get, post};
+use serde::{Deserialize, Serialize};
+use serde_json::value::RawValue;
+
+use super::Api;
+use super::body::{self, Fields, Named};
+use super::problem::{Code, Problem};
+use crate::units::{ExportId, Generation, Geometry, SnapshotId};
+use crate::volume::registry::{ExportError, ExportStatus, ExportSummary, Operation, Published};
+
+pub(super) fn routes() -> Router<Api> {
+    // "create", "open" and "clone" are export ids too: they can be unloaded like any other.
+    Router::new()
+        .route("/v1/exports", get(list))
+        .route("/v1/exports/create", post(create).delete(unload))
+        .route("/v1/exports/open", post(open).delete(unload))
+        .route("/v1/exports/clone", post(clone).delete(unload))
+        .route("/v1/exports/{id}", delete(unload))
+        .route("/v1/exports/{id}/status", get(status))
+        .route("/v1/exports/{id}/snapshot", post(snapshot))
+        .route("/v1/exports/{id}/compact", post(compact))
+        .route("/v1/exports/{id}/cache/reset", post(reset))
+}
+
+type Answer<T> = Result<Json<T>, Problem>;
+type Created<T> = Result<(StatusCode, Json<T>), Problem>;
+
+/// Runs an operation to its end whether or not anybody waits for the answer.
+async fn to_the_end<T: Send + 'static>(
+    operation: impl Future<Output = Result<T, ExportError>> + Send + 'static,
+) -> Result<T, Problem> {
+    match tokio::spawn(operation).await {
+        Ok(result) => result.map_err(Problem::from),
+        Err(broken) => {
+            tracing::error!("an operation broke off: {broken}");
+            let detail = "the operation broke off; the server's log says where. Look at the export's status";
+            Err(Problem::new(Code::Failed, detail))
+        }
+    }
+}
+
+async fn list(State(api): State<Api>) -> Json<Vec<Summary>> {
+    Json(api.registry.list().into_iter().map(Summary::from).collect())
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct CreateFields {
+    export_id: Box<RawValue>,
+    size: Box<RawValue>,
+    chunk_size: Option<Box<RawValue>>,
+}
+
+async fn create(State(api): State<Api>, Fields(fields): Fields<CreateFields>) -> Created<Status> {
+    let id = body::export_id("export_id", &fields.export_id)?;
+    let size = body::bytes(Code::InvalidSize, "size", &fields.size)?;
+    let chunk_size = match &fields.chunk_size {
+        Some(raw) => body::bytes(Code::InvalidChunkSize, "chunk_size", raw)?,
+        None => api.default_chunk_bytes,
+    };
+    let geometry = Geometry::new(size, chunk_size)?;
+    let status = to_the_end(async move { api.registry.create(id, geometry).await }).await?;
+    Ok((StatusCode::CREATED, Json(status.into())))
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct OpenFields {
+    export_id: Box<RawValue>,
+    read_only: Option<Box<RawValue>>,
+}
+
+async fn open(State(api): State<Api>, Fields(fields): Fields<OpenFields>) -> Answer<Status> {
+    let id = body::export_id("export_id", &fields.export_id)?;
+    let read_only = fields.read_only.as_deref().map(|raw| body::flag("read_only", raw)).transpose()?.unwrap_or(false);
+    let status = to_the_end(async move { api.registry.open(id, read_only).await }).await?;
+    Ok(Json(status.into()))
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct CloneFields {
+    export_id: Box<RawValue>,
+    source_export_id: Box<RawValue>,
+    source_snapshot_id: Option<Box<RawValue>>,
+}
+
+async fn clone(State(api): State<Api>, Fields(fields): Fields<CloneFields>) -> Created<Status> {
+    let id = body::export_id("export_id", &fields.export_id)?;
+    let source = body::export_id("source_export_id", &fields.source_export_id)?;
+    let snapshot =
+        fields.source_snapshot_id.as_deref().map(|raw| body::snapshot_id("source_snapshot_id", raw)).transpose()?;
+    let status = to_the_end(async move { api.registry.clone_export(id, source, snapshot).await }).await?;
+    Ok((StatusCode::CREATED, Json(status.into())))
+}
+
+async fn status(State(api): State<Api>, Named(id): Named) -> Answer<Status> {
+    Ok(Json(api.registry.status(&id).await?.into()))
+}
+
+/// The body of a call that takes no fields.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct NoFields {}
+
+async fn snapshot(State(api): State<Api>, Named(id): Named, _: Fields<NoFields>) -> Answer<Snapshotted> {
+    let published = to_the_end(async move { api.registry.snapshot(&id).await }).await?;
+    let Published { created, generation, snapshot_id } = published;
+    Ok(Json(Snapshotted { snapshot_created: created, generation, snapshot_id }))
+}
+
+async fn compact(State(api): State<Api>, Named(id): Named, _: Fields<NoFields>) -> Answer<Compacted> {
+    let published = to_the_end(async move { api.registry.compact(&id).await }).await?;
+    let Published { created: _, generation, snapshot_id } = published;
+    Ok(Json(Compacted { generation, snapshot_id }))
+}
+
+async fn reset(State(api): State<Api>, Named(id): Named, _: Fields<NoFields>) -> Answer<Status> {
+    let after = to_the_end(async move {
+        api.registry.reset(&id).await?;
+        api.registry.status(&id).await
+    });
+    Ok(Json(after.await?.into()))
+}
+
+async fn unload(State(api): State<Api>, Named(id): Named) -> Result<StatusCode, Problem> {
+    to_the_end(async move { api.registry.unload(&id).await }).await?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+#[derive(Serialize)]
+struct Snapshotted {
+    snapshot_created: bool,
+    generation: Generation,
+    snapshot_id: Option<SnapshotId>,
+}
+
+#[derive(Serialize)]
+struct Compacted {
+    generation: Generation,
+    snapshot_id: Option<SnapshotId>,
+}
+
+/// Whether clients can use the export, and why not.
+#[derive(Serialize)]
+#[serde(tag = "state", rename_all = "lowercase")]
+enum Health {
+    Ready,
+    Failed { reason: String },
+}
+
+impl From<Option<String>> for Health {
+    fn from(failed: Option<String>) -> Self {
+        failed.map_or(Self::Ready, |reason| Self::Failed { reason })
+    }
+}
+
+#[derive(Serialize)]
+struct Summary {
+    export_id: ExportId,
+    image_size: Option<u64>,
+    chunk_size: Option<u64>,
+    #[serde(flatten)]
+    state: Health,
+    current_snapshot_id: Option<SnapshotId>,
+}
+
+impl From<ExportSummary> for Summary {
+    fn from(export: ExportSummary) -> Self {
+        Self {
+            export_id: export.export_id,
+            image_size: export.geometry.map(Geometry::image_size),
+            chunk_size: export.geometry.map(Geometry::chunk_size),
+            state: export.failed.into(),
+            current_snapshot_id: export.current_snapshot_id,
+        }
+    }
+}
+
+#[derive(Serialize)]
+struct Status {
+    export_id: ExportId,
+    image_size: u64,
+    chunk_size: u64,
+    chunk_count: u32,
+    resident_chunks: u64,
+    dirty_chunks: u64,
+    snapshot_generation: Generation,
+    remote_head_generation: Generation,
+    current_snapshot_id: Option<SnapshotId>,
+    operation_state: &'static str,
+    #[serde(flatten)]
+    state: Health,
+}
+
+impl From<ExportStatus> for Status {
+    fn from(export: ExportStatus) -> Self {
+        Self {
+            image_size: export.geometry.image_size(),
+            chunk_size: export.geometry.chunk_size(),
+            chunk_count: export.geometry.chunk_count(),
+            export_id: export.export_id,
+            resident_chunks: export.resident_chunks,
+            dirty_chunks: export.dirty_chunks,
+            snapshot_generation: export.snapshot_generation,
+            remote_head_generation: export.remote_head_generation,
+            current_snapshot_id: export.current_snapshot_id,
+            operation_state: match export.operation {
+                Operation::Idle => "idle",
+                Operation::Snapshotting => "snapshotting",
+                Operation::Compacting => "compacting",
+                Operation::Resetting => "resetting",
+                Operation::Closing => "closing",
+            },
+            state: export.failed.into(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::sync::oneshot;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn an_operation_whose_client_hung_up_still_runs_to_its_end() {
+        let (go, wait) = oneshot::channel::<()>();
+        let (done, ended) = oneshot::channel();
+        let mut call = Box::pin(to_the_end(async move {
+            wait.await.unwrap();
+            done.send("published").unwrap();
+            Ok(())
+        }));
+        assert!(futures_util::poll!(&mut call).is_pending());
+        drop(call);
+        go.send(()).unwrap();
+        assert_eq!(ended.await.unwrap(), "published");
+    }
+
+    #[tokio::test]
+    async fn an_operation_that_breaks_off_is_a_problem_and_no_500() {
+        let broken = to_the_end::<()>(async { panic!("a bug") }).await.unwrap_err();
+        assert_eq!(broken.code, Code::Failed);
+    }
+
+    #[test]
+    fn a_failed_export_says_why_and_a_ready_one_has_no_reason() {
+        let summary = |failed: Option<&str>| {
+            let export = ExportSummary {
+                export_id: "vm".parse().unwrap(),
+                geometry: None,
+                current_snapshot_id: None,
+                failed: failed.map(str::to_owned),
+            };
+            serde_json::to_value(Summary::from(export)).unwrap()
+        };
+        let failed = summary(Some("volume.json is no JSON"));
+        assert_eq!((&failed["state"], &failed["reason"]), (&"failed".into(), &"volume.json is no JSON".into()));
+        assert_eq!(failed["image_size"], serde_json::Value::Null);
+        let ready = summary(None);
+        assert_eq!((&ready["state"], ready.get("reason")), (&"ready".into(), None));
+    }
+}

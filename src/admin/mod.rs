@@ -1,0 +1,166 @@
+//! The admin API: HTTP/1.1 and JSON over a Unix socket.
+//!
+//! Promises: every request is answered or its connection closed within bounded time and memory, however malformed or
+//! slow it is; every refusal that follows a readable request head is `application/problem+json` with a stable code.
+//! An operation that was accepted runs to its end even if its client hangs up; how long it may take is not limited
+//! here. This front end passes logical ids only: it never sees keys, paths or bytes of an image.
+
+mod body;
+mod exports;
+mod problem;
+mod socket;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::Router;
+use axum::http::{Method, Uri};
+use hyper::server::conn::http1;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::service::TowerToHyperService;
+use tokio::io::AsyncWriteExt;
+use tokio::net::UnixStream;
+use tokio::sync::{Semaphore, watch};
+use tokio::task::JoinSet;
+
+use crate::volume::registry::Registry;
+use problem::{Code, Problem};
+pub use socket::{BindError, MAX_PATH_BYTES, Socket};
+
+/// How long a client may take for a request's head; also how long a connection may idle.
+pub const HEADER_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long a client may take for a request's body.
+pub const BODY_TIMEOUT: Duration = Duration::from_secs(10);
+/// The longest request head, in bytes.
+pub const MAX_HEAD_BYTES: usize = 64 << 10;
+/// The longest request body, in bytes.
+pub const MAX_BODY_BYTES: usize = 64 << 10;
+/// How many clients are served at once; the next ones are told so and turned away.
+pub const MAX_CONNECTIONS: usize = 256;
+/// How long turning a client away may take.
+const REFUSAL_TIMEOUT: Duration = Duration::from_secs(1);
+/// The pause after a failed accept, which usually means that the process is out of file descriptors.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// What a client may ask of the server's patience. The default is the constants above.
+#[derive(Debug, Clone, Copy)]
+pub struct Limits {
+    /// See [`HEADER_TIMEOUT`].
+    pub header_timeout: Duration,
+    /// See [`BODY_TIMEOUT`].
+    pub body_timeout: Duration,
+    /// See [`MAX_BODY_BYTES`].
+    pub max_body_bytes: usize,
+    /// See [`MAX_CONNECTIONS`].
+    pub max_connections: usize,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            header_timeout: HEADER_TIMEOUT,
+            body_timeout: BODY_TIMEOUT,
+            max_body_bytes: MAX_BODY_BYTES,
+            max_connections: MAX_CONNECTIONS,
+        }
+    }
+}
+
+/// What the calls work on.
+#[derive(Debug, Clone)]
+pub struct Api {
+    /// The exports.
+    pub registry: Arc<Registry>,
+    /// The chunk size of an export whose creator names none, in bytes.
+    pub default_chunk_bytes: u64,
+    /// What a client may ask of the server's patience.
+    pub limits: Limits,
+}
+
+fn router(api: Api) -> Router {
+    exports::routes().fallback(unknown_path).method_not_allowed_fallback(method_not_allowed).with_state(api)
+}
+
+async fn unknown_path(method: Method, uri: Uri) -> Problem {
+    let path: String = uri.path().chars().take(MAX_ECHOED_CHARS).collect();
+    Problem::new(
+        Code::UnknownPath,
+        format!("{method} {path} is no call of this API; GET /v1/exports lists the exports"),
+    )
+}
+
+async fn method_not_allowed(method: Method, uri: Uri) -> Problem {
+    let path: String = uri.path().chars().take(MAX_ECHOED_CHARS).collect();
+    Problem::new(Code::MethodNotAllowed, format!("{path} does not take {method}; the Allow header says what it takes"))
+}
+
+/// How much of a client's path an answer repeats, in characters.
+const MAX_ECHOED_CHARS: usize = 256;
+
+/// Serves until `stop` is true; then takes no more clients, removes the socket, and returns once the requests under way
+/// are answered. Dropping the future ends the connections at once; operations they started go on.
+pub async fn serve(socket: Socket, api: Api, mut stop: watch::Receiver<bool>) {
+    let slots = Arc::new(Semaphore::new(api.limits.max_connections));
+    let mut http = http1::Builder::new();
+    http.timer(TokioTimer::new())
+        .header_read_timeout(api.limits.header_timeout)
+        .max_buf_size(MAX_HEAD_BYTES)
+        // A client may close its sending side after the request and still wait for the answer.
+        .half_close(true);
+    let service = TowerToHyperService::new(router(api.clone()));
+    let mut connections = JoinSet::new();
+    loop {
+        let accepted = tokio::select! {
+            accepted = socket.listener.accept() => accepted,
+            Some(_) = connections.join_next() => continue,
+            () = stopped(&mut stop) => break,
+        };
+        match (accepted, Arc::clone(&slots).try_acquire_owned()) {
+            (Ok((stream, _)), Ok(slot)) => {
+                let connection = http.serve_connection(TokioIo::new(stream), service.clone());
+                let stop = stop.clone();
+                connections.spawn(async move {
+                    attend(connection, stop).await;
+                    drop(slot);
+                });
+            }
+            (Ok((stream, _)), Err(_)) => turn_away(stream, api.limits.max_connections).await,
+            (Err(e), _) => {
+                tracing::warn!("the admin socket could not accept a client: {e}");
+                tokio::time::sleep(ACCEPT_PAUSE).await;
+            }
+        }
+    }
+    drop(socket);
+    while connections.join_next().await.is_some() {}
+}
+
+/// Returns once `stop` is true, or nobody is left who could make it true.
+async fn stopped(stop: &mut watch::Receiver<bool>) {
+    let _ = stop.wait_for(|stop| *stop).await;
+}
+
+type Connection = http1::Connection<TokioIo<UnixStream>, TowerToHyperService<Router>>;
+
+async fn attend(connection: Connection, mut stop: watch::Receiver<bool>) {
+    let mut connection = std::pin::pin!(connection);
+    let ended = tokio::select! {
+        ended = connection.as_mut() => ended,
+        () = stopped(&mut stop) => {
+            connection.as_mut().graceful_shutdown();
+            connection.await
+        }
+    };
+    if let Err(e) = ended {
+        tracing::debug!("an admin connection ended early: {e}");
+    }
+}
+
+/// Answers before the request was read, so that a client beyond the limit neither waits nor costs a slot.
+async fn turn_away(mut stream: UnixStream, max_connections: usize) {
+    let detail = format!("{max_connections} clients are connected already: close some, or repeat later");
+    let problem = Problem::new(Code::TooManyConnections, detail);
+    tracing::warn!("an admin client was turned away: {}", problem.detail);
+    let answer = problem.to_http();
+    let _ = tokio::time::timeout(REFUSAL_TIMEOUT, stream.write_all(answer.as_bytes())).await;
+}

@@ -1,0 +1,350 @@
+//! From what the user wrote to what the program may trust.
+//!
+//! A [`Config`] is complete and consistent: every default is filled in, every value has its type, and values that
+//! contradict each other were refused with a text that names the flag, the value and the remedy. Nothing is read or
+//! created outside of the arguments and the environment: what the machine says to the values is for the start to find
+//! out. Credentials are not looked at here.
+
+mod defaults;
+#[cfg(test)]
+mod tests;
+
+use std::path::PathBuf;
+use std::str::FromStr;
+use std::time::Duration;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+use crate::admin::MAX_PATH_BYTES;
+use crate::nbd::ListenAddr;
+use crate::store::keys::{ExportRoot, Key, MAX_KEY_BYTES};
+use crate::store::remote::{RemoteConfig, RemoteKind};
+use crate::units::{DEFAULT_CHUNK_BYTES, Geometry, MAX_EXPORT_ID_BYTES};
+pub use defaults::Surroundings;
+
+/// What follows an export's folder in the longest key: `/snapshots/<32 digits>/manifest.json`.
+const LONGEST_KEY_TAIL_BYTES: usize = "/snapshots//manifest.json".len() + 32;
+/// The longest export root that leaves room for the rest of every key.
+const MAX_EXPORT_ROOT_BYTES: usize = MAX_KEY_BYTES - 1 - MAX_EXPORT_ID_BYTES - LONGEST_KEY_TAIL_BYTES;
+/// The longest wait for the store that can be asked for.
+const MAX_STORE_TIMEOUT_SECS: u64 = 86_400;
+
+/// Network block devices that live in object storage, with a lazy local cache.
+#[derive(Debug, Parser)]
+#[command(name = "nbd-server", version, about, max_term_width = 110)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// What the program can do.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Serve exports over NBD until SIGTERM or SIGINT. No flag is needed to try it out.
+    Serve(Serve),
+}
+
+/// The flags of `serve`, as written.
+#[derive(Debug, Args)]
+#[command(after_help = "Credentials come from the usual environment variables (AWS_ACCESS_KEY_ID, \
+    AWS_SECRET_ACCESS_KEY, GOOGLE_APPLICATION_CREDENTIALS, AZURE_STORAGE_ACCOUNT_NAME, ...) and are never logged.")]
+pub struct Serve {
+    /// Directory for the local caches, one folder per export; one server at a time
+    /// [default: /var/lib/nbd-server/cache for root, else ~/.local/state/nbd-server/cache]
+    #[arg(long, value_name = "DIR", env = "NBD_SERVER_CACHE_ROOT")]
+    cache_root: Option<PathBuf>,
+
+    /// Prefix of all object keys of this server's exports
+    #[arg(long, value_name = "PREFIX", env = "NBD_SERVER_EXPORT_ROOT", default_value = "exports", value_parser = export_root)]
+    export_root: ExportRoot,
+
+    /// Address for NBD clients: HOST:PORT, [IPV6]:PORT or unix:PATH; port 0 picks a free one. May be repeated, or
+    /// separated by commas in the variable
+    #[arg(
+        long,
+        value_name = "ADDR",
+        env = "NBD_SERVER_LISTEN",
+        default_value = "127.0.0.1:10809",
+        value_delimiter = ','
+    )]
+    listen: Vec<ListenAddr>,
+
+    /// Unix socket of the admin API
+    /// [default: /run/nbd-server/nbd-server.sock for root, else $XDG_RUNTIME_DIR/nbd-server.sock]
+    #[arg(long, value_name = "PATH", env = "NBD_SERVER_ADMIN_SOCK")]
+    admin_sock: Option<PathBuf>,
+
+    /// Chunk size of exports that are created without one: a power of two from 4KiB to 64MiB
+    #[arg(long, value_name = "BYTES", env = "NBD_SERVER_CHUNK_SIZE", default_value_t = ChunkBytes(DEFAULT_CHUNK_BYTES))]
+    chunk_size: ChunkBytes,
+
+    /// Where published snapshots live
+    #[arg(long, value_name = "BACKEND", env = "NBD_SERVER_STORAGE_BACKEND", default_value = "local")]
+    storage_backend: Backend,
+
+    /// Directory of the local backend
+    /// [default: /var/lib/nbd-server/store for root, else ~/.local/state/nbd-server/store]
+    #[arg(long, value_name = "DIR", env = "NBD_SERVER_LOCAL_ROOT")]
+    local_root: Option<PathBuf>,
+
+    /// Bucket (azure: container); it must exist [default: none]
+    #[arg(long, value_name = "NAME", env = "NBD_SERVER_BUCKET")]
+    bucket: Option<String>,
+
+    /// Address of an S3-compatible service, such as http://127.0.0.1:9000 [default: the provider's own]
+    #[arg(long, value_name = "URL", env = "NBD_SERVER_ENDPOINT_URL")]
+    endpoint_url: Option<String>,
+
+    /// Region of the bucket [default: us-east-1, for r2: auto]
+    #[arg(long, value_name = "NAME", env = "NBD_SERVER_REGION")]
+    region: Option<String>,
+
+    /// Account id that the r2 endpoint is derived from, unless --endpoint-url is given [default: none]
+    #[arg(long, value_name = "ID", env = "NBD_SERVER_R2_ACCOUNT_ID")]
+    r2_account_id: Option<String>,
+
+    /// How long a read of missing data waits for a store that does not answer
+    #[arg(
+        long,
+        value_name = "SECONDS",
+        env = "NBD_SERVER_STORE_TIMEOUT",
+        default_value_t = 60,
+        value_parser = clap::value_parser!(u64).range(1..=MAX_STORE_TIMEOUT_SECS)
+    )]
+    store_timeout: u64,
+
+    /// What is logged to stderr
+    #[arg(long, value_name = "LEVEL", env = "NBD_SERVER_LOG_LEVEL", default_value = "info")]
+    log_level: LogLevel,
+}
+
+/// The kinds of object storage.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Backend {
+    /// A local directory
+    Local,
+    /// Amazon S3 and compatible services
+    S3,
+    /// Cloudflare R2
+    R2,
+    /// Google Cloud Storage
+    Gcs,
+    /// Azure Blob Storage
+    Azure,
+    /// Memory, gone when the server stops: for trying out
+    Memory,
+}
+
+/// How much is logged.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+#[allow(missing_docs, reason = "the names say it")]
+pub enum LogLevel {
+    Error,
+    Warn,
+    Info,
+    Debug,
+    Trace,
+}
+
+/// Everything a server needs to know to start.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Config {
+    /// Where the local caches are.
+    pub cache_root: PathBuf,
+    /// Where in the store the exports are.
+    pub export_root: ExportRoot,
+    /// Where NBD clients connect; at least one address.
+    pub listen: Vec<ListenAddr>,
+    /// Where the admin API is; short enough for a socket.
+    pub admin_sock: PathBuf,
+    /// The chunk size of an export created without one, in bytes.
+    pub chunk_bytes: u64,
+    /// Where published snapshots live.
+    pub store: StoreConfig,
+    /// How long a read waits for a store that does not answer.
+    pub store_timeout: Duration,
+    /// How much is logged.
+    pub log_level: LogLevel,
+}
+
+/// The object storage to use.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum StoreConfig {
+    /// A local directory.
+    Local(PathBuf),
+    /// Memory.
+    Memory,
+    /// A bucket.
+    Remote(RemoteConfig),
+}
+
+/// Why the flags do not make a configuration; each text names flag, value and remedy.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum ConfigError {
+    /// A default depends on something the environment does not say.
+    #[error("there is no default for {flag}: neither {variables} is set; give {flag}")]
+    NoDefault {
+        /// The flag without a value.
+        flag: &'static str,
+        /// The variables that would have helped.
+        variables: &'static str,
+    },
+    /// The backend cannot work without a flag.
+    #[error("--storage-backend {backend} needs {flag}: {remedy}")]
+    Missing {
+        /// The backend chosen.
+        backend: &'static str,
+        /// The flag that is missing.
+        flag: &'static str,
+        /// What to do.
+        remedy: &'static str,
+    },
+    /// A flag that the backend would ignore: most likely the backend is not the one meant.
+    #[error("{flag} {value} has no meaning with --storage-backend {backend}: drop it, or choose {meant}")]
+    Unused {
+        /// The flag.
+        flag: &'static str,
+        /// Its value.
+        value: String,
+        /// The backend chosen.
+        backend: &'static str,
+        /// The backends it belongs to.
+        meant: &'static str,
+    },
+    /// The path of the admin socket is more than the kernel takes.
+    #[error("--admin-sock {path} has {bytes} bytes, more than the {MAX_PATH_BYTES} of a Unix socket: choose a shorter path", path = .0.display(), bytes = .0.as_os_str().len())]
+    LongSocketPath(PathBuf),
+    /// Cache and store would share one directory.
+    #[error("--cache-root and --local-root are both {0}: give each its own directory")]
+    SameDirectory(String),
+}
+
+impl Serve {
+    /// Fills in the defaults and checks the flags against each other.
+    ///
+    /// # Errors
+    /// The first [`ConfigError`] found.
+    pub fn check(self, surroundings: &Surroundings<'_>) -> Result<Config, ConfigError> {
+        let store = self.store(surroundings)?;
+        let cache_root = self.cache_root.map_or_else(|| surroundings.cache_root(), Ok)?;
+        let admin_sock = self.admin_sock.map_or_else(|| surroundings.admin_sock(), Ok)?;
+        if admin_sock.as_os_str().len() > MAX_PATH_BYTES {
+            return Err(ConfigError::LongSocketPath(admin_sock));
+        }
+        if matches!(&store, StoreConfig::Local(root) if *root == cache_root) {
+            return Err(ConfigError::SameDirectory(cache_root.display().to_string()));
+        }
+        Ok(Config {
+            cache_root,
+            export_root: self.export_root,
+            listen: self.listen,
+            admin_sock,
+            chunk_bytes: self.chunk_size.0,
+            store,
+            store_timeout: Duration::from_secs(self.store_timeout),
+            log_level: self.log_level,
+        })
+    }
+
+    fn store(&self, surroundings: &Surroundings<'_>) -> Result<StoreConfig, ConfigError> {
+        let backend = self.storage_backend;
+        let (bucket, endpoint_url, region, account) = (
+            given(self.bucket.as_ref()),
+            given(self.endpoint_url.as_ref()),
+            given(self.region.as_ref()),
+            given(self.r2_account_id.as_ref()),
+        );
+        let local_root = self.local_root.as_ref().map(|root| root.display().to_string());
+        let local = backend == Backend::Local;
+        let remote = !local && backend != Backend::Memory;
+        for (flag, value, fits, meant) in [
+            ("--bucket", &bucket, remote, "s3, r2, gcs or azure"),
+            ("--endpoint-url", &endpoint_url, remote, "s3, r2, gcs or azure"),
+            ("--region", &region, matches!(backend, Backend::S3 | Backend::R2), "s3 or r2"),
+            ("--r2-account-id", &account, backend == Backend::R2, "r2"),
+            ("--local-root", &local_root, local, "local"),
+        ] {
+            if let (Some(value), false) = (value, fits) {
+                return Err(ConfigError::Unused { flag, value: value.clone(), backend: backend.name(), meant });
+            }
+        }
+        let kind = match backend {
+            Backend::Local => {
+                let root = self.local_root.clone().map_or_else(|| surroundings.local_root(), Ok)?;
+                return Ok(StoreConfig::Local(root));
+            }
+            Backend::Memory => return Ok(StoreConfig::Memory),
+            Backend::S3 => RemoteKind::S3,
+            Backend::R2 => RemoteKind::R2,
+            Backend::Gcs => RemoteKind::Gcs,
+            Backend::Azure => RemoteKind::Azure,
+        };
+        let missing = |flag, remedy| ConfigError::Missing { backend: backend.name(), flag, remedy };
+        if bucket.is_none() {
+            return Err(missing("--bucket NAME", "name a bucket that exists"));
+        }
+        if backend == Backend::R2 && account.is_none() && endpoint_url.is_none() {
+            return Err(missing("--r2-account-id ID", "it is on the R2 overview page; or give --endpoint-url URL"));
+        }
+        Ok(StoreConfig::Remote(RemoteConfig { kind, bucket, endpoint_url, region, r2_account_id: account }))
+    }
+}
+
+/// An empty value is none: that is what an unset variable looks like in many service files.
+fn given(value: Option<&String>) -> Option<String> {
+    value.filter(|text| !text.is_empty()).cloned()
+}
+
+impl Backend {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Local => "local",
+            Self::S3 => "s3",
+            Self::R2 => "r2",
+            Self::Gcs => "gcs",
+            Self::Azure => "azure",
+            Self::Memory => "memory",
+        }
+    }
+}
+
+fn export_root(text: &str) -> Result<ExportRoot, String> {
+    let prefix: Key = text.parse().map_err(|e: crate::store::keys::KeyError| e.to_string())?;
+    if text.len() > MAX_EXPORT_ROOT_BYTES {
+        return Err(format!(
+            "{} bytes leave no room for the rest of a key: use {MAX_EXPORT_ROOT_BYTES} at most",
+            text.len()
+        ));
+    }
+    Ok(ExportRoot::new(prefix))
+}
+
+/// A chunk size: plain bytes, or with a suffix such as `4M` or `64KiB`, always in powers of 1024.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct ChunkBytes(u64);
+
+impl FromStr for ChunkBytes {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+        let shift = match text[digits.len()..].to_ascii_lowercase().as_str() {
+            "" | "b" => 0,
+            "k" | "kib" => 10,
+            "m" | "mib" => 20,
+            _ => return Err("give bytes, or a number with KiB or MiB, such as 4MiB".into()),
+        };
+        let count: u64 = digits.parse().map_err(|_| "give a whole number of bytes, such as 4194304 or 4MiB")?;
+        let bytes = count.checked_mul(1 << shift).ok_or("that is more than 64MiB")?;
+        // An image of one byte has one chunk of any size: what remains to refuse is the chunk size.
+        Geometry::new(1, bytes).map_err(|e| e.to_string())?;
+        Ok(Self(bytes))
+    }
+}
+
+impl std::fmt::Display for ChunkBytes {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.0.fmt(f)
+    }
+}

@@ -1,0 +1,191 @@
+//! What the client sends, as bytes: one large buffer that a receive fills with as many requests as there are.
+//!
+//! Promises: memory is the buffer and the payloads asked for; a long payload is received into its own memory and never
+//! copied, a short one is copied once, so that a slow write pins its own bytes and not the buffer.
+//! Must never: wait without end inside a frame, or hand out a part of a payload.
+
+use std::io;
+use std::time::Duration;
+
+use bytes::{BufMut, Bytes, BytesMut};
+use tokio::io::{AsyncRead, AsyncReadExt};
+
+/// The receive buffer, in bytes: room for 60 requests with 4 KiB each, or thousands without payload. Its pages cost
+/// memory only once they were used.
+const BUFFER_BYTES: usize = 256 << 10;
+/// A payload longer than this is received into its own memory, in bytes.
+const DIRECT_PAYLOAD_BYTES: usize = 64 << 10;
+
+/// Why no more requests come.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum Gone {
+    /// The client closed between two requests.
+    #[error("the client closed")]
+    Closed,
+    /// The client closed inside a request; it was not carried out.
+    #[error("the client closed in the middle of a request")]
+    Cut,
+    /// The client left a request half sent.
+    #[error("the client left a request half sent")]
+    Stalled,
+    /// The connection broke.
+    #[error("the connection broke: {0}")]
+    Broken(#[from] io::Error),
+}
+
+/// The receiving side of a connection in transmission.
+#[derive(Debug)]
+pub(super) struct Inbox<R> {
+    reader: R,
+    buffer: Box<[u8]>,
+    start: usize,
+    end: usize,
+    stalled: Duration,
+}
+
+impl<R: AsyncRead + Unpin> Inbox<R> {
+    /// `early`: what came behind the handshake; clients need not wait.
+    pub(super) fn new(reader: R, early: &[u8], stalled: Duration) -> Self {
+        let mut buffer = vec![0; BUFFER_BYTES.max(early.len())].into_boxed_slice();
+        buffer[..early.len()].copy_from_slice(early);
+        Self { reader, buffer, start: 0, end: early.len(), stalled }
+    }
+
+    /// The stream itself; what was received and not taken is lost.
+    pub(super) fn into_reader(self) -> R {
+        self.reader
+    }
+
+    /// What was received and not yet taken.
+    pub(super) fn received(&self) -> &[u8] {
+        &self.buffer[self.start..self.end]
+    }
+
+    /// Takes `len` bytes that were received.
+    pub(super) fn take(&mut self, len: usize) {
+        self.start += len;
+        debug_assert!(self.start <= self.end);
+    }
+
+    /// Receives once more. Between requests a client may be silent for as long as it likes; inside one it may not.
+    pub(super) async fn receive(&mut self) -> Result<(), Gone> {
+        let inside = self.start < self.end;
+        self.make_room();
+        let reading = self.reader.read(&mut self.buffer[self.end..]);
+        let got = if inside {
+            tokio::time::timeout(self.stalled, reading).await.map_err(|_| Gone::Stalled)??
+        } else {
+            reading.await?
+        };
+        if got == 0 {
+            return Err(if inside { Gone::Cut } else { Gone::Closed });
+        }
+        self.end += got;
+        Ok(())
+    }
+
+    fn make_room(&mut self) {
+        if self.start == self.end {
+            (self.start, self.end) = (0, 0);
+        } else if self.end == self.buffer.len() {
+            self.buffer.copy_within(self.start..self.end, 0);
+            (self.start, self.end) = (0, self.end - self.start);
+        }
+    }
+
+    /// The next `len` bytes, all of them or none.
+    pub(super) async fn payload(&mut self, len: usize) -> Result<Bytes, Gone> {
+        if len <= DIRECT_PAYLOAD_BYTES {
+            while self.received().len() < len {
+                self.more().await?;
+            }
+            let payload = Bytes::copy_from_slice(&self.received()[..len]);
+            self.take(len);
+            return Ok(payload);
+        }
+        let mut payload = BytesMut::with_capacity(len);
+        let here = self.received().len().min(len);
+        payload.extend_from_slice(&self.received()[..here]);
+        self.take(here);
+        while payload.len() < len {
+            let left = len - payload.len();
+            let mut rest = (&mut payload).limit(left);
+            let reading = self.reader.read_buf(&mut rest);
+            if tokio::time::timeout(self.stalled, reading).await.map_err(|_| Gone::Stalled)?? == 0 {
+                return Err(Gone::Cut);
+            }
+        }
+        Ok(payload.freeze())
+    }
+
+    /// Throws the next `len` bytes away.
+    pub(super) async fn discard(&mut self, mut len: u64) -> Result<(), Gone> {
+        loop {
+            let here = usize::try_from(len).unwrap_or(usize::MAX).min(self.received().len());
+            self.take(here);
+            len -= here as u64;
+            if len == 0 {
+                return Ok(());
+            }
+            self.more().await?;
+        }
+    }
+
+    /// Receives once more, inside a request even if nothing of it is in the buffer.
+    async fn more(&mut self) -> Result<(), Gone> {
+        match tokio::time::timeout(self.stalled, self.receive()).await {
+            Err(_) => Err(Gone::Stalled),
+            Ok(Err(Gone::Closed)) => Err(Gone::Cut),
+            Ok(received) => received,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tokio::io::AsyncWriteExt;
+
+    const SOON: Duration = Duration::from_millis(50);
+
+    #[tokio::test]
+    async fn payloads_of_every_length_arrive_as_sent_however_the_stream_is_cut() {
+        for step in [1usize, 7, 4096, 1 << 20] {
+            let (mut client, server) = tokio::io::duplex(step);
+            let lengths = [0usize, 1, 511, 4096, DIRECT_PAYLOAD_BYTES, DIRECT_PAYLOAD_BYTES + 1, 300_000];
+            let byte = |i: usize| u8::try_from(i % 251).unwrap();
+            let all: Vec<u8> = (0..lengths.iter().sum()).map(byte).collect();
+            let sent = all.clone();
+            tokio::spawn(async move { client.write_all(&sent[3..]).await });
+            let mut inbox = Inbox::new(server, &all[..3], SOON);
+            let mut at = 0;
+            for len in lengths {
+                assert!(inbox.payload(len).await.unwrap() == all[at..at + len], "{len} bytes in steps of {step}");
+                at += len;
+            }
+            assert!(matches!(inbox.receive().await, Err(Gone::Closed)));
+        }
+    }
+
+    #[tokio::test]
+    async fn silence_is_allowed_between_requests_and_not_inside_one() {
+        let (mut client, server) = tokio::io::duplex(1024);
+        let mut inbox = Inbox::new(server, &[], SOON);
+        assert!(tokio::time::timeout(SOON * 3, inbox.receive()).await.is_err(), "still waiting");
+        client.write_all(&[1]).await.unwrap();
+        inbox.receive().await.unwrap();
+        assert!(matches!(inbox.receive().await, Err(Gone::Stalled)));
+        assert!(matches!(inbox.payload(2).await, Err(Gone::Stalled)));
+        assert!(matches!(inbox.payload(DIRECT_PAYLOAD_BYTES + 1).await, Err(Gone::Stalled)));
+    }
+
+    #[tokio::test]
+    async fn a_hang_up_in_mid_payload_yields_no_payload() {
+        for len in [100, DIRECT_PAYLOAD_BYTES * 2] {
+            let (mut client, server) = tokio::io::duplex(1024);
+            client.write_all(&[1; 50]).await.unwrap();
+            drop(client);
+            assert!(matches!(Inbox::new(server, &[], SOON).payload(len).await, Err(Gone::Cut)));
+        }
+    }
+}

@@ -1,0 +1,92 @@
+//! What one client, and all of them together, may cost. Every wait and every buffer of this floor is bounded here.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+/// The longest payload that is served, in bytes; also the maximum block size that clients are told.
+pub const MAX_PAYLOAD_BYTES: u32 = 32 << 20;
+/// A WRITE longer than [`MAX_PAYLOAD_BYTES`] is read, thrown away and refused up to this many bytes; beyond it the
+/// connection is closed.
+pub const MAX_DRAINED_PAYLOAD_BYTES: u64 = 64 << 20;
+
+/// The bounds of the handshake; they alone keep the pure part of it in check.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct OptionLimits {
+    /// Options per connection; one more closes it. 1,000 unless said otherwise.
+    pub options: u32,
+    /// Option data is read and understood up to this many bytes. 64 KiB, which holds the longest legal GO.
+    pub read_bytes: u32,
+    /// Longer option data is thrown away and refused up to this many bytes; beyond it the connection is closed. 1 MiB.
+    pub drained_bytes: u32,
+}
+
+/// All bounds of a server's NBD side. The defaults are right for nearly everybody.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Limits {
+    /// Connections at once; one more is closed at once. 16,384.
+    pub connections: usize,
+    /// How long a client may take to get from the greeting to an attached export, not counting the time the server
+    /// takes to open it. 10 s.
+    pub handshake: Duration,
+    /// The bounds of the options.
+    pub option: OptionLimits,
+    /// Requests in flight per connection, replies not yet taken included; the rest waits in the socket. 256 (the kernel's
+    /// client has 128).
+    pub requests: usize,
+    /// Payload bytes in flight per connection. 64 MiB: two of the longest requests.
+    pub connection_bytes: usize,
+    /// Payload bytes in flight of all connections together, beyond the allowance each one has. 1 GiB.
+    pub shared_bytes: usize,
+    /// Payload bytes in flight that a connection always has for itself, so that small requests go on when greedy clients
+    /// have used up `shared_bytes`. 256 KiB.
+    pub allowance_bytes: usize,
+    /// How long a client may leave a reply untaken, or a request half sent, without one byte of progress. 60 s.
+    pub stalled: Duration,
+    /// How long a stop waits for what was accepted. 10 s.
+    pub drain: Duration,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            connections: 16_384,
+            handshake: Duration::from_secs(10),
+            option: OptionLimits { options: 1_000, read_bytes: 64 << 10, drained_bytes: 1 << 20 },
+            requests: 256,
+            connection_bytes: 64 << 20,
+            shared_bytes: 1 << 30,
+            allowance_bytes: 256 << 10,
+            stalled: Duration::from_secs(60),
+            drain: Duration::from_secs(10),
+        }
+    }
+}
+
+// A request of the longest legal payload must fit, or it would wait for ever.
+const _: () = assert!((MAX_PAYLOAD_BYTES as u64) < MAX_DRAINED_PAYLOAD_BYTES);
+
+/// Which limits have bitten, so that each is logged once: a hostile client shall not fill the log either.
+#[derive(Debug, Default)]
+pub(super) struct Bites {
+    pub(super) connections: Bite,
+    pub(super) handshake: Bite,
+    pub(super) options: Bite,
+    pub(super) requests: Bite,
+    pub(super) bytes: Bite,
+    pub(super) payload: Bite,
+    pub(super) stalled: Bite,
+    pub(super) drain: Bite,
+}
+
+/// One limit's memory of having bitten.
+#[derive(Debug, Default)]
+pub(super) struct Bite(AtomicBool);
+
+impl Bite {
+    /// Logs `text` the first time.
+    pub(super) fn log(&self, text: &str) {
+        if !self.0.swap(true, Ordering::Relaxed) {
+            tracing::warn!("{text} (further cases are not logged)");
+        }
+    }
+}

@@ -1,0 +1,213 @@
+//! Where clients come in: TCP and Unix sockets.
+//!
+//! Promises: a socket file that a crash left behind is replaced; one that a live server answers on, or a file that is no
+//! socket, is left alone and named in the error; our own file is gone when the listener is.
+
+use std::fmt;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+
+use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
+
+/// The port that NBD has been assigned.
+pub const DEFAULT_PORT: u16 = 10809;
+
+/// Why a listener could not be had; each text names the address and the remedy.
+#[derive(Debug, thiserror::Error)]
+pub enum ListenError {
+    /// The text is no address.
+    #[error("listen address {0:?} is not understood: write HOST:PORT, as in 127.0.0.1:{DEFAULT_PORT}, or unix:PATH")]
+    Address(String),
+    /// Somebody listens there already.
+    #[error("{0} is taken by another process: end it, or choose another address with --listen")]
+    Taken(ListenAddr),
+    /// A file that is no socket is in the way.
+    #[error("{0:?} exists and is not a socket: remove it, or choose another path with --listen")]
+    NotASocket(PathBuf),
+    /// The system refused.
+    #[error("cannot listen on {addr}: {source}")]
+    Io {
+        /// Where.
+        addr: ListenAddr,
+        /// Why.
+        source: io::Error,
+    },
+}
+
+/// An address to listen on.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ListenAddr {
+    /// `HOST:PORT`; port 0 takes a free one.
+    Tcp(String),
+    /// `unix:PATH`.
+    Unix(PathBuf),
+}
+
+impl FromStr for ListenAddr {
+    type Err = ListenError;
+
+    fn from_str(text: &str) -> Result<Self, ListenError> {
+        let refused = || ListenError::Address(text.to_owned());
+        if let Some(path) = text.strip_prefix("unix:") {
+            return if path.is_empty() { Err(refused()) } else { Ok(Self::Unix(path.into())) };
+        }
+        match text.rsplit_once(':') {
+            // An IPv6 address without brackets has no port that could be told apart.
+            Some((host, port))
+                if !host.is_empty() && port.parse::<u16>().is_ok() && (!host.contains(':') || host.ends_with(']')) =>
+            {
+                Ok(Self::Tcp(text.to_owned()))
+            }
+            _ => Err(refused()),
+        }
+    }
+}
+
+impl fmt::Display for ListenAddr {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Tcp(addr) => f.write_str(addr),
+            Self::Unix(path) => write!(f, "unix:{}", path.display()),
+        }
+    }
+}
+
+/// A bound socket.
+#[derive(Debug)]
+pub struct Listener {
+    socket: Socket,
+    addr: ListenAddr,
+}
+
+#[derive(Debug)]
+enum Socket {
+    Tcp(TcpListener),
+    Unix { listener: UnixListener, _file: SocketFile },
+}
+
+/// Our socket's file; removed with the listener.
+#[derive(Debug)]
+struct SocketFile(PathBuf);
+
+impl Drop for SocketFile {
+    fn drop(&mut self) {
+        // Somebody else removed it: nothing is left to do.
+        let _ = std::fs::remove_file(&self.0);
+    }
+}
+
+/// A client, just connected.
+#[derive(Debug)]
+pub(super) enum Client {
+    Tcp(TcpStream),
+    Unix(UnixStream),
+}
+
+impl Listener {
+    /// Binds the address.
+    ///
+    /// # Errors
+    /// [`ListenError`], naming the address.
+    pub async fn bind(addr: &ListenAddr) -> Result<Self, ListenError> {
+        match addr {
+            ListenAddr::Tcp(host_port) => {
+                let listener = TcpListener::bind(host_port).await.map_err(|source| bind_error(addr, source))?;
+                // Port 0 has become a real one.
+                let bound = listener.local_addr().map_err(|source| bind_error(addr, source))?;
+                Ok(Self { socket: Socket::Tcp(listener), addr: ListenAddr::Tcp(bound.to_string()) })
+            }
+            ListenAddr::Unix(path) => {
+                make_way(path, addr).await?;
+                let listener = UnixListener::bind(path).map_err(|source| bind_error(addr, source))?;
+                let file = SocketFile(path.clone());
+                Ok(Self { socket: Socket::Unix { listener, _file: file }, addr: addr.clone() })
+            }
+        }
+    }
+
+    /// Where it listens; with the port it got.
+    #[must_use]
+    pub fn local_addr(&self) -> &ListenAddr {
+        &self.addr
+    }
+
+    pub(super) async fn accept(&self) -> io::Result<Client> {
+        match &self.socket {
+            Socket::Tcp(listener) => {
+                let (stream, _) = listener.accept().await?;
+                // "SHOULD set TCP_NODELAY." A socket that died already says so at its first use.
+                let _ = stream.set_nodelay(true);
+                Ok(Client::Tcp(stream))
+            }
+            Socket::Unix { listener, .. } => Ok(Client::Unix(listener.accept().await?.0)),
+        }
+    }
+}
+
+fn bind_error(addr: &ListenAddr, source: io::Error) -> ListenError {
+    match source.kind() {
+        io::ErrorKind::AddrInUse => ListenError::Taken(addr.clone()),
+        _ => ListenError::Io { addr: addr.clone(), source },
+    }
+}
+
+/// Removes a socket file that nobody listens on.
+async fn make_way(path: &Path, addr: &ListenAddr) -> Result<(), ListenError> {
+    use std::os::unix::fs::FileTypeExt;
+
+    match std::fs::symlink_metadata(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(source) => return Err(ListenError::Io { addr: addr.clone(), source }),
+        Ok(found) if !found.file_type().is_socket() => return Err(ListenError::NotASocket(path.to_owned())),
+        Ok(_) => {}
+    }
+    match UnixStream::connect(path).await {
+        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
+            std::fs::remove_file(path).map_err(|source| ListenError::Io { addr: addr.clone(), source })
+        }
+        // It answered, or it is there and too busy to (EAGAIN): a live server.
+        _ => Err(ListenError::Taken(addr.clone())),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn addresses_are_understood_or_refused_by_name() {
+        for good in ["127.0.0.1:0", "localhost:10809", "[::1]:10809", "unix:/run/x.sock", "unix:x"] {
+            assert_eq!(good.parse::<ListenAddr>().unwrap().to_string(), good);
+        }
+        for bad in ["", "10809", ":10809", "host", "host:", "host:99999", "::1", "::1:80", "unix:"] {
+            let error = bad.parse::<ListenAddr>().unwrap_err().to_string();
+            assert!(error.contains(&format!("{bad:?}")), "{error}");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_taken_port_is_named_in_the_error() {
+        let first = Listener::bind(&"127.0.0.1:0".parse().unwrap()).await.unwrap();
+        let error = Listener::bind(first.local_addr()).await.unwrap_err();
+        assert!(matches!(&error, ListenError::Taken(_)));
+        assert!(error.to_string().contains(&first.local_addr().to_string()));
+    }
+
+    #[tokio::test]
+    async fn a_stale_socket_file_is_replaced_and_a_live_one_is_not() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("nbd.sock");
+        let addr = ListenAddr::Unix(path.clone());
+        // What a crash leaves: the file without its listener.
+        drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
+        assert!(path.exists());
+        let live = Listener::bind(&addr).await.unwrap();
+        assert!(matches!(Listener::bind(&addr).await, Err(ListenError::Taken(_))));
+        drop(live);
+        assert!(!path.exists(), "its own file goes with it");
+        std::fs::write(&path, "precious").unwrap();
+        assert!(matches!(Listener::bind(&addr).await, Err(ListenError::NotASocket(_))));
+        assert_eq!(std::fs::read(&path).unwrap(), b"precious");
+    }
+}

@@ -1,0 +1,140 @@
+//! The NBD server: clients come in, attach an export by name, and read and write it.
+//!
+//! Promises: every statement of the protocol that stands above a piece of this code; a client, however hostile, costs
+//! bounded memory and time ([`Limits`]) and never harms another; a stop answers what was accepted.
+//! Must never: see the admin interface, the cache, the store or a manifest. Exports and their data come from
+//! [`crate::volume`] alone.
+//!
+//! The way of a request: [`listen`] → [`connection`](self) drives the pure [`handshake`] → `transmission` takes requests
+//! from its inbox, [`request`] judges each once, `serve` calls the volume, [`reply`] makes the frames, the outbox sends
+//! them.
+
+mod connection;
+pub mod context;
+pub mod errno;
+pub mod handshake;
+mod inbox;
+pub mod limits;
+pub mod listen;
+mod outbox;
+pub mod reply;
+pub mod request;
+mod serve;
+mod transmission;
+pub mod wire;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
+use tokio::task::JoinSet;
+
+use self::limits::Bites;
+pub use self::limits::Limits;
+use self::listen::Client;
+pub use self::listen::{ListenAddr, ListenError, Listener};
+use crate::volume::registry::Registry;
+
+/// How long to wait before accepting again when the system has no more descriptors.
+const ACCEPT_RETRY: Duration = Duration::from_millis(100);
+/// How long a closing connection waits for the client to read what was sent and close its side.
+const CLOSING: Duration = Duration::from_secs(1);
+/// How much of what a client still sends is thrown away meanwhile, in bytes.
+const CLOSING_BYTES: u64 = 64 << 20;
+
+/// Serves the exports of a registry to NBD clients.
+#[derive(Debug)]
+pub struct Server {
+    shared: Arc<Shared>,
+    connections: Arc<Semaphore>,
+}
+
+/// What all connections share.
+#[derive(Debug)]
+struct Shared {
+    registry: Arc<Registry>,
+    limits: Limits,
+    /// Payload bytes in flight beyond what each connection has for itself.
+    bytes: Arc<Semaphore>,
+    bites: Bites,
+}
+
+impl Server {
+    /// A server of these exports. The limits hold for all its listeners together.
+    #[must_use]
+    pub fn new(registry: Arc<Registry>, limits: Limits) -> Self {
+        let bytes = Arc::new(Semaphore::new(limits.shared_bytes));
+        Self {
+            shared: Arc::new(Shared { registry, limits, bytes, bites: Bites::default() }),
+            connections: Arc::new(Semaphore::new(limits.connections)),
+        }
+    }
+
+    /// Accepts clients until `stop` turns true (or its sender is gone); then takes no new ones, lets those in the
+    /// handshake know, answers what was accepted, and returns once all are gone or [`Limits::drain`] has passed.
+    /// Call it once per listener; the calls may run side by side.
+    pub async fn serve(&self, listener: Listener, stop: watch::Receiver<bool>) {
+        let mut clients = JoinSet::new();
+        let mut stopping = stop.clone();
+        loop {
+            tokio::select! {
+                () = stopped(&mut stopping) => break,
+                Some(_) = clients.join_next() => {}
+                accepted = listener.accept() => match accepted {
+                    Ok(client) => self.welcome(client, &mut clients, &stop),
+                    Err(error) => {
+                        // The client gave up, or descriptors have run out: neither is a reason to stop serving others.
+                        tracing::warn!("cannot accept a client on {}: {error}", listener.local_addr());
+                        tokio::time::sleep(ACCEPT_RETRY).await;
+                    }
+                },
+            }
+        }
+        drop(listener);
+        let drained = async { while clients.join_next().await.is_some() {} };
+        if tokio::time::timeout(self.shared.limits.drain, drained).await.is_err() {
+            self.shared.bites.drain.log("the stop did not wait for all requests: some clients were cut off");
+            clients.shutdown().await;
+        }
+    }
+
+    fn welcome(&self, client: Client, clients: &mut JoinSet<()>, stop: &watch::Receiver<bool>) {
+        let Ok(place) = Arc::clone(&self.connections).try_acquire_owned() else {
+            self.shared.bites.connections.log("as many clients are connected as are allowed: new ones are closed");
+            return;
+        };
+        let (shared, stop) = (Arc::clone(&self.shared), stop.clone());
+        match client {
+            Client::Tcp(stream) => clients.spawn(client_task(stream, shared, stop, place)),
+            Client::Unix(stream) => clients.spawn(client_task(stream, shared, stop, place)),
+        };
+    }
+}
+
+/// Returns once `stop` is true, or nobody is left who could make it true.
+async fn stopped(stop: &mut watch::Receiver<bool>) {
+    let _ = stop.wait_for(|stop| *stop).await;
+}
+
+async fn client_task<S>(stream: S, shared: Arc<Shared>, stop: watch::Receiver<bool>, _place: OwnedSemaphorePermit)
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+{
+    connection::run(stream, &shared, stop).await;
+}
+
+/// Closes so that the client gets what was sent: with data left unread the system would answer with a reset, and a reset
+/// overtakes replies that are still on their way.
+async fn close_gently<R, W>(reader: &mut R, writer: &mut W)
+where
+    R: AsyncRead + Unpin,
+    W: AsyncWrite + Unpin,
+{
+    let closing = async {
+        writer.shutdown().await?;
+        tokio::io::copy(&mut reader.take(CLOSING_BYTES), &mut tokio::io::sink()).await
+    };
+    // Whatever comes of it, the connection is over.
+    let _ = tokio::time::timeout(CLOSING, closing).await;
+}

@@ -1,0 +1,148 @@
+//! One command → calls of the volume → its outcome.
+//!
+//! Promises: a command with FUA is durable when it is done; FAST_ZERO is refused exactly where something would have to
+//! be fetched; what a READ returns is what the volume read.
+//! Must never: check what [`request`](super::request) has checked, or answer a client (the transmission does).
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+
+use super::context::Context;
+use super::errno::{self, Errno};
+use super::reply::{ContextExtents, Outcome};
+use super::request::Command;
+use crate::units::ByteRange;
+use crate::volume::{Extent, Residency, Volume, VolumeError};
+
+/// The most extents one BLOCK_STATUS looks at; the client asks again for the rest. The protocol suggests at most 2^20.
+pub(super) const MAX_EXTENTS: usize = 8192;
+
+/// A command and what goes with it.
+#[derive(Debug)]
+pub(super) struct Task {
+    pub(super) command: Command,
+    /// FUA: durable before the reply.
+    pub(super) durable: bool,
+    /// The payload of a WRITE, as long as its range.
+    pub(super) payload: Bytes,
+    /// The contexts a BLOCK_STATUS asks for, at least one.
+    pub(super) contexts: Vec<Context>,
+}
+
+/// Carries out a task.
+pub(super) async fn serve(volume: &Arc<Volume>, task: Task) -> Outcome {
+    let writes = matches!(task.command, Command::Write { .. } | Command::WriteZeroes { .. });
+    let changes = writes || matches!(task.command, Command::Trim { .. });
+    let durable = task.durable && changes;
+    let served = match carry_out(volume, task).await {
+        // FUA covers this command; the flush covers it and more. It makes no sense on the others, and is accepted there.
+        Ok(Outcome::Done) if durable => volume.flush().await.map(|()| Outcome::Done),
+        served => served,
+    };
+    served.unwrap_or_else(|error| Outcome::Failed { errno: errno::of(&error, writes), text: error.to_string().into() })
+}
+
+async fn carry_out(volume: &Arc<Volume>, task: Task) -> Result<Outcome, VolumeError> {
+    let done = |()| Outcome::Done;
+    match task.command {
+        Command::Read { range, whole } => read(volume, range, whole).await,
+        // "Zero length: success, nothing done."
+        Command::Write { range }
+        | Command::Trim { range }
+        | Command::Cache { range }
+        | Command::WriteZeroes { range, .. }
+            if range.is_empty() =>
+        {
+            Ok(Outcome::Done)
+        }
+        Command::Write { range } => volume.write(range.offset(), task.payload).await.map(done),
+        Command::Flush => volume.flush().await.map(done),
+        Command::Trim { range } => volume.trim(range).await.map(done),
+        Command::Cache { range } => volume.prefetch(range).await.map(done),
+        Command::WriteZeroes { range, fast } => {
+            if fast && needs_a_fetch(volume, range).await? {
+                let text = "zeroing a part of a chunk that is not in the cache fetches it first, which is not fast";
+                return Ok(Outcome::Failed { errno: Errno::NotSup, text: text.into() });
+            }
+            volume.write_zeroes(range).await.map(done)
+        }
+        Command::BlockStatus { range, one } => {
+            let extents = volume.extents(range, MAX_EXTENTS).await?;
+            let of = |context: &Context| (context.id(), statuses(*context, range, one, &extents));
+            let contexts: Vec<ContextExtents> = task.contexts.iter().map(of).collect();
+            Ok(Outcome::Status(contexts))
+        }
+        // Both are dealt with before a task is made of them.
+        Command::BlockStatusPayload { .. } | Command::Disconnect => Ok(Outcome::Done),
+    }
+}
+
+async fn read(volume: &Arc<Volume>, range: ByteRange, whole: bool) -> Result<Outcome, VolumeError> {
+    let bytes = if range.is_empty() { Bytes::new() } else { volume.read(range).await? };
+    if bytes.len() as u64 == range.len() {
+        return Ok(Outcome::Data { bytes, whole });
+    }
+    // Other lengths would put the client out of sync for good: better an error here and in the log.
+    tracing::error!("export {}: a read of {range} brought {} bytes", volume.export_id(), bytes.len());
+    Ok(Outcome::Failed { errno: Errno::Io, text: "the read came back with another length".into() })
+}
+
+/// Whether a range begins or ends inside a chunk that is not here.
+async fn needs_a_fetch(volume: &Arc<Volume>, range: ByteRange) -> Result<bool, VolumeError> {
+    let geometry = volume.geometry();
+    if range.is_empty() {
+        return Ok(false);
+    }
+    let ends = [range.offset(), range.end() - 1];
+    for chunk in ends.map(|byte| geometry.chunk_range(geometry.chunk_at(byte))) {
+        let covered = range.offset() <= chunk.offset() && chunk.end() <= range.end();
+        let extents = if covered { Vec::new() } else { volume.extents(chunk, 1).await? };
+        if extents.iter().any(|extent| extent.residency == Residency::Absent) {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
+/// "At least one extent, none empty; REQ_ONE: exactly one, not beyond the request." Ours never overrun.
+fn statuses(context: Context, range: ByteRange, one: bool, extents: &[Extent]) -> Vec<(u64, u32)> {
+    let mut statuses: Vec<(u64, u32)> = Vec::new();
+    let mut left = range.len();
+    for extent in extents {
+        let (len, status) = (extent.len.min(left), context.status(extent.residency));
+        left -= len;
+        match statuses.last_mut() {
+            _ if len == 0 => break,
+            Some(last) if last.1 == status => last.0 += len,
+            Some(_) if one => break,
+            _ => statuses.push((len, status)),
+        }
+    }
+    statuses
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn extent(len: u64, residency: Residency) -> Extent {
+        Extent { len, residency }
+    }
+
+    #[test]
+    fn neighbours_of_one_status_are_merged_and_none_overruns_the_request() {
+        let extents = [
+            extent(10, Residency::Absent),
+            extent(10, Residency::Dirty),
+            extent(10, Residency::Zero { dirty: true }),
+            extent(u64::MAX, Residency::Zero { dirty: false }),
+        ];
+        let range = ByteRange::new(0, 1 << 40).unwrap();
+        let of = |context, one| statuses(context, range, one, &extents);
+        assert_eq!(of(Context::Allocation, false), [(20, 0), ((1 << 40) - 20, 3)]);
+        assert_eq!(of(Context::Residency, false), [(10, 0), (10, 3), (10, 6), ((1 << 40) - 30, 4)]);
+        assert_eq!(of(Context::Allocation, true), [(20, 0)]);
+        assert_eq!(of(Context::Residency, true), [(10, 0)]);
+    }
+}

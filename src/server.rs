@@ -1,0 +1,242 @@
+//! The composition root: from a configuration to a running server, and back to nothing.
+//!
+//! **Start**, in this order: NBD sockets → cache root and its lock → admin socket → store and its probe → discovery →
+//! the log line that begins with `ready:`. Sockets are bound early, so that a taken port costs nothing, and served only
+//! when every export is known. A start that fails removes the sockets and the empty folders it made.
+//!
+//! **Stop**, on SIGTERM or SIGINT: no new clients → what was accepted is answered, within [`DRAIN_TIMEOUT`] → every
+//! volume is flushed and sealed, however long that takes → the lock goes, last of all. A second signal ends the process
+//! at once, which is safe but leaves the caches unsealed.
+
+mod folders;
+mod ready;
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::sync::watch;
+use tokio::task::JoinSet;
+
+use crate::admin::{self, Api, BindError};
+use crate::clock::{Clock, SystemClock};
+use crate::config::{Config, StoreConfig};
+use crate::disk::RealDisk;
+use crate::nbd::{self, ListenError};
+use crate::store::SharedStore;
+use crate::store::local::LocalStore;
+use crate::store::probe::{ProbeError, probe};
+use crate::store::remote::{RemoteConfigError, RemoteStore};
+use crate::store::retry::{RetryPolicy, Retrying};
+use crate::volume::Services;
+use crate::volume::registry::{ExportError, Registry};
+use folders::{CacheLock, LockError, NewFolders};
+
+/// How long clients may take to get their last answers when the server stops.
+pub const DRAIN_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// Why the server did not start, or did not end well. Each text is one line with the value and the remedy.
+#[derive(Debug, thiserror::Error)]
+pub enum ServerError {
+    /// No NBD clients could connect.
+    #[error(transparent)]
+    Listen(#[from] ListenError),
+    /// The cache root cannot be made or written.
+    #[error("--cache-root {path} cannot be used ({source}): choose a directory this user may write", path = .path.display())]
+    CacheRoot {
+        /// The directory.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// Another server works there.
+    #[error("--cache-root {path} is in use by another nbd-server: stop that one, or choose another directory", path = .0.display())]
+    CacheLocked(PathBuf),
+    /// No admin client could connect.
+    #[error(transparent)]
+    Admin(#[from] BindError),
+    /// The local store cannot be made or written.
+    #[error("--local-root {path}: {source}; choose a directory this user may write", path = .path.display())]
+    LocalRoot {
+        /// The directory.
+        path: PathBuf,
+        /// What the store said.
+        source: io::Error,
+    },
+    /// The bucket is not described well enough.
+    #[error(transparent)]
+    Remote(#[from] RemoteConfigError),
+    /// The store does not answer, refuses, or is not safe to write to.
+    #[error("{0}; check the storage flags, the credentials and the network")]
+    Probe(#[from] ProbeError),
+    /// The exports cannot be listed.
+    #[error("the exports cannot be listed: {0}")]
+    Discovery(#[from] ExportError),
+    /// Signals cannot be received.
+    #[error("cannot listen for signals: {0}")]
+    Signals(#[source] io::Error),
+    /// A front end ended by itself.
+    #[error("a part of the server broke off; the log above says which")]
+    Broken,
+    /// A second signal cut the stop short.
+    #[error("stopped at once by a second signal: the next start checks the caches")]
+    Interrupted,
+}
+
+impl ServerError {
+    /// Whether the user has to write something else, rather than change something on the machine.
+    #[must_use]
+    pub fn is_usage(&self) -> bool {
+        matches!(self, Self::Remote(RemoteConfigError::Invalid { .. }))
+    }
+}
+
+/// Runs a server from start to stop.
+///
+/// # Errors
+/// [`ServerError`]; nothing half-made is left behind.
+pub async fn run(config: Config) -> Result<(), ServerError> {
+    let mut signals = Signals::new().map_err(ServerError::Signals)?;
+    let server = tokio::select! {
+        started = Server::start(&config) => started?,
+        name = signals.next() => {
+            tracing::info!("stopped by {name} before it was ready");
+            return Ok(());
+        }
+    };
+    tracing::info!("{}", server.ready());
+    server.serve(&mut signals).await
+}
+
+/// Bound, discovered, and not serving yet.
+struct Server {
+    listeners: Vec<nbd::Listener>,
+    admin: admin::Socket,
+    api: Api,
+    // Last, so that everything that touches the cache root is gone when another server may have it.
+    lock: CacheLock,
+}
+
+impl Server {
+    async fn start(config: &Config) -> Result<Self, ServerError> {
+        let mut listeners = Vec::new();
+        for addr in &config.listen {
+            listeners.push(nbd::Listener::bind(addr).await?);
+        }
+        // Declared before what lies in them: on a failure they must be empty when their turn comes.
+        let (cache_folders, lock) = own_cache_root(&config.cache_root)?;
+        let socket_folders = match config.admin_sock.parent() {
+            Some(parent) if !parent.as_os_str().is_empty() => NewFolders::create(parent)
+                .map_err(|source| BindError::Io { path: config.admin_sock.clone(), source })?,
+            _ => NewFolders::default(),
+        };
+        let admin = admin::Socket::bind(&config.admin_sock).await?;
+
+        let clock: Arc<dyn Clock> = Arc::new(SystemClock);
+        let store = build_store(config, &clock).await?;
+        let services = Services::new(store, config.export_root.clone(), Arc::new(RealDisk), clock);
+        let registry = Registry::discover(Arc::new(services), config.cache_root.clone()).await?;
+
+        cache_folders.keep();
+        socket_folders.keep();
+        let limits = admin::Limits::default();
+        let api = Api { registry, default_chunk_bytes: config.chunk_bytes, limits };
+        Ok(Self { listeners, admin, api, lock })
+    }
+
+    fn ready(&self) -> String {
+        let addresses: Vec<_> = self.listeners.iter().map(|listener| listener.local_addr().clone()).collect();
+        ready::line(&self.api.registry.list(), &addresses, self.admin.path())
+    }
+
+    async fn serve(self, signals: &mut Signals) -> Result<(), ServerError> {
+        let Self { listeners, admin, api, lock } = self;
+        let registry = Arc::clone(&api.registry);
+        let (stop, stopped) = watch::channel(false);
+        let mut fronts = JoinSet::new();
+        let nbd = Arc::new(nbd::Server::new(Arc::clone(&registry), nbd::Limits::default()));
+        for listener in listeners {
+            let (nbd, stopped) = (Arc::clone(&nbd), stopped.clone());
+            fronts.spawn(async move { nbd.serve(listener, stopped).await });
+        }
+        fronts.spawn(admin::serve(admin, api, stopped));
+
+        let cause = tokio::select! {
+            name = signals.next() => Ok(name),
+            ended = fronts.join_next() => Err(ended),
+        };
+        match &cause {
+            Ok(name) => {
+                tracing::info!("{name}: finishing what was accepted, then flushing; a second signal ends at once")
+            }
+            Err(ended) => tracing::error!("a front end broke off, stopping: {ended:?}"),
+        }
+        stop.send_replace(true);
+        let closing = async {
+            if tokio::time::timeout(DRAIN_TIMEOUT, async { while fronts.join_next().await.is_some() {} }).await.is_err()
+            {
+                tracing::warn!("some clients had no answer after {} s and were cut off", DRAIN_TIMEOUT.as_secs());
+                fronts.shutdown().await;
+            }
+            registry.close().await;
+        };
+        tokio::select! {
+            () = closing => {}
+            _ = signals.next() => return Err(ServerError::Interrupted),
+        }
+        drop(lock);
+        tracing::info!("stopped");
+        cause.map(drop).map_err(|_| ServerError::Broken)
+    }
+}
+
+fn own_cache_root(path: &Path) -> Result<(NewFolders, CacheLock), ServerError> {
+    let refused = |source| ServerError::CacheRoot { path: path.to_owned(), source };
+    let folders = NewFolders::create(path).map_err(refused)?;
+    match CacheLock::acquire(path) {
+        Ok(lock) => Ok((folders, lock)),
+        Err(LockError::Taken) => Err(ServerError::CacheLocked(path.to_owned())),
+        Err(LockError::Io(source)) => Err(refused(source)),
+    }
+}
+
+/// The store of a configuration, found fit for writing.
+async fn build_store(config: &Config, clock: &Arc<dyn Clock>) -> Result<SharedStore, ServerError> {
+    let policy = RetryPolicy { limit: config.store_timeout, ..RetryPolicy::default() };
+    let store: SharedStore = match &config.store {
+        StoreConfig::Local(root) => {
+            let opened = LocalStore::open(root.clone(), Arc::clone(clock));
+            Arc::new(opened.map_err(|source| ServerError::LocalRoot { path: root.clone(), source })?)
+        }
+        StoreConfig::Memory => Arc::new(RemoteStore::memory()),
+        StoreConfig::Remote(remote) => {
+            let environment = |name: &str| std::env::var(name).ok();
+            Arc::new(RemoteStore::connect(remote, &environment, policy, Arc::clone(clock))?)
+        }
+    };
+    // Without retries: somebody who has just started a server wants to hear at once that the store is away.
+    probe(&*store, &config.export_root).await?;
+    Ok(Arc::new(Retrying::new(store, policy, Arc::clone(clock))))
+}
+
+/// The signals that end a server.
+struct Signals {
+    terminate: Signal,
+    interrupt: Signal,
+}
+
+impl Signals {
+    fn new() -> io::Result<Self> {
+        Ok(Self { terminate: signal(SignalKind::terminate())?, interrupt: signal(SignalKind::interrupt())? })
+    }
+
+    /// The name of the next one.
+    async fn next(&mut self) -> &'static str {
+        tokio::select! {
+            _ = self.terminate.recv() => "SIGTERM",
+            _ = self.interrupt.recv() => "SIGINT",
+        }
+    }
+}
