@@ -116,7 +116,7 @@ where
                             return Err(Left::HungUp);
                         }
                     }
-                    _ = stop.wait_for(|stop| *stop), if !stopping => {
+                    () = super::stopped(stop), if !stopping => {
                         stopping = true;
                         deadline = deadline.min(Instant::now() + STOPPING_GRACE);
                     }

@@ -20,7 +20,7 @@ pub enum ListenError {
     #[error("listen address {0:?} is not understood: write HOST:PORT, as in 127.0.0.1:{DEFAULT_PORT}, or unix:PATH")]
     Address(String),
     /// Somebody listens there already.
-    #[error("{0} is taken by another process: end it, or choose another address with --listen")]
+    #[error("--listen {0} is in use by another process: end it, or choose another address")]
     Taken(ListenAddr),
     /// A file that is no socket is in the way.
     #[error("{0:?} exists and is not a socket: remove it, or choose another path with --listen")]

@@ -112,7 +112,7 @@ impl Server {
     }
 }
 
-/// Returns once `stop` is true, or nobody is left who could make it true.
+/// Returns once the server is told to stop, or nobody is left who could tell it to.
 async fn stopped(stop: &mut watch::Receiver<bool>) {
     let _ = stop.wait_for(|stop| *stop).await;
 }

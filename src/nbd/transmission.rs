@@ -64,7 +64,7 @@ pub(super) async fn run<S>(
         let end = tokio::select! {
             biased;
             end = connection.take_requests(outbox) => Ok(end),
-            _ = stop.wait_for(|stop| *stop) => Ok(End::Stopping),
+            () = super::stopped(&mut stop) => Ok(End::Stopping),
             sent = &mut sending => Err(sent),
         };
         match end {

@@ -312,9 +312,9 @@ impl Registry {
         let not_found = || ExportError::NotFound(source.clone(), "in the store");
         let head = self.services.read_head(&source).await?.ok_or_else(not_found)?.head;
         let snapshot = match (snapshot, head.current) {
-            (_, None) => return Err(ExportError::NothingPublished(source)),
-            (Some(asked), Some(_)) => self.published(&source, &head, asked).await?,
+            (Some(asked), _) => self.published(&source, &head, asked).await?,
             (None, Some(current)) => current,
+            (None, None) => return Err(ExportError::NothingPublished(source)),
         };
         let seed = CloneSeed { source_export_id: source, source_snapshot_id: snapshot };
         self.create_with(Head::new(id, head.geometry, Some(seed))).await
