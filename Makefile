@@ -1,0 +1,19 @@
+# Two commands matter: `make test` installs what is missing and runs every test; `make check` looks at the source.
+
+.PHONY: all setup test check fmt
+
+all: check test
+
+setup:
+	scripts/setup.sh
+
+test: setup
+	cargo test --locked
+
+check:
+	cargo fmt --check
+	cargo clippy --locked --all-targets -- -D warnings
+	RUSTDOCFLAGS="-D warnings" cargo doc --locked --no-deps
+
+fmt:
+	cargo fmt
