@@ -1,0 +1,77 @@
+//! `docs/` says only what is so: every test and every file that it names exists.
+
+#![allow(clippy::unwrap_used, reason = "helpers of tests fail the test")]
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+fn root() -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR"))
+}
+
+fn all_source() -> String {
+    let mut text = String::new();
+    let mut folders = vec![root().join("src"), root().join("tests")];
+    while let Some(folder) = folders.pop() {
+        for entry in fs::read_dir(folder).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                folders.push(path);
+            } else if path.extension().is_some_and(|extension| extension == "rs") {
+                text += &fs::read_to_string(path).unwrap();
+            }
+        }
+    }
+    text
+}
+
+/// What stands between backticks.
+fn quoted(text: &str) -> impl Iterator<Item = &str> {
+    text.split('`').skip(1).step_by(2)
+}
+
+/// The tests a document names: claims, that is at least three words in snake case.
+fn named_tests(text: &str) -> Vec<&str> {
+    let claim = |name: &&str| {
+        name.matches('_').count() >= 2 && name.bytes().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == b'_')
+    };
+    quoted(text).filter(claim).collect()
+}
+
+#[test]
+fn every_test_that_holds_a_promise_exists() {
+    let document = fs::read_to_string(root().join("docs/semantics.md")).unwrap();
+    let names = named_tests(&document);
+    assert!(names.len() >= 20, "only {} tests are named", names.len());
+    let source = all_source();
+    let missing: Vec<_> = names.iter().filter(|name| !source.contains(&format!("fn {name}("))).collect();
+    assert!(missing.is_empty(), "docs/semantics.md names tests that do not exist: {missing:#?}");
+}
+
+#[test]
+fn every_promise_names_what_holds_it() {
+    let document = fs::read_to_string(root().join("docs/semantics.md")).unwrap();
+    let promises: Vec<&str> = document.split("\n**").skip(1).collect();
+    assert!(promises.len() >= 11);
+    for promise in promises {
+        let title = promise.split("**").next().unwrap();
+        assert!(promise.contains("Held by "), "{title:?} is held by no test");
+    }
+}
+
+#[test]
+fn every_file_of_the_code_map_exists() {
+    let document = fs::read_to_string(root().join("docs/architecture.md")).unwrap();
+    let is_file = |name: &&str| name.ends_with(".rs") && !name.contains('*');
+    let named: Vec<&str> = quoted(&document).filter(is_file).collect();
+    assert!(named.len() >= 20, "only {} files are named", named.len());
+    let there = |name: &str| Path::new(&root()).join("src").join(name).exists() || root().join(name).exists();
+    let missing: Vec<_> = named.into_iter().filter(|name| !there(name)).collect();
+    assert!(missing.is_empty(), "docs/architecture.md names files that do not exist: {missing:#?}");
+}
+
+#[test]
+fn a_name_in_the_text_is_found_and_a_field_is_not_taken_for_one() {
+    let text = "Held by `a_test_named_so`, `volume.json`, `image_size`, `TODO_A_B`.";
+    assert_eq!(named_tests(text), ["a_test_named_so"]);
+}
