@@ -21,7 +21,7 @@ need() { # need PACKAGE PROGRAM...: the package that brings these programs
 
 need make make
 need gcc cc
-need libc6-dev cc
+[ -e /usr/include/stdlib.h ] || missing+=(libc6-dev)
 need libnbd-bin nbdinfo nbdcopy nbddump
 need qemu-utils qemu-img qemu-io
 need fio fio

@@ -33,7 +33,8 @@ fn quoted(text: &str) -> impl Iterator<Item = &str> {
 /// The tests a document names: claims, that is at least three words in snake case.
 fn named_tests(text: &str) -> Vec<&str> {
     let claim = |name: &&str| {
-        name.matches('_').count() >= 2 && name.bytes().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == b'_')
+        name.matches('_').count() >= 2
+            && name.bytes().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == b'_')
     };
     quoted(text).filter(claim).collect()
 }
