@@ -8,7 +8,7 @@ setup:
 	scripts/setup.sh
 
 test: setup
-	cargo test --locked
+	cargo test --locked --no-fail-fast
 
 check:
 	cargo fmt --check
