@@ -8,7 +8,14 @@
 //!
 //! `NBD_TEST_CRASH_LOSSES=N` draws N random losses at every moment (default 12).
 
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::cast_possible_truncation, missing_docs)]
+#![allow(
+    clippy::print_stdout,
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::cast_possible_truncation,
+    missing_docs
+)]
 
 mod common;
 
@@ -97,7 +104,7 @@ impl Scene {
     async fn create(&mut self, name: &'static str) {
         let begun = self.sim.now();
         self.registry.create(id(name), geometry()).await.unwrap();
-        self.made(name, begun, &vec![0; SECTORS]);
+        self.made(name, begun, &[0; SECTORS]);
     }
 
     async fn clone_of(&mut self, name: &'static str, source: &'static str) {

@@ -271,10 +271,12 @@ fn kill_9_under_load_loses_no_acknowledged_write() {
         let lines = BufReader::new(client.stdout.take().unwrap()).lines();
         let (started, has_started) = std::sync::mpsc::channel();
         let reader = std::thread::Builder::new().spawn(move || {
-            lines
-                .map(Result::unwrap)
-                .inspect(|line| drop(line == "connected" && started.send(()).is_ok()))
-                .collect::<Vec<_>>()
+            let tell = |line: &String| {
+                if line == "connected" {
+                    started.send(()).unwrap();
+                }
+            };
+            lines.map(Result::unwrap).inspect(tell).collect::<Vec<_>>()
         });
         has_started.recv_timeout(Duration::from_secs(30)).expect("a client that connects");
         std::thread::sleep(Duration::from_millis(100 + 37 * (round % 7)));

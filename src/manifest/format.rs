@@ -6,9 +6,10 @@
 
 use std::borrow::Cow;
 use std::collections::HashMap;
-use std::fmt::Write as _;
+use std::fmt::{self, Write as _};
 
-use serde::Deserialize;
+use serde::de::{self, Visitor};
+use serde::{Deserialize, Deserializer};
 
 use super::{Entry, Manifest};
 use crate::store::Key;
@@ -16,6 +17,8 @@ use crate::store::keys::ExportRoot;
 use crate::units::{ByteRange, ChunkIndex, ExportId, Generation, Geometry, MAX_CHUNKS, SnapshotId};
 
 const VERSION: u64 = 2;
+/// The most characters of a text from a file that an error repeats.
+const MAX_SHOWN_CHARS: usize = 80;
 /// What one entry may take in a file, white space and all.
 const MAX_ENTRY_BYTES: u64 = 512;
 /// What everything but the entries may take.
@@ -41,8 +44,8 @@ pub fn max_bytes(geometry: Geometry) -> u64 {
 }
 
 #[derive(Deserialize)]
-struct Versioned {
-    version: u64,
+pub(super) struct Versioned {
+    pub(super) version: u64,
 }
 
 #[derive(Deserialize)]
@@ -56,16 +59,18 @@ struct RawManifest<'a> {
     created_at: String,
     #[serde(default)]
     parent_snapshot_id: Option<SnapshotId>,
-    #[serde(default)]
-    base_ref: Option<String>,
-    refs: Vec<RawRef>,
+    #[serde(default, borrow)]
+    base_ref: Option<RefId<'a>>,
+    #[serde(borrow)]
+    refs: Vec<RawRef<'a>>,
     #[serde(borrow)]
     entries: Vec<RawEntry<'a>>,
 }
 
 #[derive(Deserialize)]
-struct RawRef {
-    id: String,
+struct RawRef<'a> {
+    #[serde(borrow)]
+    id: RefId<'a>,
     path: String,
 }
 
@@ -73,11 +78,42 @@ struct RawRef {
 struct RawEntry<'a> {
     index: u64,
     #[serde(rename = "ref", borrow)]
-    blob: Cow<'a, str>,
+    blob: RefId<'a>,
     offset: u64,
     len: u64,
     #[serde(borrow)]
     blake3: Cow<'a, str>,
+}
+
+/// A blob's name inside a manifest: a text, or with some older tools a number.
+#[derive(PartialEq, Eq, Hash)]
+struct RefId<'a>(Cow<'a, str>);
+
+impl<'de: 'a, 'a> Deserialize<'de> for RefId<'a> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct AnyId;
+        impl<'de> Visitor<'de> for AnyId {
+            type Value = RefId<'de>;
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("the id of a ref")
+            }
+            fn visit_borrowed_str<E: de::Error>(self, id: &'de str) -> Result<Self::Value, E> {
+                Ok(RefId(id.into()))
+            }
+            fn visit_str<E: de::Error>(self, id: &str) -> Result<Self::Value, E> {
+                Ok(RefId(id.to_owned().into()))
+            }
+            fn visit_u64<E: de::Error>(self, id: u64) -> Result<Self::Value, E> {
+                Ok(RefId(id.to_string().into()))
+            }
+        }
+        deserializer.deserialize_any(AnyId)
+    }
+}
+
+/// As much of a text from a file as an error repeats.
+pub(super) fn shown(text: &str) -> String {
+    format!("{:?}", text.chars().take(MAX_SHOWN_CHARS).collect::<String>())
 }
 
 /// The manifest in a file that should be of `export_id` and, if given, of this geometry.
@@ -106,7 +142,7 @@ fn decode_fields(
     }
     let raw: RawManifest<'_> = serde_json::from_slice(bytes).map_err(|e| format!("not a manifest: {e}"))?;
     let geometry = Geometry::new(raw.image_size, raw.chunk_size).map_err(|e| e.to_string())?;
-    same("export_id", raw.export_id.as_str(), export_id.as_str())?;
+    same("export_id", shown(&raw.export_id), shown(export_id.as_str()))?;
     if let Some(expected) = expected {
         same("image_size", geometry.image_size(), expected.image_size())?;
         same("chunk_size", geometry.chunk_size(), expected.chunk_size())?;
@@ -115,16 +151,23 @@ fn decode_fields(
     if raw.generation == 0 {
         return Err("generation is 0, but a published snapshot has at least 1".into());
     }
-    let mut blobs = Vec::with_capacity(raw.refs.len());
+    let (mut blobs, mut by_path) = (Vec::with_capacity(raw.refs.len()), HashMap::with_capacity(raw.refs.len()));
     let mut positions = HashMap::with_capacity(raw.refs.len());
-    for (position, blob) in (0u32..).zip(&raw.refs) {
-        blobs.push(root.parse_inside(&blob.path).map_err(|e| format!("refs[{position}].path: {e}"))?);
-        if positions.insert(blob.id.as_str(), position).is_some() {
-            return Err(format!("refs[{position}].id {:?} is there twice", blob.id));
+    for (i, blob) in raw.refs.iter().enumerate() {
+        let key = root.parse_inside(&blob.path).map_err(|e| format!("refs[{i}].path: {e}"))?;
+        // Two ids for one blob are one blob: overlaps are looked for in the object, not under a name.
+        let position = *by_path.entry(key.clone()).or_insert_with(|| {
+            blobs.push(key);
+            blobs.len() - 1
+        });
+        let position = u32::try_from(position).map_err(|_| "refs: there are too many".to_owned())?;
+        if positions.insert(&blob.id, position).is_some() {
+            return Err(format!("refs[{i}].id {} is there twice", shown(&blob.id.0)));
         }
     }
-    let position = |name: &str| positions.get(name).copied().ok_or_else(|| format!("{name:?} is not the id of a ref"));
-    let base = raw.base_ref.as_deref().map(position).transpose().map_err(|e| format!("base_ref: {e}"))?;
+    let position =
+        |id: &RefId<'_>| positions.get(id).copied().ok_or_else(|| format!("{} is not the id of a ref", shown(&id.0)));
+    let base = raw.base_ref.as_ref().map(position).transpose().map_err(|e| format!("base_ref: {e}"))?;
     let mut entries: Vec<Entry> = Vec::with_capacity(raw.entries.len());
     for (i, entry) in raw.entries.iter().enumerate() {
         let previous = entries.last().map(|e| e.chunk);
@@ -164,7 +207,8 @@ fn decode_entry(
     if ByteRange::new(entry.offset, entry.len).is_none_or(|range| i64::try_from(range.end()).is_err()) {
         return Err(format!("offset {} is beyond any object", entry.offset));
     }
-    let hash = decode_hex(&entry.blake3).ok_or_else(|| format!("blake3 {:?} is not 64 hex digits", entry.blake3))?;
+    let hash = decode_hex(&entry.blake3)
+        .ok_or_else(|| format!("blake3 {} is not 64 lower-case hex digits", shown(&entry.blake3)))?;
     Ok((chunk, hash))
 }
 

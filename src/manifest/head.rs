@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use super::format::FormatError;
+use super::format::{FormatError, Versioned, shown};
 use crate::store::Key;
 use crate::units::{ExportId, Generation, Geometry, SnapshotId};
 
@@ -116,14 +116,17 @@ impl Head {
     /// [`FormatError`] naming the object and the field.
     pub fn decode(bytes: &[u8], export_id: &ExportId, key: &Key) -> Result<Self, FormatError> {
         let refused = |problem: String| FormatError { key: key.to_string(), problem };
-        let raw: RawHead = serde_json::from_slice(bytes).map_err(|e| refused(format!("not a volume head: {e}")))?;
-        if raw.version != VERSION {
-            let version = raw.version;
+        let not_a_head = |e: serde_json::Error| refused(format!("not a volume head: {e}"));
+        // The version first: another one may have other fields.
+        let version = serde_json::from_slice::<Versioned>(bytes).map_err(not_a_head)?.version;
+        if version != VERSION {
             let text = format!("its version is {version}, this server knows {VERSION}: use the tool that wrote it");
             return Err(refused(text));
         }
+        let raw: RawHead = serde_json::from_slice(bytes).map_err(not_a_head)?;
         if raw.export_id != export_id.as_str() {
-            return Err(refused(format!("export_id is {:?}, but should be \"{export_id}\"", raw.export_id)));
+            let found = shown(&raw.export_id);
+            return Err(refused(format!("export_id is {found}, but should be \"{export_id}\"")));
         }
         let geometry = Geometry::new(raw.image_size, raw.chunk_size).map_err(|e| refused(e.to_string()))?;
         Ok(Self {
@@ -164,7 +167,12 @@ impl CurrentRef {
             key: key.to_string(),
             problem: format!("not a reference to the current snapshot: {e}"),
         };
-        serde_json::from_slice(bytes).map_err(refused)
+        let current: Self = serde_json::from_slice(bytes).map_err(refused)?;
+        if current.generation == Generation(0) {
+            let problem = "generation is 0, but a published snapshot has at least 1".to_owned();
+            return Err(FormatError { key: key.to_string(), problem });
+        }
+        Ok(current)
     }
 }
 

@@ -265,13 +265,20 @@ impl Manifest {
             export_id,
             generation: self.generation.next(),
             geometry: self.geometry,
-            created_at: DateTime::<Utc>::from(created_at).to_rfc3339_opts(SecondsFormat::Millis, true),
+            created_at: date(created_at),
             parent,
             base: None,
             blobs: next.blobs,
             entries: next.entries,
         }
     }
+}
+
+/// As RFC 3339; a clock that is set to no date at all counts from 1970.
+fn date(time: SystemTime) -> String {
+    let millis = time.duration_since(SystemTime::UNIX_EPOCH).map_or(0, |since| since.as_millis());
+    let date = i64::try_from(millis).ok().and_then(DateTime::<Utc>::from_timestamp_millis).unwrap_or_default();
+    date.to_rfc3339_opts(SecondsFormat::Millis, true)
 }
 
 fn sorted(mut changes: Vec<(ChunkIndex, Change)>) -> Vec<(ChunkIndex, Change)> {

@@ -40,6 +40,11 @@ impl Services {
             Err(e) => return Err(e.into()),
         };
         let current = CurrentRef::decode(&object.bytes, &keys.current_ref()).map_err(ExportError::damaged)?;
+        let manifest = keys.manifest(current.snapshot_id);
+        if current.manifest_key != manifest.as_str() {
+            let text = format!("{}: manifest_key is not {manifest}, where its snapshot's must be", keys.current_ref());
+            return Err(ExportError::Damaged(text.into()));
+        }
         let geometry = self.read_geometry(id, current.snapshot_id).await?;
         let head = Head::new(id.clone(), geometry, None).published(current.snapshot_id);
         match self.write_head(&head, Condition::IfAbsent).await {

@@ -105,6 +105,35 @@ fn one_wrong_field_is_refused_by_its_name() {
 }
 
 #[test]
+fn two_names_of_one_blob_hide_no_overlap_and_a_number_is_a_name() {
+    let aliased = GOLDEN
+        .replacen("exports/source/snapshots/00000000000000000000000000000002/base.blob", BLOB, 1)
+        .replacen(r#""offset": 8192"#, r#""offset": 100"#, 1);
+    assert!(read(&aliased).unwrap_err().to_string().contains("overlap"));
+    let numbered = GOLDEN.replace(r#""r0""#, "0").replace(r#""r1""#, "1");
+    assert_eq!(read(&numbered).unwrap(), sample());
+}
+
+#[test]
+fn an_error_repeats_only_the_beginning_of_a_long_text() {
+    for field in [r#""disk""#, r#""r1""#, r#""0909090909090909090909090909090909090909090909090909090909090909""#] {
+        let text = GOLDEN.replacen(field, &format!("\"{}\"", "x".repeat(1 << 20)), 1);
+        let refused = read(&text).unwrap_err().to_string();
+        assert!(refused.len() < 400, "{} bytes", refused.len());
+    }
+}
+
+#[test]
+fn a_clock_set_to_no_date_at_all_does_not_keep_anybody_from_publishing() {
+    for date in [SystemTime::UNIX_EPOCH - Duration::from_secs(1), SystemTime::UNIX_EPOCH + Duration::from_secs(1 << 60)]
+    {
+        let blob = key("exports/disk/b");
+        let next = sample().successor(id(), None, date, blob, Vec::new()).unwrap();
+        assert_eq!(next.created_at(), "1970-01-01T00:00:00.000Z");
+    }
+}
+
+#[test]
 fn fields_of_other_tools_are_no_error() {
     let text = GOLDEN.replacen(r#""version": 2,"#, r#""version": 2, "tool": {"name": ["x"]},"#, 1);
     assert_eq!(read(&text).unwrap(), sample());
