@@ -425,7 +425,13 @@ async fn an_upload_that_is_abandoned_is_discarded_by_the_store() {
     let key = "exports/vm/delta.blob".parse().unwrap();
     let mut upload = store.upload(&key, 1 << 30, stuck);
     let begun = async {
-        while !uploads().contains("<UploadId>") {
+        // Once a part is there, the client knows the upload that it belongs to.
+        let stored = |id: &str| {
+            let parts = moto.request(&format!("GET /disks/exports/vm/delta.blob?uploadId={id} HTTP/1.1")).unwrap();
+            parts.contains("<PartNumber>")
+        };
+        let id = |list: &str| Some(list.split_once("<UploadId>")?.1.split_once('<')?.0.to_owned());
+        while !id(&uploads()).is_some_and(|id| stored(&id)) {
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
     };

@@ -98,7 +98,7 @@ pub enum Command {
 /// How many bytes follow the header.
 #[must_use]
 pub fn payload(request: &Request, mode: Mode) -> u64 {
-    // A WRITE has a payload whether or not its client has set PAYLOAD_LEN, as it must with extended headers.
+    // "With extended headers PAYLOAD_LEN MUST be set on a WRITE": a client that leaves it out has still sent the payload.
     let follows = request.kind == cmd::WRITE || (mode == Mode::Extended && request.flags & cflag::PAYLOAD_LEN != 0);
     if follows { request.len } else { 0 }
 }
@@ -119,8 +119,7 @@ pub fn validate(request: &Request, to: &Attachment) -> Result<Command, Refusal> 
         let bad = request.flags & !applicable;
         return Err(Refusal::invalid(format!("flags {bad:#x} do not apply to command {}", request.kind)));
     }
-    // "With extended headers, the client MUST set PAYLOAD_LEN on WRITE." qemu 10.0 does not; what it sends is clear all
-    // the same, and to refuse it would keep every qemu away.
+    // "With extended headers PAYLOAD_LEN MUST be set on a WRITE." qemu's client leaves it out, and can mean nothing else.
     let has_payload_flag = request.flags & cflag::PAYLOAD_LEN != 0;
     let writes = matches!(request.kind, cmd::WRITE | cmd::WRITE_ZEROES | cmd::TRIM);
     if writes && to.read_only {
@@ -285,7 +284,7 @@ mod tests {
     fn df_and_payload_len_need_their_modes() {
         assert_eq!(errno(validate(&request(0, cflag::DF, 0, 512), &to(Mode::Simple))), 22);
         assert_eq!(errno(validate(&request(1, cflag::PAYLOAD_LEN, 0, 512), &to(Mode::Structured))), 22);
-        assert_eq!(errno(validate(&request(1, 0, 0, 512), &to(Mode::Extended))), 0, "qemu's way");
+        assert_eq!(errno(validate(&request(1, 0, 0, 512), &to(Mode::Extended))), 0, "qemu's client sends it so");
     }
 
     #[test]

@@ -9,6 +9,7 @@
 
 pub mod http;
 pub mod moto;
+pub mod nbd;
 pub mod server;
 pub mod sim;
 pub mod volumes;

@@ -7,6 +7,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use nbd_server::store::{Body, Condition, Key, Object, SharedStore, Store, StoreError, Version};
 use nbd_server::units::ByteRange;
+use tokio::sync::watch;
 
 /// What happens to a call.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -29,6 +30,7 @@ pub struct Watched {
     counts: Mutex<BTreeMap<String, usize>>,
     judge: Mutex<Judge>,
     pub delay: Mutex<Duration>,
+    gate: Mutex<Option<watch::Receiver<bool>>>,
 }
 
 impl std::fmt::Debug for Watched {
@@ -44,6 +46,7 @@ impl Watched {
             counts: Mutex::default(),
             judge: Mutex::new(Box::new(|_, _| Fate::Served)),
             delay: Mutex::default(),
+            gate: Mutex::default(),
         }
     }
 
@@ -67,6 +70,11 @@ impl Watched {
 
     pub fn outage(&self) {
         self.judge(|_, _| Fate::Failed);
+    }
+
+    /// Range reads wait until `gate` is true.
+    pub fn hold_range_reads_until(&self, gate: watch::Receiver<bool>) {
+        *self.gate.lock().unwrap() = Some(gate);
     }
 
     async fn decide<T>(
@@ -98,6 +106,11 @@ impl Store for Watched {
     }
 
     async fn get_range(&self, key: &Key, range: ByteRange) -> Result<Bytes, StoreError> {
+        let gate = self.gate.lock().unwrap().clone();
+        if let Some(mut gate) = gate {
+            // Nobody is left to open it: the test is over.
+            let _ = gate.wait_for(|open| *open).await;
+        }
         self.decide("get_range", key, self.inner.get_range(key, range)).await
     }
 

@@ -1,0 +1,92 @@
+//! Hostile clients: each costs bounded memory and time, and no other client notices.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests fail by panicking")]
+
+mod common;
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use common::nbd::{MIB, Raw, Served};
+use nbd_server::nbd::Limits;
+use nbd_server::nbd::wire::{Mode, cmd};
+
+/// The memory of the process is measured: one test at a time.
+fn alone() -> MutexGuard<'static, ()> {
+    static ALONE: Mutex<()> = Mutex::new(());
+    ALONE.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[test]
+fn a_client_that_takes_no_replies_is_bounded_and_harms_no_other() {
+    let _alone = alone();
+    let limits = Limits { stalled: Duration::from_secs(3), ..Limits::default() };
+    let served = Served::with(limits);
+    let before = resident_kib();
+    let mut greedy = Raw::attach(&served, "disk", Mode::Simple);
+    greedy.write(0, &vec![1; usize::try_from(32 * MIB).unwrap()]);
+    greedy.stream.set_write_timeout(Some(Duration::from_millis(200))).unwrap();
+    // 1000 reads of 32 MiB: 32 GiB, were they all carried out.
+    for cookie in 0..1000 {
+        let request = greedy.encode(0, cmd::READ, cookie, 0, 32 * MIB);
+        greedy.send(&request);
+    }
+    let mut other = Raw::attach(&served, "disk", Mode::Simple);
+    let mut most_kib = 0;
+    let begun = Instant::now();
+    while begun.elapsed() < Duration::from_millis(2500) {
+        assert_eq!(other.read(0, 4096), [1; 4096]);
+        most_kib = most_kib.max(resident_kib());
+    }
+    let more_mib = most_kib.saturating_sub(before) >> 10;
+    // Its own limit of 64 MiB, what it wrote (32 MiB in the image), and the allocator's slack.
+    eprintln!("{more_mib} MiB more");
+    assert!(more_mib < 160, "{more_mib} MiB more");
+    assert!(greedy.is_closed(), "given up after the deadline");
+}
+
+#[test]
+fn the_payload_that_is_only_announced_costs_nothing() {
+    let _alone = alone();
+    let served = Served::new();
+    let before = resident_kib();
+    let clients: Vec<Raw> = (0..64)
+        .map(|_| {
+            let mut client = Raw::attach(&served, "disk", Mode::Simple);
+            let request = client.encode(0, cmd::WRITE, 1, 0, 32 * MIB);
+            client.send(&request);
+            client
+        })
+        .collect();
+    // More than the shared 1 GiB is announced by now; small requests go on.
+    let mut other = Raw::attach(&served, "disk", Mode::Simple);
+    assert_eq!(other.read(0, 4096), [0; 4096]);
+    let more_mib = resident_kib().saturating_sub(before) >> 10;
+    assert!(more_mib < 64, "{more_mib} MiB more for {} announcements", clients.len());
+}
+
+#[test]
+fn thousands_of_silent_connections_cost_little_and_harm_no_other() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+
+    let _alone = alone();
+    // Both ends of each connection are in this process.
+    let allowed = getrlimit(Resource::Nofile);
+    setrlimit(Resource::Nofile, Rlimit { current: allowed.maximum, ..allowed }).unwrap();
+    let served = Served::with(Limits { handshake: Duration::from_secs(3), ..Limits::default() });
+    let before = resident_kib();
+    let mut silent: Vec<Raw> = (0..4000).map(|_| Raw::connect(&served)).collect();
+    let mut client = Raw::attach(&served, "disk", Mode::Structured);
+    assert_eq!(client.read(0, 4096), [0; 4096]);
+    let each = resident_kib().saturating_sub(before) * 1024 / 4000;
+    assert!(each < 24 << 10, "{each} bytes each");
+    for client in &mut silent {
+        assert!(client.is_closed());
+    }
+    assert_eq!(client.read(0, 1), [0]);
+}
+
+fn resident_kib() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap();
+    let line = status.lines().find(|line| line.starts_with("VmRSS")).unwrap();
+    line.split_whitespace().nth(1).unwrap().parse().unwrap()
+}
