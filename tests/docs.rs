@@ -72,6 +72,45 @@ fn every_file_of_the_code_map_exists() {
 }
 
 #[test]
+fn the_code_map_leaves_no_file_out() {
+    let document = fs::read_to_string(root().join("docs/architecture.md")).unwrap();
+    let named: Vec<&str> = quoted(&document).collect();
+    let mut unnamed = Vec::new();
+    let mut folders = vec![root().join("src")];
+    while let Some(folder) = folders.pop() {
+        for entry in fs::read_dir(folder).unwrap() {
+            let path = entry.unwrap().path();
+            let name = path.strip_prefix(root().join("src")).unwrap().to_str().unwrap();
+            let is_code = name.ends_with(".rs") && !name.ends_with("tests.rs") && name != "lib.rs";
+            if path.is_dir() {
+                folders.push(path);
+            } else if is_code && !named.contains(&name) {
+                unnamed.push(name.to_owned());
+            }
+        }
+    }
+    assert!(unnamed.is_empty(), "docs/architecture.md says nothing of {unnamed:#?}");
+}
+
+#[test]
+fn links_lead_to_files_that_exist() {
+    let documents = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"].map(PathBuf::from).into_iter();
+    let docs =
+        fs::read_dir(root().join("docs")).unwrap().map(|entry| Path::new("docs").join(entry.unwrap().file_name()));
+    for document in documents.chain(docs) {
+        let text = fs::read_to_string(root().join(&document)).unwrap();
+        let linked = text.split("](").skip(1).filter_map(|rest| rest.split([')', '#']).next());
+        for target in linked.filter(|target| !target.is_empty() && !target.contains("://")) {
+            let path = root().join(document.parent().unwrap()).join(target);
+            assert!(path.exists(), "{} links to {target}, which does not exist", document.display());
+        }
+        for target in quoted(&text).filter(|name| name.starts_with("docs/") && name.ends_with(".md")) {
+            assert!(root().join(target).exists(), "{} names {target}, which does not exist", document.display());
+        }
+    }
+}
+
+#[test]
 fn a_name_in_the_text_is_found_and_a_field_is_not_taken_for_one() {
     let text = "Held by `a_test_named_so`, `volume.json`, `image_size`, `TODO_A_B`.";
     assert_eq!(named_tests(text), ["a_test_named_so"]);
