@@ -5,7 +5,7 @@
 //! Must never: see the admin interface, the cache, the store or a manifest. Exports and their data come from
 //! [`crate::volume`] alone.
 //!
-//! The way of a request: [`listen`] → [`connection`](self) drives the pure [`handshake`] → `transmission` takes requests
+//! The way of a request: [`listen`] → `connection` drives the pure [`handshake`] → `transmission` takes requests
 //! from its inbox, [`request`] judges each once, `serve` calls the volume, [`reply`] makes the frames, the outbox sends
 //! them.
 
