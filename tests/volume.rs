@@ -556,6 +556,7 @@ async fn a_damaged_blob_is_an_error_never_zeros_and_never_cached() {
     let refused = volume.read(range(2 * CHUNK, 1)).await.unwrap_err();
     assert!(refused.to_string().contains(key.as_str()), "{refused}");
     assert_eq!(site.store.count("get_range"), 2, "retried once, on a fresh request");
+    assert_eq!(status(&registry, "disk").await.corrupt_fetches, 1);
     assert!(volume.write(2 * CHUNK, vec![1].into()).await.is_err());
     assert_eq!(read(&volume, 3 * CHUNK, 1).await[0], 4, "other chunks are served");
     site.store.put(&key, good, Condition::Always).await.unwrap();
@@ -718,4 +719,26 @@ async fn an_export_of_older_tools_is_adopted_and_its_next_publish_covers_every_b
     assert_eq!(indices, [1, 3], "published zeros have no entry");
     let firsts: Vec<u8> = image(&site.elsewhere().await, "old").await.chunks(CHUNK as usize).map(|c| c[0]).collect();
     assert_eq!(firsts, [0, 0x77, 0, 4]);
+}
+
+#[tokio::test]
+async fn a_write_that_waited_for_its_fetch_never_lands_on_newer_data() {
+    let mut site = Site::new();
+    publish_eight(&mut site).await;
+    let registry = site.elsewhere().await;
+    let volume = registry.volume(&id("disk")).await.unwrap();
+    let (fetch, fetched) = tokio::sync::watch::channel(false);
+    site.store.hold_range_reads_until(fetched);
+    // The old connection's write waits for the chunk; the newer one's covers all of it and needs no fetch.
+    let (on_old, on_new) = (volume.clone(), volume.clone());
+    let old = tokio::spawn(async move { write(&on_old, 100, 0x01, 100).await });
+    while site.store.count("get_range") == 0 && Arc::strong_count(&volume) < 5 {
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    let new = tokio::spawn(async move { write(&on_new, 0, 0x02, CHUNK).await });
+    tokio::time::sleep(Duration::from_millis(20)).await;
+    fetch.send(true).unwrap();
+    old.await.unwrap();
+    new.await.unwrap();
+    assert!(read(&volume, 0, CHUNK).await.iter().all(|b| *b == 0x02));
 }

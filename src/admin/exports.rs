@@ -195,6 +195,8 @@ struct Status {
     chunk_count: u32,
     resident_chunks: u64,
     dirty_chunks: u64,
+    /// Chunks that the store did not return as they were published.
+    corrupt_fetches: u64,
     snapshot_generation: Generation,
     remote_head_generation: Generation,
     current_snapshot_id: Option<SnapshotId>,
@@ -212,6 +214,7 @@ impl From<ExportStatus> for Status {
             export_id: export.export_id,
             resident_chunks: export.resident_chunks,
             dirty_chunks: export.dirty_chunks,
+            corrupt_fetches: export.corrupt_fetches,
             snapshot_generation: export.snapshot_generation,
             remote_head_generation: export.remote_head_generation,
             current_snapshot_id: export.current_snapshot_id,

@@ -17,6 +17,8 @@ use super::{Base, Cache, CacheError, Log, LogFile, RAW_FILE, STRIPES, disk_error
 use crate::disk::{Disk, DiskFile};
 use crate::units::{ByteRange, ExportId, Geometry};
 
+/// Where the note of a clone's seed is written before it takes its place.
+const SEED_STAGING: &str = "clone.seed.json.tmp";
 /// The largest `cache.meta` that is read: every chunk a run of its own, and a log that was never folded.
 const MAX_META_BYTES: u64 = 1 << 30;
 
@@ -43,7 +45,7 @@ impl Opening {
     /// [`CacheError::NoSpace`] from the disk.
     pub fn open(self) -> Result<Cache, CacheError> {
         let boot_id = self.disk.boot_id().map_err(|e| self.error("boot id", "", e))?;
-        for leftover in [META_STAGING, ASIDE_FILE, journal::JOURNAL_STAGING] {
+        for leftover in [META_STAGING, ASIDE_FILE, journal::JOURNAL_STAGING, SEED_STAGING] {
             self.disk.remove(&self.dir.join(leftover)).map_err(|e| self.error("removal", leftover, e))?;
         }
         match self.disk.open(&self.dir.join(META_FILE)) {

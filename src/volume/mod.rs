@@ -5,6 +5,7 @@
 //!   checked, never zeros in place of what could not be had.
 //! - A write that returned survives the process; after [`Volume::flush`] also the host's power.
 //! - A chunk is missing, or all of it is in the cache: nobody sees a half-filled one.
+//! - Overlapping changes take effect in the order of their arrival, whichever connection brought them.
 //!
 //! One rule ties the two sides together. A chunk's state is read *before* the published image: a commit changes the
 //! image first and the states after, so whoever sees a chunk missing finds the image that says what it is.
@@ -13,6 +14,7 @@ mod ancestry;
 mod fill;
 mod objects;
 mod open;
+mod order;
 mod publish;
 mod recover;
 pub mod registry;
@@ -31,6 +33,7 @@ use crate::store::SharedStore;
 use crate::store::keys::{ExportKeys, ExportRoot};
 use crate::units::{ByteRange, ChunkIndex, ExportId, Generation, Geometry};
 use fill::{FillBudget, Fills};
+use order::Order;
 use registry::Operation;
 
 /// How many missing chunks one request fetches at a time.
@@ -126,6 +129,7 @@ pub struct Volume {
     /// The generation of the head when it was last read or written.
     head_seen: Mutex<Generation>,
     fills: Fills,
+    order: Order,
     /// Held by every request and every fill; `false` once closed. Taken exclusively to close.
     open: tokio::sync::RwLock<bool>,
     /// Set once the server stops: a publish gives up.
@@ -189,6 +193,7 @@ impl Volume {
     pub async fn write(self: &Arc<Self>, offset: u64, data: Bytes) -> Result<(), VolumeError> {
         let range = self.range(offset, data.len() as u64)?;
         let _open = self.enter_to_write(range).await?;
+        let _turn = self.order.turn(range).await;
         let partial = [range.offset(), range.end()].map(|edge| self.chunk_cut_by(edge));
         self.fill_all(partial.into_iter().flatten()).await?;
         self.until_done(range, move |cache, volume, rest| {
@@ -204,6 +209,7 @@ impl Volume {
     /// As [`write`](Self::write).
     pub async fn write_zeroes(self: &Arc<Self>, range: ByteRange) -> Result<(), VolumeError> {
         let _open = self.enter_to_write(range).await?;
+        let _turn = self.order.turn(range).await;
         self.until_done(range, |cache, volume, rest| cache.zero(rest, Edges::Zero, |chunk| volume.is_zero(chunk))).await
     }
 
@@ -213,6 +219,7 @@ impl Volume {
     /// As [`write`](Self::write).
     pub async fn trim(self: &Arc<Self>, range: ByteRange) -> Result<(), VolumeError> {
         let _open = self.enter_to_write(range).await?;
+        let _turn = self.order.turn(range).await;
         self.until_done(range, |cache, volume, rest| cache.zero(rest, Edges::Skip, |chunk| volume.is_zero(chunk))).await
     }
 

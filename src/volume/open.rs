@@ -2,10 +2,12 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use parking_lot::{Mutex, RwLock};
 
 use super::fill::Fills;
+use super::order::Order;
 use super::registry::{ExportError, ExportStatus, Operation};
 use super::{Services, Volume, VolumeError};
 use crate::cache::{self, Base, CacheError, open::Opening};
@@ -85,6 +87,7 @@ impl Volume {
             image: Arc::new(RwLock::new(Arc::new(image))),
             head_seen: Mutex::new(head_base.generation),
             fills: Fills::default(),
+            order: Order::default(),
             open: tokio::sync::RwLock::new(true),
             stopping: tokio::sync::watch::Sender::new(false),
             operation: Mutex::new(Operation::Idle),
@@ -133,6 +136,7 @@ impl Volume {
             geometry: self.geometry,
             resident_chunks,
             dirty_chunks,
+            corrupt_fetches: self.fills.corrupt.load(Ordering::Relaxed),
             snapshot_generation: self.cache.base().generation,
             remote_head_generation: *self.head_seen.lock(),
             current_snapshot_id: self.expected_head(),

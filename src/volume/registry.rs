@@ -76,6 +76,8 @@ pub struct ExportStatus {
     pub resident_chunks: u64,
     /// Chunks that the next snapshot publishes.
     pub dirty_chunks: u64,
+    /// Chunks whose bytes in the store were not what was published, twice in a row, since the export was opened.
+    pub corrupt_fetches: u64,
     /// The generation the cache builds on.
     pub snapshot_generation: Generation,
     /// The generation of the head when it was last seen.
@@ -252,6 +254,14 @@ impl Registry {
             }
         };
         self.exports.read().iter().map(summary).collect()
+    }
+
+    /// The only export there is, if there is just one.
+    #[must_use]
+    pub fn only(&self) -> Option<ExportId> {
+        let exports = self.exports.read();
+        let only = exports.keys().next().filter(|_| exports.len() == 1);
+        only.cloned()
     }
 
     /// The open volume of that name: opens it on first use.

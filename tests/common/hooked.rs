@@ -1,0 +1,131 @@
+//! A disk that asks the test before every operation: to fail it, to delay it, or to do something else in between.
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+
+use nbd_server::disk::{Disk, DiskFile};
+use nbd_server::units::ByteRange;
+
+type Hook = Arc<dyn Fn(&str, &Path) -> io::Result<()> + Send + Sync>;
+
+/// Wraps a disk. Operations are named as the traits' methods.
+#[derive(Clone)]
+pub struct Hooked {
+    inner: Arc<dyn Disk>,
+    hook: Arc<Mutex<Hook>>,
+    boot: Option<u8>,
+}
+
+impl std::fmt::Debug for Hooked {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Hooked")
+    }
+}
+
+impl Hooked {
+    pub fn new(inner: impl Disk + 'static) -> Self {
+        Self { inner: Arc::new(inner), hook: Arc::new(Mutex::new(Arc::new(|_, _| Ok(())))), boot: None }
+    }
+
+    /// The same disk after the host went down and came up again, with everything that was written still there.
+    pub fn after_boot(self, boot: u8) -> Self {
+        Self { boot: Some(boot), ..self }
+    }
+
+    /// Is asked before every operation from now on. It runs on the thread of the operation and may use the disk.
+    pub fn hook(&self, hook: impl Fn(&str, &Path) -> io::Result<()> + Send + Sync + 'static) {
+        *self.hook.lock().unwrap() = Arc::new(hook);
+    }
+
+    /// Every operation on a path that ends like this fails with the error.
+    pub fn fail(&self, operation: &'static str, name: &'static str, kind: io::ErrorKind) {
+        self.hook(move |op, path| if op == operation && path.ends_with(name) { Err(kind.into()) } else { Ok(()) });
+    }
+
+    pub fn serve_all(&self) {
+        self.hook(|_, _| Ok(()));
+    }
+
+    fn ask(&self, operation: &str, path: &Path) -> io::Result<()> {
+        let hook = Arc::clone(&self.hook.lock().unwrap());
+        hook(operation, path)
+    }
+
+    fn wrap(&self, path: &Path, file: Arc<dyn DiskFile>) -> Arc<dyn DiskFile> {
+        Arc::new(HookedFile { disk: self.clone(), path: path.to_owned(), file })
+    }
+}
+
+impl Disk for Hooked {
+    fn open(&self, path: &Path) -> io::Result<Arc<dyn DiskFile>> {
+        self.ask("open", path)?;
+        Ok(self.wrap(path, self.inner.open(path)?))
+    }
+    fn create(&self, path: &Path) -> io::Result<Arc<dyn DiskFile>> {
+        self.ask("create", path)?;
+        Ok(self.wrap(path, self.inner.create(path)?))
+    }
+    fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
+        self.ask("rename", to)?;
+        self.inner.rename(from, to)
+    }
+    fn remove(&self, path: &Path) -> io::Result<()> {
+        self.ask("remove", path)?;
+        self.inner.remove(path)
+    }
+    fn create_dir(&self, path: &Path) -> io::Result<()> {
+        self.ask("create_dir", path)?;
+        self.inner.create_dir(path)
+    }
+    fn remove_dir(&self, path: &Path) -> io::Result<()> {
+        self.ask("remove_dir", path)?;
+        self.inner.remove_dir(path)
+    }
+    fn list_dir(&self, path: &Path) -> io::Result<Vec<String>> {
+        self.ask("list_dir", path)?;
+        self.inner.list_dir(path)
+    }
+    fn sync_dir(&self, path: &Path) -> io::Result<()> {
+        self.ask("sync_dir", path)?;
+        self.inner.sync_dir(path)
+    }
+    fn boot_id(&self) -> io::Result<[u8; 16]> {
+        self.boot.map_or_else(|| self.inner.boot_id(), |boot| Ok([boot; 16]))
+    }
+}
+
+/// Operations on an open file go by the name it was opened or created under.
+#[derive(Debug)]
+struct HookedFile {
+    disk: Hooked,
+    path: PathBuf,
+    file: Arc<dyn DiskFile>,
+}
+
+impl DiskFile for HookedFile {
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
+        self.disk.ask("read_at", &self.path)?;
+        self.file.read_at(buf, offset)
+    }
+    fn write_at(&self, buf: &[u8], offset: u64) -> io::Result<()> {
+        self.disk.ask("write_at", &self.path)?;
+        self.file.write_at(buf, offset)
+    }
+    fn len(&self) -> io::Result<u64> {
+        self.disk.ask("len", &self.path)?;
+        self.file.len()
+    }
+    fn set_len(&self, len: u64) -> io::Result<()> {
+        self.disk.ask("set_len", &self.path)?;
+        self.file.set_len(len)
+    }
+    fn punch(&self, range: ByteRange) -> io::Result<()> {
+        self.disk.ask("punch", &self.path)?;
+        self.file.punch(range)
+    }
+    fn sync(&self) -> io::Result<()> {
+        self.disk.ask("sync", &self.path)?;
+        self.file.sync()
+    }
+}

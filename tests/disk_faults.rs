@@ -1,0 +1,118 @@
+//! What a local disk that is full, or fails, does to a volume and what it does not.
+
+#![allow(clippy::unwrap_used, clippy::cast_possible_truncation, missing_docs)]
+
+mod common;
+
+use std::io::ErrorKind;
+use std::sync::Arc;
+use std::time::Duration;
+
+use common::hooked::Hooked;
+use common::volumes::*;
+use nbd_server::disk::RealDisk;
+use nbd_server::volume::VolumeError;
+use nbd_server::volume::registry::{ExportError, Registry};
+
+/// An export of 8 published chunks, chunk i full of i + 1; the first is clean here, the second dirty.
+async fn on_a_hooked_disk(site: &mut Site) -> (Arc<Registry>, Hooked) {
+    let origin = site.start("origin").await;
+    let volume = create(&origin, "disk", 8).await;
+    for i in 0..8 {
+        write(&volume, i * CHUNK, i as u8 + 1, CHUNK).await;
+    }
+    origin.snapshot(&id("disk")).await.unwrap();
+    origin.close().await;
+    let disk = Hooked::new(RealDisk);
+    let registry = site.start_on("here", Arc::new(disk.clone())).await;
+    let volume = registry.volume(&id("disk")).await.unwrap();
+    read(&volume, 0, 1).await;
+    write(&volume, CHUNK, 0xbb, 10).await;
+    volume.flush().await.unwrap();
+    (registry, disk)
+}
+
+#[tokio::test]
+async fn a_full_disk_refuses_the_write_and_poisons_nothing() {
+    for (operation, file) in [("write_at", "cache.raw"), ("write_at", "cache.meta.tmp")] {
+        let mut site = Site::new();
+        let (registry, disk) = on_a_hooked_disk(&mut site).await;
+        let volume = registry.volume(&id("disk")).await.unwrap();
+        disk.fail(operation, file, ErrorKind::StorageFull);
+        let refused = volume.write(2 * CHUNK, vec![0xcc; CHUNK as usize].into()).await.unwrap_err();
+        assert!(matches!(refused, VolumeError::NoSpace(_)), "{file}: {refused}");
+        assert!(matches!(volume.write(3 * CHUNK + 1, vec![0xcc].into()).await, Err(VolumeError::NoSpace(_))));
+        // Reads go on, of missing chunks, too; and so does FLUSH.
+        assert_eq!([read(&volume, CHUNK, 1).await[0], read(&volume, 4 * CHUNK, 1).await[0]], [0xbb, 5]);
+        volume.flush().await.unwrap();
+        disk.serve_all();
+        write(&volume, 2 * CHUNK, 0xcc, CHUNK).await;
+        write(&volume, 3 * CHUNK + 1, 0xcc, 1).await;
+        volume.flush().await.unwrap();
+        drop((volume, registry));
+        let all = image(&site.start_on("here", Arc::new(Hooked::new(RealDisk).after_boot(1))).await, "disk").await;
+        let firsts: Vec<u8> = all.chunks(CHUNK as usize).map(|chunk| chunk[0]).collect();
+        assert_eq!(firsts, [1, 0xbb, 0xcc, 4, 5, 6, 7, 8], "{file}");
+        assert_eq!(all[3 * CHUNK as usize + 1], 0xcc);
+    }
+}
+
+#[tokio::test]
+async fn a_failed_sync_is_final_until_the_export_is_opened_again_and_clean_chunks_are_still_read() {
+    for file in ["cache.raw", "cache.meta.tmp"] {
+        let mut site = Site::new();
+        let (registry, disk) = on_a_hooked_disk(&mut site).await;
+        let volume = registry.volume(&id("disk")).await.unwrap();
+        write(&volume, 2 * CHUNK, 0xcc, CHUNK).await;
+        disk.fail("sync", file, ErrorKind::Other);
+        assert!(matches!(volume.flush().await, Err(VolumeError::Failed(_))), "{file}");
+        // The disk seems well again, but what it dropped is gone: nothing is tried again.
+        disk.serve_all();
+        assert!(matches!(volume.flush().await, Err(VolumeError::Failed(_))));
+        assert!(matches!(volume.write(0, vec![1].into()).await, Err(VolumeError::Failed(_))));
+        assert!(matches!(volume.trim(range(0, CHUNK)).await, Err(VolumeError::Failed(_))));
+        assert!(matches!(volume.read(range(CHUNK, 1)).await, Err(VolumeError::Failed(_))));
+        assert!(matches!(registry.snapshot(&id("disk")).await, Err(ExportError::Volume(VolumeError::Failed(_)))));
+        assert_eq!(read(&volume, 0, 1).await[0], 1);
+        assert_eq!(read(&volume, 5 * CHUNK, 1).await[0], 6);
+        let why = status(&registry, "disk").await.failed.unwrap();
+        assert!(why.contains("sync") && why.contains("restart"), "{why}");
+        assert!(registry.list()[0].failed.is_some());
+        registry.unload(&id("disk")).await.unwrap();
+        registry.open(id("disk"), false).await.unwrap();
+        assert_eq!(image(&registry, "disk").await[CHUNK as usize], 0xbb);
+    }
+}
+
+#[tokio::test]
+async fn no_room_to_set_a_chunk_aside_fails_the_snapshot_and_not_the_write() {
+    let mut site = Site::new();
+    let (registry, disk) = on_a_hooked_disk(&mut site).await;
+    // More chunks than a publish reads ahead of its upload.
+    let volume = create(&registry, "large", 32).await;
+    for i in 0..32 {
+        write(&volume, i * CHUNK, 0x11, CHUNK).await;
+    }
+    disk.fail("write_at", "cut.aside", ErrorKind::StorageFull);
+    // The upload does not begin before the write has come.
+    *site.store.delay.lock().unwrap() = Duration::from_millis(50);
+    let publishing = tokio::spawn({
+        let registry = registry.clone();
+        async move { registry.snapshot(&id("large")).await }
+    });
+    let journal = site.cache_root("here").join("large/snapshot.journal.json");
+    while !journal.exists() {
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    for i in 0..32 {
+        write(&volume, i * CHUNK, 0x22, 10).await;
+    }
+    *site.store.delay.lock().unwrap() = Duration::ZERO;
+    let refused = publishing.await.unwrap().unwrap_err();
+    assert!(refused.to_string().contains("no space left"), "{refused}");
+    assert_eq!(status(&registry, "large").await.dirty_chunks, 32);
+    disk.serve_all();
+    assert!(registry.snapshot(&id("large")).await.unwrap().created);
+    let all = image(&site.elsewhere().await, "large").await;
+    assert_eq!([all[0], all[10]], [0x22, 0x11]);
+}
