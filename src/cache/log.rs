@@ -150,7 +150,11 @@ impl MetaLog {
         for (seq, record) in (staged.first_seq..).zip(&carried) {
             bytes.extend_from_slice(&record.encode(seq, staged.first_seq.saturating_sub(1), staged.epoch));
         }
-        staged.file.write_at(&bytes, staged.len)?;
+        if !bytes.is_empty() {
+            // A flush may have vouched for these in the old file: they must be as durable in the new one.
+            staged.file.write_at(&bytes, staged.len)?;
+            staged.file.sync()?;
+        }
         let marks = (staged.first_seq..).zip(&carried).filter(|(_, r)| matches!(r, Record::Mark(..)));
         let last_mark = marks.map(|(seq, _)| seq).last();
         let next_seq = staged.first_seq + carried.len() as u64;
