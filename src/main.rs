@@ -6,6 +6,7 @@ use std::process::ExitCode;
 use clap::Parser;
 use nbd_server::config::{Cli, Command, Config, LogLevel, Surroundings};
 use nbd_server::server;
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tracing::level_filters::LevelFilter;
 use tracing_subscriber::Layer;
 use tracing_subscriber::filter::Targets;
@@ -35,6 +36,7 @@ fn main() -> ExitCode {
 
 fn serve(config: Config) -> ExitCode {
     start_logging(config.log_level);
+    allow_many_connections();
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(e) => return complain(&format!("cannot start the runtime: {e}"), FAILURE),
@@ -46,6 +48,14 @@ fn serve(config: Config) -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) if e.is_usage() => complain(&e, USAGE),
         Err(e) => complain(&e, FAILURE),
+    }
+}
+
+/// Takes as many descriptors as the system grants: each connection and each open export needs some.
+fn allow_many_connections() {
+    let granted = getrlimit(Resource::Nofile);
+    if let Err(e) = setrlimit(Resource::Nofile, Rlimit { current: granted.maximum, ..granted }) {
+        tracing::warn!("the limit on open files stays at {:?}: {e}", granted.current);
     }
 }
 

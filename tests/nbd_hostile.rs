@@ -3,10 +3,13 @@
 
 mod common;
 
+use std::net::TcpStream;
+use std::process::Command;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use common::nbd::{MIB, Raw, Served};
+use common::server::TestServer;
 use nbd_server::nbd::Limits;
 use nbd_server::nbd::wire::{Mode, cmd};
 
@@ -84,6 +87,32 @@ fn thousands_of_silent_connections_cost_little_and_harm_no_other() {
         assert!(client.is_closed());
     }
     assert_eq!(client.read(0, 1), [0]);
+}
+
+#[test]
+fn ten_thousand_connections_to_the_real_server_harm_no_other() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+
+    let _alone = alone();
+    let allowed = getrlimit(Resource::Nofile);
+    setrlimit(Resource::Nofile, Rlimit { current: allowed.maximum, ..allowed }).unwrap();
+    let mut server = TestServer::start(&[], &[]);
+    server.ok("POST", "/v1/exports/create", serde_json::json!({"export_id": "disk", "size": MIB}));
+    let address = server.nbd_address();
+    let before = peak_kib(server.pid());
+    let silent: Vec<TcpStream> = (0..10_000).map(|_| TcpStream::connect(&address).unwrap()).collect();
+    let size = Command::new("nbdinfo").args(["--size", &server.nbd_uri("disk")]).output().unwrap();
+    assert_eq!(String::from_utf8(size.stdout).unwrap().trim(), MIB.to_string());
+    let each = (peak_kib(server.pid()) - before) * 1024 / 10_000;
+    assert!(each < 24 << 10, "{each} bytes each");
+    drop(silent);
+    server.stop();
+}
+
+fn peak_kib(pid: u32) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let line = status.lines().find(|line| line.starts_with("VmHWM")).unwrap();
+    line.split_whitespace().nth(1).unwrap().parse().unwrap()
 }
 
 fn resident_kib() -> u64 {

@@ -8,10 +8,14 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
-use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
+use tokio::net::{TcpListener, TcpSocket, TcpStream, UnixListener, UnixSocket, UnixStream};
 
 /// The port that NBD has been assigned.
 pub const DEFAULT_PORT: u16 = 10809;
+
+/// How many clients may wait to be accepted; the kernel's own bound (`net.core.somaxconn`) may be lower. One more has to
+/// try again after a second, so there is room for a whole fleet that reconnects at once.
+const BACKLOG: u32 = 4096;
 
 /// Why a listener could not be had; each text names the address and the remedy.
 #[derive(Debug, thiserror::Error)]
@@ -104,6 +108,21 @@ pub(super) enum Client {
     Unix(UnixStream),
 }
 
+/// Binds the first address of a name that can be had.
+async fn bind_tcp(host_port: &str) -> io::Result<TcpListener> {
+    let mut refused = io::Error::new(io::ErrorKind::AddrNotAvailable, "the name has no address");
+    for addr in tokio::net::lookup_host(host_port).await? {
+        let socket = if addr.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
+        // A port that the last server's connections still hold in TIME_WAIT is free.
+        socket.set_reuseaddr(true)?;
+        match socket.bind(addr).and_then(|()| socket.listen(BACKLOG)) {
+            Ok(listener) => return Ok(listener),
+            Err(e) => refused = e,
+        }
+    }
+    Err(refused)
+}
+
 impl Listener {
     /// Binds the address.
     ///
@@ -112,14 +131,16 @@ impl Listener {
     pub async fn bind(addr: &ListenAddr) -> Result<Self, ListenError> {
         match addr {
             ListenAddr::Tcp(host_port) => {
-                let listener = TcpListener::bind(host_port).await.map_err(|source| bind_error(addr, source))?;
+                let listener = bind_tcp(host_port).await.map_err(|source| bind_error(addr, source))?;
                 // Port 0 has become a real one.
                 let bound = listener.local_addr().map_err(|source| bind_error(addr, source))?;
                 Ok(Self { socket: Socket::Tcp(listener), addr: ListenAddr::Tcp(bound.to_string()) })
             }
             ListenAddr::Unix(path) => {
                 make_way(path, addr).await?;
-                let listener = UnixListener::bind(path).map_err(|source| bind_error(addr, source))?;
+                let socket = UnixSocket::new_stream().and_then(|socket| socket.bind(path).map(|()| socket));
+                let listener = socket.and_then(|socket| socket.listen(BACKLOG));
+                let listener = listener.map_err(|source| bind_error(addr, source))?;
                 let file = SocketFile(path.clone());
                 Ok(Self { socket: Socket::Unix { listener, _file: file }, addr: addr.clone() })
             }
