@@ -59,6 +59,9 @@ if ! cmp -s "$requirements" "$venv/installed.txt"; then
     cp "$requirements" "$venv/installed.txt"
 fi
 
+# The virtual machine with the kernel's own client.
+scripts/setup-vm.sh
+
 command -v cargo >/dev/null || {
     echo "setup: there is no cargo here: install Rust (https://rustup.rs), then repeat" >&2
     exit 1
