@@ -4,21 +4,59 @@
 
 mod common;
 
+use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::Duration;
 
 use common::hooked::Hooked;
 use common::sim::{Loss, Sim, SimDisk, SimStore, State, power_loss};
 use common::volumes::*;
+use common::watched::Fate;
+use futures_util::FutureExt;
+use nbd_server::cache::open::Opening;
+use nbd_server::cache::{Base, Edges};
 use nbd_server::clock::SystemClock;
-use nbd_server::disk::Disk;
-use nbd_server::volume::Services;
-use nbd_server::volume::registry::Registry;
+use nbd_server::disk::{Disk, RealDisk};
+use nbd_server::store::{Condition, Key};
+use nbd_server::units::SnapshotId;
+use nbd_server::volume::registry::{ExportError, Registry};
+use nbd_server::volume::{Services, VolumeError};
+use tokio::time::{sleep, timeout};
+
+/// Long enough for anything that does not wait.
+const SOON: Duration = Duration::from_millis(300);
 
 async fn start_sim(sim: &Arc<Sim>, disk: Arc<dyn Disk>) -> Arc<Registry> {
     let services = Services::new(Arc::new(SimStore(Arc::clone(sim))), root(), disk, Arc::new(SystemClock));
     Registry::discover(Arc::new(services), PathBuf::from("/cache")).await.unwrap()
+}
+
+/// Publishes an export of 8 chunks, chunk i full of byte i + 1.
+async fn publish_eight(site: &mut Site) {
+    let registry = site.start("origin").await;
+    let volume = create(&registry, "disk", 8).await;
+    for i in 0..8 {
+        write(&volume, i * CHUNK, i as u8 + 1, CHUNK).await;
+    }
+    registry.snapshot(&id("disk")).await.unwrap();
+    registry.close().await;
+}
+
+/// The first operation of this kind waits until the flag is set; the others pass.
+fn hold_first(disk: &Hooked, operation: &'static str, name: &'static str) -> (Arc<AtomicBool>, Arc<AtomicBool>) {
+    let (held, go) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicBool::new(false)));
+    let (is_held, may_go) = (Arc::clone(&held), Arc::clone(&go));
+    disk.hook(move |op, path| {
+        if op == operation && path.ends_with(name) && !is_held.swap(true, Ordering::SeqCst) {
+            while !may_go.load(Ordering::SeqCst) {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+        }
+        Ok(())
+    });
+    (held, go)
 }
 
 #[tokio::test]
@@ -48,4 +86,56 @@ async fn a_flush_during_a_checkpoint_survives_a_power_loss() {
     let registry = start_sim(&sim, Arc::new(SimDisk(Arc::clone(&sim)))).await;
     let all = image(&registry, "disk").await;
     assert_eq!([all[0], all[CHUNK as usize]], [0xaa, 0xbb], "the flushed write is gone");
+}
+
+#[tokio::test]
+async fn an_open_whose_caller_went_away_never_touches_the_cache_of_the_next() {
+    let mut site = Site::new();
+    write(&create(&site.start("a").await, "disk", 8).await, 0, 0xaa, CHUNK).await;
+    let disk = Hooked::new(RealDisk);
+    let registry = site.start_on("a", Arc::new(disk.clone())).await;
+    let (_, go) = hold_first(&disk, "sync", "cache.raw");
+    assert!(timeout(SOON, registry.volume(&id("disk"))).await.is_err());
+    // Whether the next one may go on at once or waits for the first: what it writes is kept.
+    if let Ok(volume) = timeout(SOON, registry.volume(&id("disk"))).await {
+        let volume = volume.unwrap();
+        write(&volume, CHUNK, 0xbb, CHUNK).await;
+        volume.flush().await.unwrap();
+    }
+    go.store(true, Ordering::SeqCst);
+    let volume = registry.volume(&id("disk")).await.unwrap();
+    sleep(SOON).await;
+    write(&volume, CHUNK, 0xbb, CHUNK).await;
+    volume.flush().await.unwrap();
+    drop((volume, registry));
+    let all = image(&site.start("a").await, "disk").await;
+    assert_eq!([all[0], all[CHUNK as usize]], [0xaa, 0xbb], "the flushed write is gone");
+}
+
+#[tokio::test]
+async fn an_export_unloaded_while_it_is_being_opened_is_not_open_afterwards() {
+    let mut site = Site::new();
+    write(&create(&site.start("a").await, "disk", 8).await, 0, 0xaa, CHUNK).await;
+    let disk = Hooked::new(RealDisk);
+    let registry = site.start_on("a", Arc::new(disk.clone())).await;
+    let (held, go) = hold_first(&disk, "sync", "cache.raw");
+    let opening = tokio::spawn({
+        let registry = Arc::clone(&registry);
+        async move { registry.volume(&id("disk")).await }
+    });
+    while !held.load(Ordering::SeqCst) {
+        sleep(Duration::from_millis(1)).await;
+    }
+    let unloading = tokio::spawn({
+        let registry = Arc::clone(&registry);
+        async move { registry.unload(&id("disk")).await }
+    });
+    sleep(SOON).await;
+    go.store(true, Ordering::SeqCst);
+    unloading.await.unwrap().unwrap();
+    // Otherwise the next open would be a second one on the same files.
+    if let Ok(volume) = opening.await.unwrap() {
+        let refused = volume.write(0, vec![1].into()).await;
+        assert!(matches!(refused, Err(VolumeError::Closed(_))), "{refused:?}");
+    }
 }

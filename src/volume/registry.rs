@@ -7,6 +7,7 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use futures_util::stream::{self, StreamExt};
 use parking_lot::{Mutex, RwLock};
@@ -161,11 +162,52 @@ struct Export {
     /// The head as last read, or why it could not be.
     head: Mutex<Result<Head, String>>,
     volume: OnceCell<Arc<Volume>>,
+    /// Set once it was unloaded unopened: whoever still knows it must not open it any more.
+    unloaded: AtomicBool,
+}
+
+/// Runs work to its end even if the caller goes away.
+async fn in_full<T: Send + 'static>(work: impl Future<Output = T> + Send + 'static) -> T {
+    match tokio::spawn(work).await {
+        Ok(result) => result,
+        Err(join) => match join.try_into_panic() {
+            Ok(panic) => std::panic::resume_unwind(panic),
+            // The runtime is shutting down: nobody is left to see a result.
+            Err(_) => std::future::pending().await,
+        },
+    }
 }
 
 impl Export {
     fn new(head: Result<Head, String>, read_only: bool) -> Arc<Self> {
-        Arc::new(Self { read_only, head: Mutex::new(head), volume: OnceCell::new() })
+        Arc::new(Self { read_only, head: Mutex::new(head), volume: OnceCell::new(), unloaded: AtomicBool::new(false) })
+    }
+
+    async fn open(
+        self: Arc<Self>,
+        services: Arc<Services>,
+        dir: PathBuf,
+        id: ExportId,
+    ) -> Result<Arc<Volume>, ExportError> {
+        let opened = self.volume.get_or_try_init(|| async {
+            if self.unloaded.load(Ordering::SeqCst) {
+                return Err(ExportError::NotFound(id.clone(), "loaded here any more"));
+            }
+            let not_found = || ExportError::NotFound(id.clone(), "in the store any more");
+            let head = services.read_head(&id).await?.ok_or_else(not_found)?.head;
+            let volume = Volume::open(services, dir, &head, self.read_only).await?;
+            *self.head.lock() = Ok(head);
+            Ok(volume)
+        });
+        match opened.await {
+            Ok(volume) => Ok(Arc::clone(volume)),
+            Err(e) => {
+                if !matches!(e, ExportError::StoreUnavailable(_)) {
+                    *self.head.lock() = Err(ExportError::to_string(&e));
+                }
+                Err(e)
+            }
+        }
     }
 }
 
@@ -281,23 +323,13 @@ impl Registry {
     }
 
     async fn open_export(&self, id: &ExportId, export: &Arc<Export>) -> Result<Arc<Volume>, ExportError> {
-        let opened = export.volume.get_or_try_init(|| async {
-            let not_found = || ExportError::NotFound(id.clone(), "in the store any more");
-            let head = self.services.read_head(id).await?.ok_or_else(not_found)?.head;
-            let dir = self.cache_root.join(id.as_str());
-            let volume = Volume::open(Arc::clone(&self.services), dir, &head, export.read_only).await?;
-            *export.head.lock() = Ok(head);
-            Ok(volume)
-        });
-        match opened.await {
-            Ok(volume) => Ok(Arc::clone(volume)),
-            Err(e) => {
-                if !matches!(e, ExportError::StoreUnavailable(_)) {
-                    *export.head.lock() = Err(ExportError::to_string(&e));
-                }
-                Err(e)
-            }
+        if let Some(volume) = export.volume.get() {
+            return Ok(Arc::clone(volume));
         }
+        // Disk work goes on when its caller goes away, and a second opening must never run beside it: the two would
+        // write the same files.
+        let (services, dir) = (Arc::clone(&self.services), self.cache_root.join(id.as_str()));
+        in_full(Arc::clone(export).open(services, dir, id.clone())).await
     }
 
     /// A new export of zeros.
@@ -433,7 +465,12 @@ impl Registry {
     pub async fn unload(&self, id: &ExportId) -> Result<(), ExportError> {
         let _changing = self.changing.lock().await;
         let export = self.export(id)?;
-        if let Some(volume) = export.volume.get() {
+        // Waits for an opening that is under way; after this no other begins.
+        let unopened = export.volume.get_or_try_init(|| async {
+            export.unloaded.store(true, Ordering::SeqCst);
+            Err::<Arc<Volume>, ()>(())
+        });
+        if let Ok(volume) = unopened.await {
             // Never ended: a closed volume takes no other operation.
             let operation = volume.begin(Operation::Closing)?;
             if let Err(e) = volume.close().await {

@@ -26,7 +26,7 @@ type Judge = Box<dyn FnMut(&str, &Key) -> Fate + Send>;
 
 /// Wraps a store. Operations are named as the trait's methods.
 pub struct Watched {
-    inner: SharedStore,
+    pub inner: SharedStore,
     counts: Mutex<BTreeMap<String, usize>>,
     judge: Mutex<Judge>,
     pub delay: Mutex<Duration>,
