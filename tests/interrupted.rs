@@ -139,3 +139,23 @@ async fn an_export_unloaded_while_it_is_being_opened_is_not_open_afterwards() {
         assert!(matches!(refused, Err(VolumeError::Closed(_))), "{refused:?}");
     }
 }
+
+#[tokio::test]
+async fn a_publish_whose_caller_went_away_cleans_nothing_that_the_next_one_cut() {
+    let mut site = Site::new();
+    let disk = Hooked::new(RealDisk);
+    let registry = site.start_on("a", Arc::new(disk.clone())).await;
+    let volume = create(&registry, "disk", 8).await;
+    write(&volume, 0, 0xaa, CHUNK).await;
+    let (_, go) = hold_first(&disk, "sync", "cache.raw");
+    assert!(timeout(SOON, registry.snapshot(&id("disk"))).await.is_err());
+    write(&volume, CHUNK, 0xbb, CHUNK).await;
+    site.store.judge(|op, _| if op == "upload" { Fate::Stuck } else { Fate::Served });
+    let _ = timeout(SOON, registry.snapshot(&id("disk"))).await;
+    go.store(true, Ordering::SeqCst);
+    sleep(SOON).await;
+    site.store.serve_all();
+    assert_eq!(status(&registry, "disk").await.dirty_chunks, 1, "what was never published is dirty");
+    registry.snapshot(&id("disk")).await.unwrap();
+    assert_eq!(image(&site.elsewhere().await, "disk").await, read_all(&volume).await);
+}

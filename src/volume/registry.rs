@@ -439,7 +439,8 @@ impl Registry {
     /// # Errors
     /// [`ExportError::Busy`], [`ExportError::Conflict`], and whatever keeps it from being uploaded.
     pub async fn snapshot(&self, id: &ExportId) -> Result<Published, ExportError> {
-        self.volume(id).await?.publish(Kind::Snapshot).await
+        let volume = self.volume(id).await?;
+        in_full(async move { volume.publish(Kind::Snapshot).await }).await
     }
 
     /// Publishes the whole image afresh.
@@ -447,7 +448,8 @@ impl Registry {
     /// # Errors
     /// As [`snapshot`](Self::snapshot).
     pub async fn compact(&self, id: &ExportId) -> Result<Published, ExportError> {
-        self.volume(id).await?.publish(Kind::Compact).await
+        let volume = self.volume(id).await?;
+        in_full(async move { volume.publish(Kind::Compact).await }).await
     }
 
     /// Drops all local state; what was not published is gone.
@@ -455,7 +457,8 @@ impl Registry {
     /// # Errors
     /// [`ExportError::Busy`]; [`ExportError::StoreUnavailable`] if the head cannot be read.
     pub async fn reset(&self, id: &ExportId) -> Result<(), ExportError> {
-        self.volume(id).await?.reset().await
+        let volume = self.volume(id).await?;
+        in_full(async move { volume.reset().await }).await
     }
 
     /// Unloads an export here; cache and remote data stay.
