@@ -159,3 +159,32 @@ async fn a_publish_whose_caller_went_away_cleans_nothing_that_the_next_one_cut()
     registry.snapshot(&id("disk")).await.unwrap();
     assert_eq!(image(&site.elsewhere().await, "disk").await, read_all(&volume).await);
 }
+
+#[tokio::test]
+async fn a_chunk_written_since_the_cut_is_never_clean_after_a_power_loss() {
+    let mut site = Site::new();
+    publish_eight(&mut site).await;
+    let registry = site.start("origin").await;
+    let volume = registry.volume(&id("disk")).await.unwrap();
+    write(&volume, 0, 0xaa, CHUNK).await;
+    volume.flush().await.unwrap();
+    let mut landed = false;
+    site.store.judge(move |op, key| {
+        if landed {
+            return Fate::Stuck;
+        }
+        landed = op == "put" && key.as_str().ends_with("volume.json");
+        if landed { Fate::LandedUnseen } else { Fate::Served }
+    });
+    assert!(timeout(SOON, registry.snapshot(&id("disk"))).await.is_err());
+    // Its mark is not sealed, but the bytes reach the disk.
+    write(&volume, 0, 0xbb, 10).await;
+    drop((volume, registry));
+    site.store.serve_all();
+    let registry = site.start_on("origin", Arc::new(Hooked::new(RealDisk).after_boot(1))).await;
+    let here = image(&registry, "disk").await;
+    assert!(here[0] == 0xaa || here[0] == 0xbb);
+    registry.snapshot(&id("disk")).await.unwrap();
+    let there = image(&site.elsewhere().await, "disk").await;
+    assert_eq!((here[0], status(&registry, "disk").await.dirty_chunks), (there[0], 0), "clean is: as published");
+}

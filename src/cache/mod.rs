@@ -23,6 +23,7 @@ pub mod states;
 
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, OnceLock};
 
 use parking_lot::{Mutex, RwLock};
@@ -132,6 +133,8 @@ pub struct Cache {
     log: Mutex<Log>,
     flush: FlushBarrier,
     aside: Mutex<publish::Aside>,
+    /// Whether this life of the server made the newest cut. Changed and read under the whole gate.
+    cut_is_ours: AtomicBool,
     failed: OnceLock<Arc<str>>,
 }
 

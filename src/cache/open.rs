@@ -2,6 +2,7 @@
 
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, OnceLock};
 
 use parking_lot::{Mutex, RwLock};
@@ -160,6 +161,7 @@ impl Opening {
             log: Mutex::new(Log { base: self.base, file }),
             flush: FlushBarrier::default(),
             aside: Mutex::new(Aside::default()),
+            cut_is_ours: AtomicBool::new(false),
             failed: OnceLock::new(),
         }
     }

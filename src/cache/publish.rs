@@ -6,6 +6,7 @@
 
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use super::log::META_FILE;
 use super::meta::Record;
@@ -45,6 +46,7 @@ impl Cache {
         self.check_not_failed()?;
         self.append(Record::Cut)?;
         *self.aside.lock() = Aside::default();
+        self.cut_is_ours.store(true, Ordering::Relaxed);
         let mut chunks = Vec::new();
         for (chunk, state) in self.states.iter().filter(|(_, state)| state.is_dirty()) {
             self.states.set(chunk, state.uncut().cut());
@@ -135,8 +137,9 @@ impl Cache {
         self.checkpoint_after(|current| {
             swap();
             *current = base;
+            let ours = self.cut_is_ours.load(Ordering::Relaxed);
             for (chunk, state) in self.states.iter() {
-                let published = state.published();
+                let published = if ours { state.published() } else { state.published_unseen() };
                 if published != state {
                     self.states.set(chunk, published);
                 }

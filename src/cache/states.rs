@@ -127,6 +127,13 @@ impl ChunkState {
         }
     }
 
+    /// As [`published`](Self::published), if an earlier life of the server made the cut. A write since then may have
+    /// reached the disk without its mark, so the bytes here are not known to be those that were published.
+    #[must_use]
+    pub fn published_unseen(self) -> Self {
+        if self.in_cut() { Self::new(Content::Absent) } else { self.uncut() }
+    }
+
     /// The state once the publish is given up: all as before, nothing cleaned.
     #[must_use]
     pub fn uncut(self) -> Self {
