@@ -188,3 +188,23 @@ async fn a_chunk_written_since_the_cut_is_never_clean_after_a_power_loss() {
     let there = image(&site.elsewhere().await, "disk").await;
     assert_eq!((here[0], status(&registry, "disk").await.dirty_chunks), (there[0], 0), "clean is: as published");
 }
+
+#[tokio::test]
+async fn a_reset_without_room_changes_nothing() {
+    let mut site = Site::new();
+    publish_eight(&mut site).await;
+    let disk = Hooked::new(RealDisk);
+    let (a, b) = (site.start_on("a", Arc::new(disk.clone())).await, site.start("b").await);
+    let (on_a, on_b) = (a.volume(&id("disk")).await.unwrap(), b.volume(&id("disk")).await.unwrap());
+    write(&on_a, 0, 0xaa, CHUNK).await;
+    write(&on_b, 3 * CHUNK, 0xbb, CHUNK).await;
+    b.snapshot(&id("disk")).await.unwrap();
+    disk.fail("create", "cache.meta.tmp", io::ErrorKind::StorageFull);
+    assert!(matches!(a.reset(&id("disk")).await, Err(ExportError::Volume(VolumeError::NoSpace(_)))));
+    disk.serve_all();
+    let all = read_all(&on_a).await;
+    assert_eq!([all[0], all[3 * CHUNK as usize]], [0xaa, 4], "one image, not two mixed");
+    a.reset(&id("disk")).await.unwrap();
+    let all = read_all(&on_a).await;
+    assert_eq!([all[0], all[3 * CHUNK as usize]], [1, 0xbb]);
+}

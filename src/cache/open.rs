@@ -232,23 +232,24 @@ impl Cache {
         }
     }
 
-    /// Drops everything: every chunk is missing, and `base` is what they stand for. Durable on return (L9).
+    /// Drops everything: every chunk is missing, and `base` is what they stand for. Durable on return (L9). `swap` runs
+    /// once it is, while no reader or writer is under way.
     ///
     /// # Errors
     /// [`CacheError`]; a failure before the checkpoint is in place changes nothing.
-    pub fn reset(&self, change: impl FnOnce() -> Base) -> Result<(), CacheError> {
+    pub fn reset(&self, base: Base, swap: impl FnOnce()) -> Result<(), CacheError> {
         let _one_at_a_time = self.checkpointing.lock();
         self.ensure_log_is_ours()?;
         let _alone = self.gate.write();
         let log = &mut *self.log.lock();
         let LogFile::Open(file) = &mut log.file else { return Ok(()) };
         let absent = vec![ChunkState::new(Content::Absent); self.geometry.chunk_count() as usize];
-        let base = change();
         let header = self.header(base, file.begin_carry());
         let staged = log::stage(&*self.disk, &self.dir, &header, &absent);
         let staged = staged.inspect_err(|_| file.end_carry()).map_err(|e| self.error("write", META_FILE, e))?;
         file.replace(staged, &*self.disk, &self.dir).map_err(|e| self.fail("renewal of cache.meta", &e))?;
         log.base = base;
+        swap();
         for (chunk, _) in self.states.iter() {
             self.states.set(chunk, ChunkState::new(Content::Absent));
         }

@@ -140,15 +140,11 @@ impl Volume {
     /// Forgets the cache's content and takes a head's image in its place.
     pub(super) async fn stand_on(self: &Arc<Self>, head: &Head) -> Result<(), ExportError> {
         let (base, manifest) = self.services.published_image(head).await?;
-        *self.head_seen.lock() = base.generation;
         let (holder, image) = (Arc::clone(&self.image), Arc::new(manifest));
-        let reset = move |cache: &Cache| {
-            cache.reset(|| {
-                *holder.write() = image;
-                base
-            })
-        };
-        Ok(cache::blocking(&self.cache, reset).await.map_err(|e| self.cache_error(e))?)
+        let reset = move |cache: &Cache| cache.reset(base, || *holder.write() = image);
+        cache::blocking(&self.cache, reset).await.map_err(|e| self.cache_error(e))?;
+        *self.head_seen.lock() = base.generation;
+        Ok(())
     }
 
     /// The publish is over: its journal goes, and with the first one the note of the clone's seed.
