@@ -208,3 +208,35 @@ async fn a_reset_without_room_changes_nothing() {
     let all = read_all(&on_a).await;
     assert_eq!([all[0], all[3 * CHUNK as usize]], [1, 0xbb]);
 }
+
+#[tokio::test]
+async fn a_checkpoint_that_finds_no_room_for_the_newest_marks_poisons_nothing() {
+    let mut site = Site::new();
+    let disk = Hooked::new(RealDisk);
+    let registry = site.start_on("a", Arc::new(disk.clone())).await;
+    let volume = create(&registry, "disk", 8).await;
+    write(&volume, 0, 0xaa, CHUNK).await;
+    let (staging, full) = (AtomicBool::new(false), AtomicBool::new(false));
+    let (runtime, writer) = (tokio::runtime::Handle::current(), Arc::clone(&volume));
+    disk.hook(move |op, path| {
+        if !path.ends_with("cache.meta.tmp") {
+            return Ok(());
+        }
+        match op {
+            "create" => staging.store(true, Ordering::SeqCst),
+            "sync" if staging.swap(false, Ordering::SeqCst) => {
+                runtime.block_on(write(&writer, CHUNK, 0xbb, CHUNK));
+                full.store(true, Ordering::SeqCst);
+            }
+            "write_at" if full.swap(false, Ordering::SeqCst) => return Err(io::ErrorKind::StorageFull.into()),
+            _ => {}
+        }
+        Ok(())
+    });
+    let _ = registry.snapshot(&id("disk")).await;
+    disk.serve_all();
+    volume.write(2 * CHUNK, vec![0xcc; CHUNK as usize].into()).await.unwrap();
+    volume.flush().await.unwrap();
+    registry.snapshot(&id("disk")).await.unwrap();
+    assert_eq!(image(&site.elsewhere().await, "disk").await, read_all(&volume).await);
+}

@@ -143,23 +143,29 @@ impl MetaLog {
         self.carry = None;
     }
 
-    /// Replaces this file by the staged checkpoint and what was appended since it was taken.
-    pub fn replace(&mut self, staged: Staged, disk: &dyn Disk, dir: &Path) -> io::Result<()> {
-        let carried = self.carry.take().unwrap_or_default();
+    /// Writes what was appended since the checkpoint was taken behind it. An error changes nothing here.
+    pub fn carry_over(&self, staged: &Staged) -> io::Result<()> {
+        let carried = self.carry.as_deref().unwrap_or_default();
+        if carried.is_empty() {
+            return Ok(());
+        }
         let mut bytes = Vec::with_capacity(carried.len() * meta::RECORD_BYTES);
-        for (seq, record) in (staged.first_seq..).zip(&carried) {
+        for (seq, record) in (staged.first_seq..).zip(carried) {
             bytes.extend_from_slice(&record.encode(seq, staged.first_seq.saturating_sub(1), staged.epoch));
         }
-        if !bytes.is_empty() {
-            // A flush may have vouched for these in the old file: they must be as durable in the new one.
-            staged.file.write_at(&bytes, staged.len)?;
-            staged.file.sync()?;
-        }
+        staged.file.write_at(&bytes, staged.len)?;
+        // A flush may have vouched for these in the old file: they must be as durable in the new one.
+        staged.file.sync()
+    }
+
+    /// Replaces this file by the staged checkpoint, to which all since was [carried over](Self::carry_over).
+    pub fn replace(&mut self, staged: Staged, disk: &dyn Disk, dir: &Path) -> io::Result<()> {
+        let carried = self.carry.take().unwrap_or_default();
         let marks = (staged.first_seq..).zip(&carried).filter(|(_, r)| matches!(r, Record::Mark(..)));
         let last_mark = marks.map(|(seq, _)| seq).last();
         let next_seq = staged.first_seq + carried.len() as u64;
         let mut new = staged.install(disk, dir)?;
-        new.end += bytes.len() as u64;
+        new.end += (carried.len() * meta::RECORD_BYTES) as u64;
         new.next_seq = next_seq;
         new.last_mark = last_mark.unwrap_or(new.last_mark);
         *self = new;

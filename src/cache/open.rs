@@ -221,7 +221,11 @@ impl Cache {
         });
         let log = &mut *self.log.lock();
         let LogFile::Open(file) = &mut log.file else { return Ok(()) };
-        match staged {
+        let carried = staged.and_then(|staged| {
+            file.carry_over(&staged).map_err(|e| self.error("write", META_FILE, e))?;
+            Ok(staged)
+        });
+        match carried {
             Ok(staged) => {
                 file.replace(staged, &*self.disk, &self.dir).map_err(|e| self.fail("renewal of cache.meta", &e))
             }
