@@ -240,3 +240,18 @@ async fn a_checkpoint_that_finds_no_room_for_the_newest_marks_poisons_nothing() 
     registry.snapshot(&id("disk")).await.unwrap();
     assert_eq!(image(&site.elsewhere().await, "disk").await, read_all(&volume).await);
 }
+
+#[test]
+fn the_log_stays_small_without_any_flush() {
+    let dir = tempfile::tempdir().unwrap();
+    let (disk, dir) = (Arc::new(RealDisk), dir.path().join("disk"));
+    let opening =
+        Opening { disk, dir: dir.clone(), export_id: id("disk"), geometry: geometry(8), base: Base::default() };
+    let cache = opening.open().unwrap();
+    for _ in 0..40_000 {
+        cache.write(0, &[1; CHUNK as usize], |_| true).unwrap();
+        cache.zero(range(0, CHUNK), Edges::Zero, |_| true).unwrap();
+    }
+    let len = std::fs::metadata(dir.join("cache.meta")).unwrap().len();
+    assert!(len < 3 << 19, "{len}");
+}

@@ -73,13 +73,10 @@ impl Cache {
         // Not under the log's lock: first writes to other chunks go on while the disk syncs.
         let (file, seal) = sealing;
         file.sync().map_err(|e| self.fail("sync of cache.meta", &e))?;
-        let folding = match &mut self.log.lock().file {
-            LogFile::Open(log) => {
-                log.sealed(seal);
-                log.wants_folding()
-            }
-            LogFile::Sealed { .. } => false,
-        };
-        if folding { self.checkpoint() } else { Ok(()) }
+        if let LogFile::Open(log) = &mut self.log.lock().file {
+            log.sealed(seal);
+        }
+        self.fold_log();
+        Ok(())
     }
 }

@@ -266,6 +266,7 @@ impl Cache {
                 return Ok(Progress::NeedsFill { chunk, at: piece.offset() });
             }
         }
+        self.fold_log();
         Ok(Progress::Done)
     }
 
@@ -328,6 +329,7 @@ impl Cache {
                 return Ok(Progress::NeedsFill { chunk, at: piece.offset() });
             }
         }
+        self.fold_log();
         Ok(Progress::Done)
     }
 

@@ -197,6 +197,18 @@ impl Cache {
         Ok(())
     }
 
+    /// Folds the log if it has outgrown its checkpoint and nobody is at it yet. What it was called after is done and
+    /// marked either way, so a failure is nobody's but the log's.
+    pub(super) fn fold_log(&self) {
+        let outgrown = matches!(&self.log.lock().file, LogFile::Open(log) if log.wants_folding());
+        if !outgrown || self.checkpointing.is_locked() {
+            return;
+        }
+        if let Err(e) = self.checkpoint() {
+            tracing::warn!(export = %self.export_id, "the log was not folded, it grows on: {e}");
+        }
+    }
+
     /// Folds the log into a new checkpoint.
     pub(super) fn checkpoint(&self) -> Result<(), CacheError> {
         self.checkpoint_after(|_| {})
