@@ -255,3 +255,44 @@ fn the_log_stays_small_without_any_flush() {
     let len = std::fs::metadata(dir.join("cache.meta")).unwrap().len();
     assert!(len < 3 << 19, "{len}");
 }
+
+#[tokio::test]
+async fn objects_that_older_tools_built_on_are_never_removed() {
+    let mut site = Site::new();
+    publish_eight(&mut site).await;
+    let registry = site.start("origin").await;
+    let volume = registry.volume(&id("disk")).await.unwrap();
+    write(&volume, 0, 0xaa, CHUNK).await;
+    // No swap gets through until the publish is given up; then a late one lands, and an older tool, which does not
+    // name parents, publishes on top of it, just before the head's version is moved.
+    let (inner, swaps) = (Arc::clone(&site.store.inner), AtomicUsize::new(0));
+    let first = registry.list()[0].current_snapshot_id.unwrap();
+    site.store.judge(move |op, key| {
+        let swap = op == "put" && key.as_str().ends_with("volume.json");
+        match swap.then(|| swaps.fetch_add(1, Ordering::SeqCst)) {
+            Some(0..5) => return Fate::Failed,
+            Some(5) => {}
+            _ => return Fate::Served,
+        }
+        let keys = root().export(&id("disk"));
+        let text = |key: &Key| {
+            let bytes = inner.get(key, 1 << 20).now_or_never().unwrap().unwrap().bytes;
+            String::from_utf8(bytes.to_vec()).unwrap()
+        };
+        let put = |key: &Key, text: String| {
+            inner.put(key, text.into(), Condition::Always).now_or_never().unwrap().unwrap();
+        };
+        let folders = inner.list_folders(&"exports/disk/snapshots".parse().unwrap()).now_or_never().unwrap().unwrap();
+        let ours: SnapshotId = folders.iter().map(|name| name.parse().unwrap()).find(|id| *id != first).unwrap();
+        let theirs = SnapshotId::generate();
+        let manifest = text(&keys.manifest(ours)).replace("\"generation\": 2", "\"generation\": 3");
+        let lines = manifest.lines().filter(|line| !line.contains("parent_snapshot_id"));
+        put(&keys.manifest(theirs), lines.collect());
+        put(&keys.head(), text(&keys.head()).replace(&first.to_string(), &theirs.to_string()));
+        Fate::Served
+    });
+    assert!(registry.snapshot(&id("disk")).await.is_err());
+    site.store.serve_all();
+    let all = image(&site.elsewhere().await, "disk").await;
+    assert_eq!([all[0], all[CHUNK as usize]], [0xaa, 2]);
+}

@@ -42,21 +42,17 @@ impl Volume {
             Phase::Committed => self.finish_interrupted(&journal).await,
             Phase::Prepared => match self.landed(&journal).await? {
                 (Ancestry::Published, _) => self.finish_interrupted(&journal).await,
-                (Ancestry::Unknown, stored) if stored.head.current != journal.parent => {
-                    tracing::warn!(
-                        export = %self.export_id, snapshot = %journal.snapshot_id,
-                        "whether the snapshot was published cannot be told from the manifests: its objects are kept"
-                    );
-                    self.roll_back(&journal, false).await
-                }
-                (_, stored) => {
-                    let removable = self.fence(&journal, stored).await?;
-                    if removable {
-                        self.roll_back(&journal, true).await
-                    } else {
-                        self.finish_interrupted(&journal).await
+                (ancestry, stored) => match self.fence(&journal, ancestry, stored).await? {
+                    Ancestry::Published => self.finish_interrupted(&journal).await,
+                    Ancestry::Foreign => self.roll_back(&journal, true).await,
+                    Ancestry::Unknown => {
+                        tracing::warn!(
+                            export = %self.export_id, snapshot = %journal.snapshot_id,
+                            "whether the snapshot was published cannot be told from the manifests: its objects are kept"
+                        );
+                        self.roll_back(&journal, false).await
                     }
-                }
+                },
             },
         }
     }
@@ -80,22 +76,27 @@ impl Volume {
         Ok((self.services.ancestry(&self.export_id, self.geometry, head, ours).await?, stored))
     }
 
-    /// Makes sure that a swap still on its way can only fail. `false` if it landed after all.
-    async fn fence(&self, journal: &Journal, mut stored: StoredHead) -> Result<bool, ExportError> {
+    /// Makes sure that a swap still on its way can only fail, and says whether it landed before that after all.
+    async fn fence(
+        &self,
+        journal: &Journal,
+        mut ancestry: Ancestry,
+        mut stored: StoredHead,
+    ) -> Result<Ancestry, ExportError> {
         for _ in 0..NUDGE_ATTEMPTS {
             if stored.head.current != journal.parent {
                 // The head moved on without us: the version that the swap was bound to is gone for good.
-                return Ok(true);
+                return Ok(ancestry);
             }
             let nudged = stored.head.nudged();
             match self.services.write_head(&nudged, Condition::IfVersion(stored.version)).await {
-                Ok(()) => return Ok(true),
+                Ok(()) => return Ok(Ancestry::Foreign),
                 Err(StoreError::Conflict { .. } | StoreError::Unavailable { .. }) => {}
                 Err(e) => return Err(e.into()),
             }
             match self.landed(journal).await? {
-                (Ancestry::Published, _) => return Ok(false),
-                (_, now) => stored = now,
+                (Ancestry::Published, _) => return Ok(Ancestry::Published),
+                now => (ancestry, stored) = now,
             }
         }
         let text = format!("{} keeps changing; the interrupted publish is settled later", self.keys.head());
