@@ -296,3 +296,17 @@ async fn objects_that_older_tools_built_on_are_never_removed() {
     let all = image(&site.elsewhere().await, "disk").await;
     assert_eq!([all[0], all[CHUNK as usize]], [0xaa, 2]);
 }
+
+#[tokio::test]
+async fn a_name_whose_export_could_not_be_made_is_free_again() {
+    let mut site = Site::new();
+    let registry = site.start("a").await;
+    let mut gets = 0;
+    site.store.judge(move |op, _| {
+        gets += usize::from(op == "get");
+        if op == "get" && gets == 2 { Fate::Failed } else { Fate::Served }
+    });
+    assert!(registry.create(id("disk"), geometry(8)).await.is_err());
+    site.store.serve_all();
+    registry.create(id("disk"), geometry(8)).await.unwrap();
+}

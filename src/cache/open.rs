@@ -183,6 +183,19 @@ pub fn exists(disk: &dyn Disk, dir: &Path) -> io::Result<bool> {
     Ok(disk.list_dir(dir)?.iter().any(|name| name == META_FILE))
 }
 
+/// Removes a cache that nobody has open and nobody needs.
+///
+/// # Errors
+/// Those of the disk.
+pub fn discard(disk: &dyn Disk, dir: &Path) -> io::Result<()> {
+    // First what makes it a cache: what a crash leaves of the rest means nothing.
+    disk.remove(&dir.join(META_FILE))?;
+    for name in disk.list_dir(dir)? {
+        disk.remove(&dir.join(name))?;
+    }
+    disk.remove_dir(dir)
+}
+
 impl Cache {
     /// Before the first change of this life: a checkpoint of our own, which clears the clean-stop seal (L4).
     pub(super) fn ensure_log_is_ours(&self) -> Result<(), CacheError> {

@@ -402,6 +402,10 @@ impl Registry {
                 if let Err(left) = self.services.store.delete(&key).await {
                     tracing::warn!(export = %id, "{key} of an export that could not be created is still there: {left}");
                 }
+                let (disk, dir) = (Arc::clone(&self.services.disk), self.cache_root.join(id.as_str()));
+                if let Err(left) = cache::blocking_io(move || cache_files::discard(&*disk, &dir)).await {
+                    tracing::warn!(export = %id, "the cache of an export that could not be created is still there: {left}");
+                }
                 Err(e)
             }
         }
