@@ -310,3 +310,22 @@ async fn a_name_whose_export_could_not_be_made_is_free_again() {
     site.store.serve_all();
     registry.create(id("disk"), geometry(8)).await.unwrap();
 }
+
+#[tokio::test]
+async fn after_a_failed_sync_a_restart_trusts_only_what_was_sealed() {
+    let mut site = Site::new();
+    publish_eight(&mut site).await;
+    let disk = Hooked::new(RealDisk);
+    let registry = site.start_on("a", Arc::new(disk.clone())).await;
+    let volume = registry.volume(&id("disk")).await.unwrap();
+    write(&volume, 0, 0xaa, CHUNK).await;
+    disk.fail("sync", "cache.raw", io::ErrorKind::Other);
+    assert!(matches!(volume.flush().await, Err(VolumeError::Failed(_))));
+    registry.close().await;
+    drop((volume, registry));
+    // The kernel drops what it could not write.
+    let raw = std::fs::File::options().write(true).open(site.cache_root("a").join("disk/cache.raw")).unwrap();
+    std::os::unix::fs::FileExt::write_all_at(&raw, &[0; CHUNK as usize], 0).unwrap();
+    let all = image(&site.start("a").await, "disk").await;
+    assert!(matches!(all[0], 1 | 0xaa), "{} was never written", all[0]);
+}

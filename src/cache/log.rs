@@ -17,6 +17,8 @@ use crate::units::ChunkIndex;
 pub const META_FILE: &str = "cache.meta";
 /// Where a checkpoint is written before it takes the file's place.
 pub const META_STAGING: &str = "cache.meta.tmp";
+/// Is there once a sync failed: this boot's page cache is no longer what was written.
+pub const FAILED_FILE: &str = "cache.failed";
 /// The log is folded into a new checkpoint when it has grown beyond this and beyond the checkpoint itself.
 pub const LOG_FOLD_BYTES: u64 = 1 << 20;
 

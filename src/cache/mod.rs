@@ -417,6 +417,11 @@ impl Cache {
         );
         let why = self.failed.get_or_init(|| {
             tracing::error!(export = %self.export_id, "{text}");
+            // For the next start; if the disk does not take even this, the log line is all there is.
+            let noted = self.disk.create(&self.dir.join(log::FAILED_FILE)).and_then(|_| self.disk.sync_dir(&self.dir));
+            if let Err(e) = noted {
+                tracing::error!(export = %self.export_id, "the failure was not noted for the next start: {e}");
+            }
             text.into()
         });
         CacheError::Failed(Arc::clone(why))

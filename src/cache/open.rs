@@ -10,18 +10,21 @@ use parking_lot::{Mutex, RwLock};
 use super::flush::FlushBarrier;
 use super::journal;
 pub use super::log::META_FILE;
-use super::log::{self, META_STAGING, MetaLog};
+use super::log::{self, FAILED_FILE, META_STAGING, MetaLog};
 use super::meta::{self, Header, MetaError, Record, Trust};
 use super::publish::{ASIDE_FILE, Aside};
 use super::states::{ChunkState, ChunkStates, Content};
 use super::{Base, Cache, CacheError, Log, LogFile, RAW_FILE, STRIPES, disk_error};
-use crate::disk::{Disk, DiskFile};
+use crate::disk::{self, Disk, DiskFile};
 use crate::units::{ByteRange, ExportId, Geometry};
 
 /// Where the note of a clone's seed is written before it takes its place.
 const SEED_STAGING: &str = "clone.seed.json.tmp";
 /// The largest `cache.meta` that is read: every chunk a run of its own, and a log that was never folded.
 const MAX_META_BYTES: u64 = 1 << 30;
+
+/// No boot has this id.
+const NO_BOOT: [u8; 16] = [0; 16];
 
 /// What a cache is opened for.
 #[derive(Debug, Clone)]
@@ -82,7 +85,10 @@ impl Opening {
         }
         let mut bytes = vec![0; usize::try_from(len).unwrap_or(0)];
         file.read_at(&mut bytes, 0).map_err(|e| self.error("read", META_FILE, e))?;
-        let found = meta::decode(&bytes, boot_id).map_err(|e| self.damaged(META_FILE, e))?;
+        // After a failed sync the kernel forgets what it could not write, as if the host had gone down (L6).
+        let failed = holds(&*self.disk, &self.dir, FAILED_FILE).map_err(|e| self.error("list", "", e))?;
+        let trusted_boot = if failed { NO_BOOT } else { boot_id };
+        let found = meta::decode(&bytes, trusted_boot).map_err(|e| self.damaged(META_FILE, e))?;
         self.check_identity(&found.header)?;
         self.base = found.header.base;
 
@@ -97,6 +103,7 @@ impl Opening {
             return Err(self.damaged(RAW_FILE, mismatch));
         }
         if found.trust == Trust::CleanStop {
+            self.forget_failure(failed)?;
             let log = LogFile::Sealed { next_seq: found.next_seq };
             return Ok(self.into_cache(boot_id, raw, &found.states, log));
         }
@@ -110,7 +117,16 @@ impl Opening {
         if found.trust == Trust::SealedOnly {
             self.free_missing(&*raw, &found.states);
         }
+        self.forget_failure(failed)?;
         Ok(self.into_cache(boot_id, raw, &found.states, LogFile::Open(log)))
+    }
+
+    /// The states no longer rest on what the failed sync was about.
+    fn forget_failure(&self, failed: bool) -> Result<(), CacheError> {
+        if !failed {
+            return Ok(());
+        }
+        disk::remove_file(&*self.disk, &self.dir, FAILED_FILE).map_err(|e| self.error("removal", FAILED_FILE, e))
     }
 
     /// Gives back the space of chunks that recovery dropped. Their bytes mean nothing either way.
@@ -180,7 +196,11 @@ impl Opening {
 /// # Errors
 /// Those of the disk.
 pub fn exists(disk: &dyn Disk, dir: &Path) -> io::Result<bool> {
-    Ok(disk.list_dir(dir)?.iter().any(|name| name == META_FILE))
+    holds(disk, dir, META_FILE)
+}
+
+fn holds(disk: &dyn Disk, dir: &Path, file: &str) -> io::Result<bool> {
+    Ok(disk.list_dir(dir)?.iter().any(|name| name == file))
 }
 
 /// Removes a cache that nobody has open and nobody needs.
