@@ -8,6 +8,7 @@
 mod defaults;
 #[cfg(test)]
 mod tests;
+mod tls;
 
 use std::path::PathBuf;
 use std::str::FromStr;
@@ -17,6 +18,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::admin::MAX_PATH_BYTES;
 use crate::nbd::ListenAddr;
+use crate::nbd::tls::TlsConfig;
 use crate::store::keys::{ExportRoot, Key, MAX_KEY_BYTES};
 use crate::store::remote::{RemoteConfig, RemoteKind};
 use crate::units::{DEFAULT_CHUNK_BYTES, Geometry, MAX_EXPORT_ID_BYTES};
@@ -61,14 +63,12 @@ pub struct Serve {
 
     /// Address for NBD clients: HOST:PORT, [IPV6]:PORT or unix:PATH; port 0 picks a free one. May be repeated, or
     /// separated by commas in the variable
-    #[arg(
-        long,
-        value_name = "ADDR",
-        env = "NBD_SERVER_LISTEN",
-        default_value = "127.0.0.1:10809",
-        value_delimiter = ','
-    )]
+    /// [default: the sockets passed in LISTEN_FDS, else 127.0.0.1:10809]
+    #[arg(long, value_name = "ADDR", env = "NBD_SERVER_LISTEN", value_delimiter = ',')]
     listen: Vec<ListenAddr>,
+
+    #[command(flatten)]
+    tls: tls::Flags,
 
     /// Unix socket of the admin API
     /// [default: /run/nbd-server/nbd-server.sock for root, else $XDG_RUNTIME_DIR/nbd-server.sock]
@@ -154,8 +154,10 @@ pub struct Config {
     pub cache_root: PathBuf,
     /// Where in the store the exports are.
     pub export_root: ExportRoot,
-    /// Where NBD clients connect; at least one address.
+    /// Where NBD clients connect; at least one address, unless sockets were passed.
     pub listen: Vec<ListenAddr>,
+    /// `None`: there is no TLS.
+    pub tls: Option<TlsConfig>,
     /// Where the admin API is; short enough for a socket.
     pub admin_sock: PathBuf,
     /// The chunk size of an export created without one, in bytes.
@@ -190,26 +192,26 @@ pub enum ConfigError {
         /// The variables that would have helped.
         variables: &'static str,
     },
-    /// The backend cannot work without a flag.
-    #[error("--storage-backend {backend} needs {flag}: {remedy}")]
+    /// What was chosen cannot work without a flag.
+    #[error("{choice} needs {flag}: {remedy}")]
     Missing {
-        /// The backend chosen.
-        backend: &'static str,
+        /// The flag that chose, with its value.
+        choice: String,
         /// The flag that is missing.
         flag: &'static str,
         /// What to do.
         remedy: &'static str,
     },
-    /// A flag that the backend would ignore: most likely the backend is not the one meant.
-    #[error("{flag} {value} has no meaning with --storage-backend {backend}: drop it, or choose {meant}")]
+    /// A flag that would be ignored: most likely what was chosen is not what was meant.
+    #[error("{flag} {value} has no meaning with {choice}: drop it, or choose {meant}")]
     Unused {
         /// The flag.
         flag: &'static str,
         /// Its value.
         value: String,
-        /// The backend chosen.
-        backend: &'static str,
-        /// The backends it belongs to.
+        /// The flag that chose, with its value.
+        choice: String,
+        /// The choices it belongs to.
         meant: &'static str,
     },
     /// The path of the admin socket is more than the kernel takes.
@@ -227,6 +229,8 @@ impl Serve {
     /// The first [`ConfigError`] found.
     pub fn check(self, surroundings: &Surroundings<'_>) -> Result<Config, ConfigError> {
         let store = self.store(surroundings)?;
+        let tls = self.tls.check()?;
+        let listen = if self.listen.is_empty() { surroundings.listen() } else { self.listen };
         let cache_root = self.cache_root.map_or_else(|| surroundings.cache_root(), Ok)?;
         let admin_sock = self.admin_sock.map_or_else(|| surroundings.admin_sock(), Ok)?;
         if admin_sock.as_os_str().len() > MAX_PATH_BYTES {
@@ -238,7 +242,8 @@ impl Serve {
         Ok(Config {
             cache_root,
             export_root: self.export_root,
-            listen: self.listen,
+            listen,
+            tls,
             admin_sock,
             chunk_bytes: self.chunk_size.0,
             store,
@@ -266,7 +271,7 @@ impl Serve {
             ("--local-root", &local_root, local, "local"),
         ] {
             if let (Some(value), false) = (value, fits) {
-                return Err(ConfigError::Unused { flag, value: value.clone(), backend: backend.name(), meant });
+                return Err(ConfigError::Unused { flag, value: value.clone(), choice: backend.choice(), meant });
             }
         }
         let kind = match backend {
@@ -280,7 +285,7 @@ impl Serve {
             Backend::Gcs => RemoteKind::Gcs,
             Backend::Azure => RemoteKind::Azure,
         };
-        let missing = |flag, remedy| ConfigError::Missing { backend: backend.name(), flag, remedy };
+        let missing = |flag, remedy| ConfigError::Missing { choice: backend.choice(), flag, remedy };
         if bucket.is_none() {
             return Err(missing("--bucket NAME", "name a bucket that exists"));
         }
@@ -297,15 +302,17 @@ fn given(value: Option<&String>) -> Option<String> {
 }
 
 impl Backend {
-    fn name(self) -> &'static str {
-        match self {
+    /// As it was written.
+    fn choice(self) -> String {
+        let name = match self {
             Self::Local => "local",
             Self::S3 => "s3",
             Self::R2 => "r2",
             Self::Gcs => "gcs",
             Self::Azure => "azure",
             Self::Memory => "memory",
-        }
+        };
+        format!("--storage-backend {name}")
     }
 }
 

@@ -5,6 +5,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use nbd_server::config::{Cli, Command, Config, LogLevel, Surroundings};
+use nbd_server::nbd::PassedSocket;
 use nbd_server::server;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tracing::level_filters::LevelFilter;
@@ -28,20 +29,24 @@ fn main() -> ExitCode {
     let Command::Serve(flags) = cli.command;
     let variable = |name: &str| std::env::var(name).ok();
     let root = rustix::process::geteuid().is_root();
-    match flags.check(&Surroundings { root, variable: &variable }) {
-        Ok(config) => serve(config),
+    let passed = match server::passed_sockets() {
+        Ok(passed) => passed,
+        Err(refused) => return complain(&refused, USAGE),
+    };
+    match flags.check(&Surroundings { root, variable: &variable, sockets_passed: !passed.is_empty() }) {
+        Ok(config) => serve(config, passed),
         Err(refused) => complain(&refused, USAGE),
     }
 }
 
-fn serve(config: Config) -> ExitCode {
+fn serve(config: Config, passed: Vec<PassedSocket>) -> ExitCode {
     start_logging(config.log_level);
     allow_many_connections();
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(e) => return complain(&format!("cannot start the runtime: {e}"), FAILURE),
     };
-    let ended = runtime.block_on(server::run(config));
+    let ended = runtime.block_on(server::run(config, passed));
     // Blocking work that a second signal overtook is not waited for.
     runtime.shutdown_background();
     match ended {

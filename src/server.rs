@@ -1,14 +1,17 @@
 //! The composition root: from a configuration to a running server, and back to nothing.
 //!
-//! **Start**, in this order: NBD sockets → cache root and its lock → admin socket → store and its probe → discovery →
+//! **Start**, in this order: certificates → NBD sockets → cache root and its lock → admin socket → store and its probe → discovery →
 //! the log line that begins with `ready:`. Sockets are bound early, so that a taken port costs nothing, and served only
 //! when every export is known. A start that fails removes the sockets and the empty folders it made.
 //!
 //! **Stop**, on SIGTERM or SIGINT: no new clients → what was accepted is answered, within [`DRAIN_TIMEOUT`] → every
 //! volume is flushed and sealed, however long that takes → the lock goes, last of all. A second signal ends the process
 //! at once, which is safe but leaves the caches unsealed.
+//!
+//! **SIGHUP** reads the certificates again, and nothing else.
 
 mod folders;
+mod passed;
 mod ready;
 
 use std::io;
@@ -24,7 +27,8 @@ use crate::admin::{self, Api, BindError};
 use crate::clock::{Clock, SystemClock};
 use crate::config::{Config, StoreConfig};
 use crate::disk::RealDisk;
-use crate::nbd::{self, ListenError};
+use crate::nbd::tls::{Tls, TlsError};
+use crate::nbd::{self, ListenError, PassedSocket};
 use crate::store::SharedStore;
 use crate::store::local::LocalStore;
 use crate::store::probe::{ProbeError, probe};
@@ -32,6 +36,8 @@ use crate::store::remote::{RemoteConfigError, RemoteStore};
 use crate::store::retry::{RetryPolicy, Retrying};
 use crate::volume::Services;
 use crate::volume::registry::{ExportError, Registry};
+pub use passed::{PassedError, sockets as passed_sockets};
+
 use folders::{CacheLock, LockError, NewFolders};
 
 /// How long clients may take to get their last answers when the server stops.
@@ -43,6 +49,12 @@ pub enum ServerError {
     /// No NBD clients could connect.
     #[error(transparent)]
     Listen(#[from] ListenError),
+    /// A socket that was passed cannot be used.
+    #[error("a socket of LISTEN_FDS cannot be used: {0}")]
+    Adopt(#[source] io::Error),
+    /// There are no certificates to work with.
+    #[error(transparent)]
+    Tls(#[from] TlsError),
     /// The cache root cannot be made or written.
     #[error("--cache-root {path} cannot be used ({source}): choose a directory this user may write", path = .path.display())]
     CacheRoot {
@@ -93,26 +105,28 @@ impl ServerError {
     }
 }
 
-/// Runs a server from start to stop.
+/// Runs a server from start to stop, on the sockets that were passed to it and those of the configuration.
 ///
 /// # Errors
 /// [`ServerError`]; nothing half-made is left behind.
-pub async fn run(config: Config) -> Result<(), ServerError> {
+pub async fn run(config: Config, passed: Vec<PassedSocket>) -> Result<(), ServerError> {
     let mut signals = Signals::new().map_err(ServerError::Signals)?;
+    let reloads = signal(SignalKind::hangup()).map_err(ServerError::Signals)?;
     let server = tokio::select! {
-        started = Server::start(&config) => started?,
+        started = Server::start(&config, passed) => started?,
         name = signals.next() => {
             tracing::info!("stopped by {name} before it was ready");
             return Ok(());
         }
     };
     tracing::info!("{}", server.ready());
-    server.serve(&mut signals).await
+    server.serve(&mut signals, reloads).await
 }
 
 /// Bound, discovered, and not serving yet.
 struct Server {
     listeners: Vec<nbd::Listener>,
+    tls: Option<Arc<Tls>>,
     admin: admin::Socket,
     api: Api,
     // Last, so that everything that touches the cache root is gone when another server may have it.
@@ -120,8 +134,15 @@ struct Server {
 }
 
 impl Server {
-    async fn start(config: &Config) -> Result<Self, ServerError> {
+    async fn start(config: &Config, passed: Vec<PassedSocket>) -> Result<Self, ServerError> {
+        let tls = match &config.tls {
+            Some(files) => Some(Arc::new(Tls::load(files.clone()).await?)),
+            None => None,
+        };
         let mut listeners = Vec::new();
+        for socket in passed {
+            listeners.push(nbd::Listener::adopt(socket).map_err(ServerError::Adopt)?);
+        }
         for addr in &config.listen {
             listeners.push(nbd::Listener::bind(addr).await?);
         }
@@ -143,29 +164,33 @@ impl Server {
         socket_folders.keep();
         let limits = admin::Limits::default();
         let api = Api { registry, default_chunk_bytes: config.chunk_bytes, limits };
-        Ok(Self { listeners, admin, api, lock })
+        Ok(Self { listeners, tls, admin, api, lock })
     }
 
     fn ready(&self) -> String {
         let addresses: Vec<_> = self.listeners.iter().map(|listener| listener.local_addr().clone()).collect();
-        ready::line(&self.api.registry.list(), &addresses, self.admin.path())
+        let tls_required = self.tls.as_ref().is_some_and(|tls| tls.config().required);
+        ready::line(&self.api.registry.list(), &addresses, tls_required, self.admin.path())
     }
 
-    async fn serve(self, signals: &mut Signals) -> Result<(), ServerError> {
-        let Self { listeners, admin, api, lock } = self;
+    async fn serve(self, signals: &mut Signals, mut reloads: Signal) -> Result<(), ServerError> {
+        let Self { listeners, tls, admin, api, lock } = self;
         let registry = Arc::clone(&api.registry);
         let (stop, stopped) = watch::channel(false);
         let mut fronts = JoinSet::new();
-        let nbd = Arc::new(nbd::Server::new(Arc::clone(&registry), nbd::Limits::default()));
+        let nbd = Arc::new(nbd::Server::with_tls(Arc::clone(&registry), nbd::Limits::default(), tls.clone()));
         for listener in listeners {
             let (nbd, stopped) = (Arc::clone(&nbd), stopped.clone());
             fronts.spawn(async move { nbd.serve(listener, stopped).await });
         }
         fronts.spawn(admin::serve(admin, api, stopped));
 
-        let cause = tokio::select! {
-            name = signals.next() => Ok(name),
-            ended = fronts.join_next() => Err(ended),
+        let cause = loop {
+            tokio::select! {
+                name = signals.next() => break Ok(name),
+                ended = fronts.join_next() => break Err(ended),
+                _ = reloads.recv() => reload(tls.as_deref()).await,
+            }
         };
         match &cause {
             Ok(name) => {
@@ -189,6 +214,17 @@ impl Server {
         drop(lock);
         tracing::info!("stopped");
         cause.map(drop).map_err(|_| ServerError::Broken)
+    }
+}
+
+/// What SIGHUP asks for.
+async fn reload(tls: Option<&Tls>) {
+    let Some(tls) = tls else {
+        return tracing::info!("SIGHUP: without TLS there is nothing to read again");
+    };
+    match tls.reload().await {
+        Ok(()) => tracing::info!("SIGHUP: new clients get the certificate in {}", tls.config().cert.display()),
+        Err(error) => tracing::error!("SIGHUP: the TLS certificates in use stay: {error}; then send SIGHUP again"),
     }
 }
 

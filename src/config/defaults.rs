@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use super::ConfigError;
+use crate::nbd::{DEFAULT_PORT, ListenAddr};
 
 const NAME: &str = "nbd-server";
 const SOCKET: &str = "nbd-server.sock";
@@ -13,9 +14,16 @@ pub struct Surroundings<'a> {
     pub root: bool,
     /// Looks up an environment variable.
     pub variable: &'a dyn Fn(&str) -> Option<String>,
+    /// Whether whoever started the program passed it sockets to listen on.
+    pub sockets_passed: bool,
 }
 
 impl Surroundings<'_> {
+    /// Loopback, unless sockets were passed: then those are meant, and those alone.
+    pub(super) fn listen(&self) -> Vec<ListenAddr> {
+        if self.sockets_passed { Vec::new() } else { vec![ListenAddr::Tcp(format!("127.0.0.1:{DEFAULT_PORT}"))] }
+    }
+
     pub(super) fn cache_root(&self) -> Result<PathBuf, ConfigError> {
         Ok(self.state("--cache-root")?.join("cache"))
     }

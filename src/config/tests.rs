@@ -9,7 +9,7 @@ fn parse(args: &[&str]) -> Result<Serve, clap::Error> {
 
 fn with(variables: &[(&str, &str)], root: bool, args: &[&str]) -> Result<Config, ConfigError> {
     let variable = |name: &str| variables.iter().find(|(n, _)| *n == name).map(|(_, v)| (*v).to_owned());
-    parse(args).unwrap().check(&Surroundings { root, variable: &variable })
+    parse(args).unwrap().check(&Surroundings { root, variable: &variable, sockets_passed: false })
 }
 
 fn checked(args: &[&str]) -> Result<Config, ConfigError> {
@@ -30,6 +30,7 @@ fn no_flag_at_all_is_a_complete_configuration_for_root() {
         cache_root: "/var/lib/nbd-server/cache".into(),
         export_root: ExportRoot::new("exports".parse().unwrap()),
         listen: vec!["127.0.0.1:10809".parse().unwrap()],
+        tls: None,
         admin_sock: "/run/nbd-server/nbd-server.sock".into(),
         chunk_bytes: 4 << 20,
         store: StoreConfig::Local("/var/lib/nbd-server/store".into()),

@@ -1,7 +1,7 @@
-//! One client from the greeting to its end: drives the pure handshake over a stream, looks exports up for it, and hands
-//! the stream to the transmission.
+//! One client from the greeting to its end: drives the pure handshake over a stream, starts TLS if the client asks for it,
+//! looks exports up, and hands the stream to the transmission.
 //!
-//! Promises: a client that does not get on with the handshake is closed at the deadline; an export is opened only once a
+//! Promises: a client that does not get on with the handshake, TLS included, is closed at the deadline; an export is opened only once a
 //! client has named it; what the client sent ahead is not lost.
 
 use std::sync::Arc;
@@ -11,9 +11,10 @@ use bytes::BytesMut;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::sync::watch;
 use tokio::time::Instant;
+use tokio_rustls::server::TlsStream;
 
 use super::Shared;
-use super::handshake::{self, Close, ExportInfo, Handshake, Negotiated, Step};
+use super::handshake::{self, Close, ExportInfo, Handshake, Negotiated, Step, TlsState};
 use super::request::Attachment;
 use super::transmission;
 use crate::units::{ExportId, Geometry};
@@ -30,20 +31,54 @@ pub(super) async fn run<S>(mut stream: S, shared: &Shared, mut stop: watch::Rece
 where
     S: AsyncRead + AsyncWrite + Unpin,
 {
-    let mut input = BytesMut::new();
-    match negotiate(&mut stream, &mut input, shared, &mut stop).await {
-        Ok((volume, export, negotiated)) => {
-            tracing::debug!("export {}: a client attached, {negotiated:?}", export.name);
-            let Negotiated { mode, contexts } = negotiated;
-            let attachment = Attachment { mode, contexts, size: export.size, read_only: export.read_only };
-            transmission::run(stream, &input, volume, attachment, shared, stop).await;
-        }
-        Err(why) => {
-            tracing::debug!("a client left in the handshake: {why}");
-            let (mut reader, mut writer) = tokio::io::split(stream);
-            super::close_gently(&mut reader, &mut writer).await;
-        }
+    let mut talk = Talk::new(shared);
+    match talk.negotiate(&mut stream, &mut stop).await {
+        Ok(Next::Transmit(attached)) => transmit(stream, talk, attached, stop).await,
+        // In a box: a plain connection shall not be as large as one with a TLS session in it.
+        Ok(Next::Secure) => Box::pin(run_in_tls(stream, talk, stop)).await,
+        Err(why) => leave(stream, &why).await,
     }
+}
+
+async fn run_in_tls<S>(stream: S, mut talk: Talk<'_>, mut stop: watch::Receiver<bool>)
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+{
+    let mut stream = match talk.secure(stream, &mut stop).await {
+        Ok(stream) => stream,
+        Err((why, Some(stream))) => return leave(stream, &why).await,
+        Err((why, None)) => return log_left(&why),
+    };
+    match talk.negotiate(&mut stream, &mut stop).await {
+        Ok(Next::Transmit(attached)) => transmit(stream, talk, attached, stop).await,
+        Ok(Next::Secure) => leave(stream, &Left::TwiceSecured).await,
+        Err(why) => leave(stream, &why).await,
+    }
+}
+
+async fn transmit<S>(stream: S, talk: Talk<'_>, attached: Attached, stop: watch::Receiver<bool>)
+where
+    S: AsyncRead + AsyncWrite,
+{
+    let Attached { volume, export, negotiated } = attached;
+    let (shared, input) = talk.end();
+    tracing::debug!("export {}: a client attached, {negotiated:?}", export.name);
+    let Negotiated { mode, contexts } = negotiated;
+    let attachment = Attachment { mode, contexts, size: export.size, read_only: export.read_only };
+    transmission::run(stream, &input, volume, attachment, shared, stop).await;
+}
+
+async fn leave<S>(stream: S, why: &Left)
+where
+    S: AsyncRead + AsyncWrite,
+{
+    log_left(why);
+    let (mut reader, mut writer) = tokio::io::split(stream);
+    super::close_gently(&mut reader, &mut writer).await;
+}
+
+fn log_left(why: &Left) {
+    tracing::debug!("a client left in the handshake: {why}");
 }
 
 /// Why a client did not get to the transmission.
@@ -57,73 +92,148 @@ enum Left {
     TooSlow,
     #[error("the connection broke: {0}")]
     Broken(#[from] std::io::Error),
+    #[error("no TLS came about: {0}")]
+    NoTls(std::io::Error),
+    #[error("it started TLS inside TLS")]
+    TwiceSecured,
 }
 
-async fn negotiate<S>(
-    stream: &mut S,
-    input: &mut BytesMut,
-    shared: &Shared,
-    stop: &mut watch::Receiver<bool>,
-) -> Result<(Arc<Volume>, ExportInfo, Negotiated), Left>
-where
-    S: AsyncRead + AsyncWrite + Unpin,
-{
-    let mut deadline = Instant::now() + shared.limits.handshake;
-    let too_slow = |_| {
-        shared.bites.handshake.log("a client did not finish the handshake in time: its connection is closed");
-        Left::TooSlow
-    };
-    let mut out = Vec::new();
-    let mut handshake = Handshake::new(shared.limits.option, &mut out);
-    let mut found: Option<(Arc<Volume>, ExportInfo)> = None;
-    let mut stopping = false;
-    loop {
-        let mut step = handshake.feed(input, &mut out, stopping);
-        if let Step::Find(name) = &step {
-            let asked = Instant::now();
-            let answer = match find(&shared.registry, name).await {
-                Ok(export) => handshake.found(Ok(&found.insert(export).1), &mut out),
-                Err(reason) => handshake.found(Err(&reason), &mut out),
-            };
-            // The deadline is the client's; opening an export is on us.
-            deadline += asked.elapsed();
-            match answer {
-                Some(next) => step = next,
-                None => continue,
-            }
-        }
-        if step == Step::List {
-            let exports = attachable(shared.registry.list());
-            handshake.listed(exports.iter().map(|(name, text)| (name.as_str(), text.as_str())), &mut out);
-        }
-        if !out.is_empty() {
-            tokio::time::timeout_at(deadline, send(stream, &out)).await.map_err(too_slow)??;
-            out.clear();
-        }
-        match (step, found.take()) {
-            (Step::Transmit(negotiated), Some((volume, export))) => return Ok((volume, export, negotiated)),
-            (Step::Close(why), _) => {
-                if let Close::Limit(text) = why {
-                    shared.bites.options.log(text);
+/// What comes after a negotiation.
+enum Next {
+    Transmit(Attached),
+    /// The TLS handshake, and then the negotiation once more from the start.
+    Secure,
+}
+
+/// What a client asked for and gets.
+struct Attached {
+    volume: Arc<Volume>,
+    export: ExportInfo,
+    negotiated: Negotiated,
+}
+
+/// A conversation before the transmission; it outlives a change of streams.
+struct Talk<'a> {
+    shared: &'a Shared,
+    handshake: Handshake,
+    /// Received and not yet understood.
+    input: BytesMut,
+    /// To be sent.
+    out: Vec<u8>,
+    /// When the client has to be done, TLS included.
+    deadline: Instant,
+    stopping: bool,
+}
+
+impl<'a> Talk<'a> {
+    fn new(shared: &'a Shared) -> Self {
+        let mut out = Vec::new();
+        let tls = shared.tls.as_ref().map_or(TlsState::Off, |tls| tls.state());
+        let handshake = Handshake::new(shared.limits.option, tls, &mut out);
+        let deadline = Instant::now() + shared.limits.handshake;
+        Self { shared, handshake, input: BytesMut::new(), out, deadline, stopping: false }
+    }
+
+    async fn negotiate<S>(&mut self, stream: &mut S, stop: &mut watch::Receiver<bool>) -> Result<Next, Left>
+    where
+        S: AsyncRead + AsyncWrite + Unpin,
+    {
+        let mut found: Option<(Arc<Volume>, ExportInfo)> = None;
+        loop {
+            let mut step = self.handshake.feed(&mut self.input, &mut self.out, self.stopping);
+            if let Step::Find(name) = &step {
+                let asked = Instant::now();
+                let answer = match find(&self.shared.registry, name).await {
+                    Ok(export) => self.handshake.found(Ok(&found.insert(export).1), &mut self.out),
+                    Err(reason) => self.handshake.found(Err(&reason), &mut self.out),
+                };
+                // The deadline is the client's; opening an export is on us.
+                self.deadline += asked.elapsed();
+                match answer {
+                    Some(next) => step = next,
+                    None => continue,
                 }
-                return Err(Left::Closed(why));
             }
-            (Step::NeedMore, _) => {
-                input.reserve(RECEIVE_BYTES);
-                tokio::select! {
-                    got = tokio::time::timeout_at(deadline, stream.read_buf(input)) => {
-                        if got.map_err(too_slow)?? == 0 {
-                            return Err(Left::HungUp);
+            if step == Step::List {
+                let exports = attachable(self.shared.registry.list());
+                self.handshake.listed(exports.iter().map(|(name, text)| (name.as_str(), text.as_str())), &mut self.out);
+            }
+            if !self.out.is_empty() {
+                let sending = tokio::time::timeout_at(self.deadline, send(stream, &self.out));
+                sending.await.map_err(|_| self.too_slow())??;
+                self.out.clear();
+            }
+            match (step, found.take()) {
+                (Step::Transmit(negotiated), Some((volume, export))) => {
+                    return Ok(Next::Transmit(Attached { volume, export, negotiated }));
+                }
+                (Step::StartTls, _) => return Ok(Next::Secure),
+                (Step::Close(why), _) => {
+                    if let Close::Limit(text) = why {
+                        self.shared.bites.options.log(text);
+                    }
+                    return Err(Left::Closed(why));
+                }
+                (Step::NeedMore, _) => {
+                    self.input.reserve(RECEIVE_BYTES);
+                    tokio::select! {
+                        got = tokio::time::timeout_at(self.deadline, stream.read_buf(&mut self.input)) => {
+                            if got.map_err(|_| self.too_slow())?? == 0 {
+                                return Err(Left::HungUp);
+                            }
                         }
-                    }
-                    () = super::stopped(stop), if !stopping => {
-                        stopping = true;
-                        deadline = deadline.min(Instant::now() + STOPPING_GRACE);
+                        () = super::stopped(stop), if !self.stopping => self.stop(),
                     }
                 }
+                (Step::List | Step::Find(_) | Step::Transmit(_), _) => {}
             }
-            (Step::List | Step::Find(_) | Step::Transmit(_), _) => {}
         }
+    }
+
+    /// The TLS handshake. "Handshake failure: MUST close"; the stream is handed back for that, if there is still one.
+    async fn secure<S>(
+        &mut self,
+        stream: S,
+        stop: &mut watch::Receiver<bool>,
+    ) -> Result<TlsStream<S>, (Left, Option<S>)>
+    where
+        S: AsyncRead + AsyncWrite + Unpin,
+    {
+        let Some(tls) = &self.shared.tls else {
+            let missing = std::io::Error::other("there is no certificate");
+            return Err((Left::NoTls(missing), Some(stream)));
+        };
+        let mut accepting = tls.acceptor().accept(stream).into_fallible();
+        let accepted = loop {
+            tokio::select! {
+                accepted = tokio::time::timeout_at(self.deadline, &mut accepting) => break accepted,
+                () = super::stopped(stop), if !self.stopping => self.stop(),
+            }
+        };
+        match accepted {
+            Ok(Ok(stream)) => {
+                self.handshake.secured();
+                Ok(stream)
+            }
+            Ok(Err((error, stream))) => Err((Left::NoTls(error), Some(stream))),
+            Err(_) => Err((self.too_slow(), None)),
+        }
+    }
+
+    /// What the transmission goes on with; the rest is over, and its memory with it.
+    fn end(self) -> (&'a Shared, BytesMut) {
+        (self.shared, self.input)
+    }
+
+    /// The server stops: the client is told at its next option, and has time for that alone.
+    fn stop(&mut self) {
+        self.stopping = true;
+        self.deadline = self.deadline.min(Instant::now() + STOPPING_GRACE);
+    }
+
+    fn too_slow(&self) -> Left {
+        self.shared.bites.handshake.log("a client did not finish the handshake in time: its connection is closed");
+        Left::TooSlow
     }
 }
 

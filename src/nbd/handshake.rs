@@ -3,11 +3,12 @@
 //! Promises: the stream stays in sync after every option, known or not, good or bad; every refusal carries a text that
 //! says what to do; an unwelcome client gets an error, and is closed only where the protocol demands it or the limits
 //! would be passed; memory is bounded by [`OptionLimits`].
-//! Must never: do I/O, look at an export before a client has named it, or reach transmission with state that was not
-//! negotiated on this connection.
+//! Must never: do I/O, look at an export before a client has named it, reach transmission with state that was not
+//! negotiated on this connection, or let anything said in plaintext count inside TLS.
 //!
 //! The driver feeds what it received and acts on the [`Step`]: read more, look an export up and call
-//! [`Handshake::found`], list and call [`Handshake::listed`], enter transmission, or close. Replies are appended to the
+//! [`Handshake::found`], list and call [`Handshake::listed`], start TLS and call [`Handshake::secured`], enter
+//! transmission, or close. Replies are appended to the
 //! output, which the driver sends before it waits for anything.
 
 mod options;
@@ -39,10 +40,26 @@ pub enum Step {
     Find(String),
     /// Call [`Handshake::listed`] with every export that can be attached.
     List,
+    /// Send the output, do the TLS handshake, and call [`Handshake::secured`]; if TLS fails, close. The input is empty:
+    /// what a client, or somebody between, sent behind STARTTLS in plaintext was thrown away.
+    StartTls,
     /// Send the output; the bytes left in the input are the first requests.
     Transmit(Negotiated),
     /// Send the output and close.
     Close(Close),
+}
+
+/// What TLS is to a connection; the first three are the server's choice, "constant for the connection".
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum TlsState {
+    /// There is none ("NOTLS").
+    Off,
+    /// The client may start it ("SELECTIVE", with every export open to plaintext).
+    Offered,
+    /// Nothing is answered before the client has started it ("FORCED").
+    Required,
+    /// It was started: whatever comes is encrypted.
+    Active,
 }
 
 /// Why a connection ends in the handshake.
@@ -116,6 +133,8 @@ enum Phase {
     Asked(Asked),
     /// The driver was asked; it answers with `listed`.
     Listing,
+    /// The driver was told to start TLS; it answers with `secured`.
+    Securing,
     Over,
 }
 
@@ -131,6 +150,7 @@ enum Asked {
 #[derive(Debug)]
 pub struct Handshake {
     limits: OptionLimits,
+    tls: TlsState,
     phase: Phase,
     fixed: bool,
     no_zeroes: bool,
@@ -142,10 +162,16 @@ pub struct Handshake {
 
 impl Handshake {
     /// A new negotiation; the greeting is appended to `out`.
-    pub fn new(limits: OptionLimits, out: &mut Vec<u8>) -> Self {
+    pub fn new(limits: OptionLimits, tls: TlsState, out: &mut Vec<u8>) -> Self {
         wire::encode_greeting(out);
+        Self::fresh(limits, tls)
+    }
+
+    /// Nothing negotiated yet.
+    fn fresh(limits: OptionLimits, tls: TlsState) -> Self {
         Self {
             limits,
+            tls,
             phase: Phase::ClientFlags,
             fixed: false,
             no_zeroes: false,
@@ -170,10 +196,14 @@ impl Handshake {
                     }
                     self.drained(option, out)
                 }
-                Phase::Asked(_) | Phase::Listing | Phase::Over => return Step::NeedMore,
+                Phase::Asked(_) | Phase::Listing | Phase::Securing | Phase::Over => return Step::NeedMore,
             };
             match step {
                 None => {}
+                Some(Step::StartTls) => {
+                    input.clear();
+                    return Step::StartTls;
+                }
                 Some(Step::Close(why)) => {
                     self.phase = Phase::Over;
                     return Step::Close(why);
@@ -194,6 +224,10 @@ impl Handshake {
         }
         self.fixed = flags & u32::from(wire::FIXED_NEWSTYLE) != 0;
         self.no_zeroes = flags & u32::from(wire::NO_ZEROES) != 0;
+        // "Without C_FIXED_NEWSTYLE a server MUST be in NOTLS mode": such a client cannot ask for TLS.
+        if !self.fixed && self.tls == TlsState::Required {
+            return Some(Step::Close(Close::Refused("a client without fixed newstyle where TLS is required")));
+        }
         self.phase = Phase::Option;
         None
     }
@@ -239,8 +273,12 @@ impl Handshake {
 
     fn drained(&mut self, option: u32, out: &mut Vec<u8>) -> Option<Step> {
         self.phase = Phase::Option;
+        if self.tls == TlsState::Required && option != opt::STARTTLS {
+            return tls_required(option, out);
+        }
         match option {
             opt::EXPORT_NAME => Some(Step::Close(Close::Refused("EXPORT_NAME with a name that cannot be"))),
+            opt::STARTTLS => self.start_tls(true, out),
             _ if is_known(option) => {
                 if option == opt::SET_META_CONTEXT {
                     self.selected = None;
@@ -252,6 +290,9 @@ impl Handshake {
     }
 
     fn handle(&mut self, option: u32, data: &[u8], out: &mut Vec<u8>, stopping: bool) -> Option<Step> {
+        if self.tls == TlsState::Required && option != opt::STARTTLS {
+            return tls_required(option, out);
+        }
         // "During shutdown SHOULD reply ERR_SHUTDOWN to everything but ABORT"; EXPORT_NAME has no error reply.
         if stopping && option != opt::EXPORT_NAME {
             let text = "the server is stopping: connect again in a while";
@@ -271,9 +312,7 @@ impl Handshake {
                 self.phase = Phase::Listing;
                 Some(Step::List)
             }
-            // This is where STARTTLS is answered. No certificate is configured, so it is not to be had; UNSUP, since
-            // without TLS "the server MUST reply with POLICY or UNSUP" and qemu 4.2 understands only the latter.
-            opt::STARTTLS => refuse(out, option, rep::ERR_UNSUP, "this server has no TLS: connect without it"),
+            opt::STARTTLS => self.start_tls(!data.is_empty(), out),
             opt::INFO | opt::GO => match InfoRequest::parse(data) {
                 Ok(request) => self.ask(request.name.clone(), Asked::Info { option, request }),
                 Err(malformed) => invalid(out, option, malformed),
@@ -297,6 +336,34 @@ impl Handshake {
             // PEEK_EXPORT (4) was withdrawn and is as unknown as the rest.
             _ => unsupported(out, option),
         }
+    }
+
+    fn start_tls(&mut self, with_data: bool, out: &mut Vec<u8>) -> Option<Step> {
+        match self.tls {
+            // "MUST reply with POLICY or UNSUP", and qemu 4.2 understands only the latter.
+            TlsState::Off => refuse(out, opt::STARTTLS, rep::ERR_UNSUP, "this server has no TLS: connect without it"),
+            TlsState::Active => invalid(out, opt::STARTTLS, "TLS is on already: go on"),
+            TlsState::Offered | TlsState::Required if with_data => {
+                invalid(out, opt::STARTTLS, "this option takes no data: send it with length 0")
+            }
+            TlsState::Offered | TlsState::Required => {
+                reply(out, opt::STARTTLS, rep::ACK);
+                self.phase = Phase::Securing;
+                Some(Step::StartTls)
+            }
+        }
+    }
+
+    /// Answers a [`Step::StartTls`]: the TLS handshake is done, and what is fed from now on came through it.
+    ///
+    /// "MUST discard all earlier state": all but the client flags, which are sent once, and the count of options.
+    pub fn secured(&mut self) {
+        if !matches!(self.phase, Phase::Securing) {
+            return;
+        }
+        let (fixed, no_zeroes, options_seen) = (self.fixed, self.no_zeroes, self.options_seen);
+        let fresh = Self::fresh(self.limits, TlsState::Active);
+        *self = Self { phase: Phase::Option, fixed, no_zeroes, options_seen, ..fresh };
     }
 
     fn switch(&mut self, mode: Mode, out: &mut Vec<u8>, option: u32) -> Option<Step> {
@@ -458,6 +525,15 @@ fn refuse(out: &mut Vec<u8>, option: u32, kind: u32, text: &str) -> Option<Step>
 
 fn invalid(out: &mut Vec<u8>, option: u32, text: Malformed) -> Option<Step> {
     refuse(out, option, rep::ERR_INVALID, text)
+}
+
+/// "Everything except STARTTLS and ABORT gets TLS_REQD"; EXPORT_NAME has no error reply: "MUST close".
+fn tls_required(option: u32, out: &mut Vec<u8>) -> Option<Step> {
+    if option == opt::EXPORT_NAME {
+        return Some(Step::Close(Close::Refused("EXPORT_NAME in plaintext where TLS is required")));
+    }
+    let text = "this server talks to clients over TLS alone: send STARTTLS first (libnbd: use an nbds:// URI)";
+    refuse(out, option, rep::ERR_TLS_REQD, text)
 }
 
 /// "Unknown option: MUST drain the data, reply ERR_UNSUP, and stay in sync."

@@ -1,7 +1,8 @@
-//! Where clients come in: TCP and Unix sockets.
+//! Where clients come in: TCP and Unix sockets, bound here or passed in by whoever started the program.
 //!
 //! Promises: a socket file that a crash left behind is replaced; one that a live server answers on, or a file that is no
-//! socket, is left alone and named in the error; our own file is gone when the listener is.
+//! socket, is left alone and named in the error; our own file is gone when the listener is, and that of a
+//! socket that was passed in is not ours.
 
 use std::fmt;
 use std::io;
@@ -77,6 +78,14 @@ impl fmt::Display for ListenAddr {
     }
 }
 
+/// A socket that listens already.
+#[derive(Debug)]
+#[allow(missing_docs, reason = "the names say it")]
+pub enum PassedSocket {
+    Tcp(std::net::TcpListener),
+    Unix(std::os::unix::net::UnixListener),
+}
+
 /// A bound socket.
 #[derive(Debug)]
 pub struct Listener {
@@ -87,7 +96,11 @@ pub struct Listener {
 #[derive(Debug)]
 enum Socket {
     Tcp(TcpListener),
-    Unix { listener: UnixListener, _file: SocketFile },
+    /// No file: it was passed in, and its file is for whoever made it.
+    Unix {
+        listener: UnixListener,
+        _file: Option<SocketFile>,
+    },
 }
 
 /// Our socket's file; removed with the listener.
@@ -142,7 +155,30 @@ impl Listener {
                 let listener = socket.and_then(|socket| socket.listen(BACKLOG));
                 let listener = listener.map_err(|source| bind_error(addr, source))?;
                 let file = SocketFile(path.clone());
-                Ok(Self { socket: Socket::Unix { listener, _file: file }, addr: addr.clone() })
+                Ok(Self { socket: Socket::Unix { listener, _file: Some(file) }, addr: addr.clone() })
+            }
+        }
+    }
+
+    /// Takes over a socket that was passed in.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn adopt(passed: PassedSocket) -> io::Result<Self> {
+        match passed {
+            PassedSocket::Tcp(listener) => {
+                listener.set_nonblocking(true)?;
+                let listener = TcpListener::from_std(listener)?;
+                let addr = ListenAddr::Tcp(listener.local_addr()?.to_string());
+                Ok(Self { socket: Socket::Tcp(listener), addr })
+            }
+            PassedSocket::Unix(listener) => {
+                listener.set_nonblocking(true)?;
+                let listener = UnixListener::from_std(listener)?;
+                let addr = listener.local_addr()?;
+                // A socket without a file (an abstract one) has no path to show.
+                let path = addr.as_pathname().unwrap_or_else(|| Path::new("(unnamed)")).to_owned();
+                Ok(Self { socket: Socket::Unix { listener, _file: None }, addr: ListenAddr::Unix(path) })
             }
         }
     }

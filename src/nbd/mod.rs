@@ -5,7 +5,8 @@
 //! Must never: see the admin interface, the cache, the store or a manifest. Exports and their data come from
 //! [`crate::volume`] alone.
 //!
-//! The way of a request: [`listen`] → `connection` drives the pure [`handshake`] → `transmission` takes requests
+//! The way of a request: [`listen`] → `connection` drives the pure [`handshake`], over [`tls`] if so agreed →
+//! `transmission` takes requests
 //! from its inbox, [`request`] judges each once, `serve` calls the volume, [`reply`] makes the frames, the outbox sends
 //! them.
 
@@ -20,6 +21,7 @@ mod outbox;
 pub mod reply;
 pub mod request;
 mod serve;
+pub mod tls;
 mod transmission;
 pub mod wire;
 
@@ -33,7 +35,8 @@ use tokio::task::JoinSet;
 use self::limits::Bites;
 pub use self::limits::Limits;
 use self::listen::Client;
-pub use self::listen::{ListenAddr, ListenError, Listener};
+pub use self::listen::{DEFAULT_PORT, ListenAddr, ListenError, Listener, PassedSocket};
+use self::tls::Tls;
 use crate::volume::registry::Registry;
 
 /// How long to wait before accepting again when the system has no more descriptors.
@@ -55,18 +58,26 @@ pub struct Server {
 struct Shared {
     registry: Arc<Registry>,
     limits: Limits,
+    /// `None`: there is no TLS.
+    tls: Option<Arc<Tls>>,
     /// Payload bytes in flight beyond what each connection has for itself.
     bytes: Arc<Semaphore>,
     bites: Bites,
 }
 
 impl Server {
-    /// A server of these exports. The limits hold for all its listeners together.
+    /// A server of these exports, without TLS. The limits hold for all its listeners together.
     #[must_use]
     pub fn new(registry: Arc<Registry>, limits: Limits) -> Self {
+        Self::with_tls(registry, limits, None)
+    }
+
+    /// A server of these exports, whose clients may or must use TLS.
+    #[must_use]
+    pub fn with_tls(registry: Arc<Registry>, limits: Limits, tls: Option<Arc<Tls>>) -> Self {
         let bytes = Arc::new(Semaphore::new(limits.shared_bytes));
         Self {
-            shared: Arc::new(Shared { registry, limits, bytes, bites: Bites::default() }),
+            shared: Arc::new(Shared { registry, limits, tls, bytes, bites: Bites::default() }),
             connections: Arc::new(Semaphore::new(limits.connections)),
         }
     }

@@ -71,6 +71,8 @@ pub mod rep {
     pub const ERR_UNSUP: u32 = 0x8000_0001;
     /// The option's data is malformed, or it is not valid now.
     pub const ERR_INVALID: u32 = 0x8000_0003;
+    /// The server answers this over TLS alone.
+    pub const ERR_TLS_REQD: u32 = 0x8000_0005;
     /// No such export.
     pub const ERR_UNKNOWN: u32 = 0x8000_0006;
     /// The server is stopping.

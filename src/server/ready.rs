@@ -10,12 +10,18 @@ use crate::volume::registry::ExportSummary;
 const EXAMPLE: &str = "vm-1";
 
 /// `ready: …`: what was found, where to connect, and how to create and attach an export.
-pub(super) fn line(exports: &[ExportSummary], addresses: &[ListenAddr], admin_sock: &Path) -> String {
+pub(super) fn line(
+    exports: &[ExportSummary],
+    addresses: &[ListenAddr],
+    tls_required: bool,
+    admin_sock: &Path,
+) -> String {
+    let scheme = if tls_required { Scheme::Nbds } else { Scheme::Nbd };
     let failed = exports.iter().filter(|export| export.failed.is_some()).count();
     let loaded = exports.len() - failed;
-    let uris: Vec<_> = addresses.iter().map(|addr| uri(addr, "")).collect();
+    let uris: Vec<_> = addresses.iter().map(|addr| uri(scheme, addr, "")).collect();
     let socket = quoted(&admin_sock.to_string_lossy()).into_owned();
-    let attach = addresses.first().map(attach).unwrap_or_default();
+    let attach = addresses.first().map(|addr| attach(scheme, addr)).unwrap_or_default();
     format!(
         "ready: {loaded} exports, {failed} failed; NBD on {uris}; admin socket {socket}; \
          create an export: curl --unix-socket {socket} http://localhost/v1/exports/create \
@@ -24,15 +30,30 @@ pub(super) fn line(exports: &[ExportSummary], addresses: &[ListenAddr], admin_so
     )
 }
 
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Scheme {
+    Nbd,
+    Nbds,
+}
+
 /// The standard URI of an export.
-fn uri(addr: &ListenAddr, export: &str) -> String {
+fn uri(scheme: Scheme, addr: &ListenAddr, export: &str) -> String {
+    let scheme = match scheme {
+        Scheme::Nbd => "nbd",
+        Scheme::Nbds => "nbds",
+    };
     match addr {
-        ListenAddr::Tcp(addr) => format!("nbd://{addr}/{export}"),
-        ListenAddr::Unix(path) => format!("nbd+unix:///{export}?socket={}", path.display()),
+        ListenAddr::Tcp(addr) => format!("{scheme}://{addr}/{export}"),
+        ListenAddr::Unix(path) => format!("{scheme}+unix:///{export}?socket={}", path.display()),
     }
 }
 
-fn attach(addr: &ListenAddr) -> String {
+fn attach(scheme: Scheme, addr: &ListenAddr) -> String {
+    let uri = uri(scheme, addr, EXAMPLE);
+    if scheme == Scheme::Nbds {
+        let query = if uri.contains('?') { '&' } else { '?' };
+        return format!("copy into it: nbdcopy disk.img {}", quoted(&format!("{uri}{query}tls-certificates=DIR")));
+    }
     let client = match addr {
         ListenAddr::Tcp(addr) => {
             let (host, port) = addr.rsplit_once(':').unwrap_or((addr, "10809"));
@@ -40,7 +61,6 @@ fn attach(addr: &ListenAddr) -> String {
         }
         ListenAddr::Unix(path) => format!("-unix {}", quoted(&path.to_string_lossy())),
     };
-    let uri = uri(addr, EXAMPLE);
     format!("attach it: nbd-client -N {EXAMPLE} {client} /dev/nbd0, or copy into it: nbdcopy disk.img {}", quoted(&uri))
 }
 
@@ -57,7 +77,7 @@ mod tests {
     #[test]
     fn the_line_holds_commands_that_can_be_pasted() {
         let addresses = ["[::1]:7".parse().unwrap(), "unix:/run/my nbd.sock".parse().unwrap()];
-        let line = line(&[], &addresses, Path::new("/run/a'b.sock"));
+        let line = line(&[], &addresses, false, Path::new("/run/a'b.sock"));
         for part in [
             "ready: 0 exports, 0 failed; ",
             "NBD on nbd://[::1]:7/ nbd+unix:///?socket=/run/my nbd.sock; ",
@@ -70,9 +90,21 @@ mod tests {
         }
         assert!(!line.contains('\n'));
         assert_eq!(
-            attach(&addresses[1]),
+            attach(Scheme::Nbd, &addresses[1]),
             "attach it: nbd-client -N vm-1 -unix '/run/my nbd.sock' /dev/nbd0, or copy into it: \
              nbdcopy disk.img 'nbd+unix:///vm-1?socket=/run/my nbd.sock'"
         );
+    }
+
+    #[test]
+    fn where_tls_is_required_the_line_shows_uris_that_ask_for_it() {
+        let addresses = ["[::1]:7".parse().unwrap(), "unix:/n.sock".parse().unwrap()];
+        let line = line(&[], &addresses, true, Path::new("/a.sock"));
+        assert!(line.contains("NBD on nbds://[::1]:7/ nbds+unix:///?socket=/n.sock; "), "{line}");
+        assert!(
+            line.ends_with("; copy into it: nbdcopy disk.img 'nbds://[::1]:7/vm-1?tls-certificates=DIR'"),
+            "{line}"
+        );
+        assert!(attach(Scheme::Nbds, &addresses[1]).ends_with("?socket=/n.sock&tls-certificates=DIR'"));
     }
 }

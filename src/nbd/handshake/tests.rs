@@ -23,7 +23,7 @@ struct Reply {
 impl Client {
     fn with_flags(flags: u32) -> Self {
         let mut out = Vec::new();
-        let handshake = Handshake::new(LIMITS, &mut out);
+        let handshake = Handshake::new(LIMITS, TlsState::Off, &mut out);
         assert_eq!(out, b"NBDMAGICIHAVEOPT\x00\x03");
         out.clear();
         let mut client = Self { handshake, input: BytesMut::new(), out, stopping: false, lookups: Vec::new() };
@@ -145,7 +145,7 @@ fn closes(step: &Step) -> bool {
 fn an_unknown_client_flag_closes() {
     for flags in [4u32, 7, 0x8000_0000, u32::MAX] {
         let mut out = Vec::new();
-        let mut handshake = Handshake::new(LIMITS, &mut out);
+        let mut handshake = Handshake::new(LIMITS, TlsState::Off, &mut out);
         let mut input = BytesMut::from(&flags.to_be_bytes()[..]);
         assert!(closes(&handshake.feed(&mut input, &mut out, false)), "{flags:#x}");
     }
