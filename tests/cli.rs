@@ -100,6 +100,10 @@ fn a_usage_error_ends_with_status_2_names_the_value_and_creates_nothing() {
         (&["--export-root=../x"], &["../x", "--export-root"]),
         (&["--listen=10809"], &["10809", "--listen", "unix:"]),
         (&["--listen=127.0.0.1:99999"], &["127.0.0.1:99999"]),
+        (&["--tls=maybe"], &["maybe", "--tls", "off, on, required"]),
+        (&["--tls=on"], &["--tls on", "--tls-cert", "name a PEM file"]),
+        (&["--tls=required", "--tls-cert=/c.pem"], &["--tls required", "--tls-key"]),
+        (&["--tls-cert=/c.pem"], &["--tls-cert /c.pem", "--tls off", "--tls on"]),
         (&["--store-timeout=never"], &["never", "--store-timeout"]),
         (&["--log-level=loud"], &["loud", "error, warn, info, debug, trace"]),
     ] {
@@ -156,6 +160,18 @@ fn a_taken_port_is_named() {
     // The first address is given up again when the second one fails.
     let socket = format!("unix:{}", dir.path().join("nbd.sock").display());
     refused_by_the_machine(dir.path(), &["--listen", &socket, "--listen", &addr], &[&addr]);
+}
+
+#[test]
+fn a_certificate_that_cannot_be_read_or_used_is_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("c.pem");
+    fs::write(&file, "no certificate").unwrap();
+    let cert = format!("--tls-cert={}", file.display());
+    let tls = ["--tls=required", &cert, "--tls-key=/nowhere/k.pem"];
+    refused_by_the_machine(dir.path(), &tls, &["--tls-cert", "c.pem", "holds no certificate"]);
+    fs::remove_file(&file).unwrap();
+    refused_by_the_machine(dir.path(), &tls, &["--tls-cert", "c.pem", "cannot be read", "No such file"]);
 }
 
 #[test]

@@ -181,3 +181,37 @@ fn the_command_line_is_well_formed() {
     use clap::CommandFactory;
     Cli::command().debug_assert();
 }
+
+#[test]
+fn tls_is_off_or_has_a_certificate_and_its_key() {
+    let pair = ["--tls-cert=/c.pem", "--tls-key=/k.pem"];
+    let with = |mode, more: &[&str]| checked(&[&[mode][..], &pair, more].concat()).unwrap().tls.unwrap();
+    let expected = TlsConfig { required: false, cert: "/c.pem".into(), key: "/k.pem".into(), client_ca: None };
+    assert_eq!(with("--tls=on", &[]), expected);
+    assert_eq!(with("--tls=required", &[]), TlsConfig { required: true, ..expected.clone() });
+    assert_eq!(with("--tls=on", &["--tls-client-ca=/a.pem"]).client_ca, Some("/a.pem".into()));
+    assert_eq!(with("--tls=on", &["--tls-client-ca="]), expected, "an empty value is none");
+    assert_eq!(checked(&["--tls=off", "--tls-cert="]).unwrap().tls, None);
+    for (args, parts) in [
+        (&["--tls=on"][..], ["--tls on", "--tls-cert FILE"]),
+        (&["--tls=required", "--tls-cert=/c.pem"], ["--tls required", "--tls-key FILE"]),
+        (&["--tls=required", "--tls-key=/k.pem"], ["--tls required", "--tls-cert FILE"]),
+        (&["--tls-cert=/c.pem"], ["--tls-cert /c.pem", "--tls off"]),
+        (&["--tls-key=/k.pem"], ["--tls-key /k.pem", "--tls off"]),
+        (&["--tls=off", "--tls-client-ca=/a.pem"], ["--tls-client-ca /a.pem", "--tls off"]),
+    ] {
+        let text = checked(args).unwrap_err().to_string();
+        parts.iter().for_each(|part| assert!(text.contains(part), "{part:?} is not in {text}"));
+    }
+    assert!(usage(&["--tls=maybe"]).contains("off, on, required"));
+}
+
+#[test]
+fn passed_sockets_replace_the_default_address_and_join_those_that_are_given() {
+    let listen = |args: &[&str]| {
+        let surroundings = Surroundings { root: true, variable: &|_| None, sockets_passed: true };
+        parse(args).unwrap().check(&surroundings).unwrap().listen
+    };
+    assert_eq!(listen(&[]), []);
+    assert_eq!(listen(&["--listen=127.0.0.1:7"]), ["127.0.0.1:7".parse().unwrap()]);
+}

@@ -7,6 +7,7 @@
 )]
 #![allow(clippy::expect_used, clippy::unwrap_used, clippy::panic, reason = "helpers of tests fail the test")]
 
+pub mod certs;
 pub mod hooked;
 pub mod http;
 pub mod moto;

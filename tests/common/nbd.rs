@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use nbd_server::nbd::tls::{Tls, TlsConfig};
 use nbd_server::nbd::wire::{self, Mode, opt, rep};
 use nbd_server::nbd::{Limits, ListenAddr, Listener, Server};
 use nbd_server::store::{Condition, Store as _};
@@ -87,11 +88,21 @@ impl Served {
         addr: &ListenAddr,
         registry: impl AsyncFnOnce(watch::Receiver<bool>) -> (Arc<Registry>, Site),
     ) -> Self {
+        Self::start_with_tls(limits, None, addr, registry)
+    }
+
+    pub fn start_with_tls(
+        limits: Limits,
+        tls: Option<TlsConfig>,
+        addr: &ListenAddr,
+        registry: impl AsyncFnOnce(watch::Receiver<bool>) -> (Arc<Registry>, Site),
+    ) -> Self {
         let runtime = tokio::runtime::Runtime::new().unwrap();
         let (gate, closed) = watch::channel(false);
         let (stop, stopping) = watch::channel(false);
         let (registry, site) = runtime.block_on(registry(closed));
-        let server = Server::new(registry, limits);
+        let tls = tls.map(|files| Arc::new(runtime.block_on(Tls::load(files)).unwrap()));
+        let server = Server::with_tls(registry, limits, tls);
         let listener = runtime.block_on(Listener::bind(addr)).unwrap();
         let addr = listener.local_addr().clone();
         let task = runtime.spawn(async move { server.serve(listener, stopping).await });
@@ -150,8 +161,8 @@ pub struct Answer {
 }
 
 /// A client that says exactly what it is told.
-pub struct Raw {
-    pub stream: TcpStream,
+pub struct Raw<S = TcpStream> {
+    pub stream: S,
     pub mode: Mode,
 }
 
@@ -190,19 +201,26 @@ impl Raw {
     /// Connects and attaches an export, with both metadata contexts where the mode has them.
     pub fn attach(served: &Served, export: &str, mode: Mode) -> Self {
         let mut raw = Self::connect(served);
+        raw.negotiate(export, mode);
+        raw
+    }
+}
+
+impl<S: Read + Write> Raw<S> {
+    /// Attaches an export, with both metadata contexts where the mode has them.
+    pub fn negotiate(&mut self, export: &str, mode: Mode) {
         let switch = match mode {
             Mode::Simple => None,
             Mode::Structured => Some(opt::STRUCTURED_REPLY),
             Mode::Extended => Some(opt::EXTENDED_HEADERS),
         };
         if let Some(option) = switch {
-            assert_eq!(raw.option(option, &[]).last().unwrap().0, rep::ACK);
+            assert_eq!(self.option(option, &[]).last().unwrap().0, rep::ACK);
             let queries = meta_data(export, &["base:allocation", "nbd-server:residency"]);
-            assert_eq!(raw.option(opt::SET_META_CONTEXT, &queries).len(), 3);
+            assert_eq!(self.option(opt::SET_META_CONTEXT, &queries).len(), 3);
         }
-        raw.go(export);
-        raw.mode = mode;
-        raw
+        self.go(export);
+        self.mode = mode;
     }
 
     pub fn go(&mut self, export: &str) {

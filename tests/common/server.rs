@@ -17,7 +17,20 @@ const PATIENCE: Duration = Duration::from_secs(60);
 
 /// A command that runs the binary with nothing of this process's environment.
 pub fn nbd_server() -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_nbd-server"));
+    nbd_server_through(&[])
+}
+
+/// The same through a program that becomes it; an empty launcher is none.
+pub fn nbd_server_through(launcher: &[String]) -> Command {
+    let server = env!("CARGO_BIN_EXE_nbd-server");
+    let mut command = match launcher {
+        [] => Command::new(server),
+        [program, args @ ..] => {
+            let mut command = Command::new(program);
+            command.args(args).arg(server);
+            command
+        }
+    };
     command.env_clear().env("PATH", std::env::var_os("PATH").unwrap_or_default()).stdin(Stdio::null());
     command
 }
@@ -40,6 +53,7 @@ pub fn run_to_end(command: &mut Command) -> Output {
 /// A running server with its directories, which go when it is dropped.
 pub struct TestServer {
     dir: tempfile::TempDir,
+    launcher: Vec<String>,
     args: Vec<OsString>,
     env: Vec<(String, String)>,
     running: Option<Running>,
@@ -71,19 +85,24 @@ impl TestServer {
     /// Starts `serve` with everything in a new directory, `--listen 127.0.0.1:0`, and the given further flags and
     /// variables; returns when it is ready.
     pub fn start(args: &[&str], env: &[(&str, &str)]) -> Self {
+        Self::start_through(Vec::new(), args, env)
+    }
+
+    /// The same through a launcher, which says where it listens unless the flags do.
+    pub fn start_through(launcher: Vec<String>, args: &[&str], env: &[(&str, &str)]) -> Self {
         let env = env.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
         let args = args.iter().map(OsString::from).collect();
-        let mut server = Self { dir: tempfile::tempdir().unwrap(), args, env, running: None };
+        let mut server = Self { dir: tempfile::tempdir().unwrap(), launcher, args, env, running: None };
         server.start_again();
         server
     }
 
     /// The command that [`TestServer::start`] runs.
     pub fn command(&self) -> Command {
-        let mut command = nbd_server();
+        let mut command = nbd_server_through(&self.launcher);
         command.arg("serve").arg("--cache-root").arg(self.cache_root()).arg("--admin-sock").arg(self.socket());
         let given = |flag: &str| self.args.iter().any(|arg| arg.to_string_lossy().starts_with(flag));
-        if !given("--listen") {
+        if !given("--listen") && self.launcher.is_empty() {
             command.args(["--listen", "127.0.0.1:0"]);
         }
         if !given("--storage-backend") {

@@ -21,18 +21,41 @@ struct Reply {
 }
 
 impl Client {
-    fn with_flags(flags: u32) -> Self {
+    fn greeted(tls: TlsState) -> Self {
         let mut out = Vec::new();
-        let handshake = Handshake::new(LIMITS, TlsState::Off, &mut out);
+        let handshake = Handshake::new(LIMITS, tls, &mut out);
         assert_eq!(out, b"NBDMAGICIHAVEOPT\x00\x03");
         out.clear();
-        let mut client = Self { handshake, input: BytesMut::new(), out, stopping: false, lookups: Vec::new() };
+        Self { handshake, input: BytesMut::new(), out, stopping: false, lookups: Vec::new() }
+    }
+
+    fn with_flags(flags: u32) -> Self {
+        let mut client = Self::greeted(TlsState::Off);
         assert_eq!(client.send(&flags.to_be_bytes()), Step::NeedMore);
         client
     }
 
     fn new() -> Self {
         Self::with_flags(3)
+    }
+
+    fn with_tls(tls: TlsState) -> Self {
+        let mut client = Self::greeted(tls);
+        assert_eq!(client.send(&3u32.to_be_bytes()), Step::NeedMore);
+        client
+    }
+
+    /// A client that has gone through the TLS handshake.
+    fn in_tls(tls: TlsState) -> Self {
+        let mut client = Self::with_tls(tls);
+        client.start_tls();
+        client
+    }
+
+    fn start_tls(&mut self) {
+        assert_eq!(self.option(opt::STARTTLS, &[]), Step::StartTls);
+        assert_eq!(self.kinds(), [rep::ACK]);
+        self.handshake.secured();
     }
 
     /// Sends and answers lookups until the handshake wants more or is over.
@@ -101,7 +124,12 @@ impl Client {
 
     fn is_in_sync(&mut self) {
         assert_eq!(self.option(opt::LIST, &[]), Step::NeedMore);
-        assert_eq!(self.kinds().last(), Some(if self.stopping { &rep::ERR_SHUTDOWN } else { &rep::ACK }));
+        let expected = match self.handshake.tls {
+            TlsState::Required => rep::ERR_TLS_REQD,
+            _ if self.stopping => rep::ERR_SHUTDOWN,
+            _ => rep::ACK,
+        };
+        assert_eq!(self.kinds().last(), Some(&expected));
     }
 
     fn go(&mut self, name: &str) -> (Vec<Reply>, Negotiated) {
@@ -233,7 +261,7 @@ fn unknown_options_are_drained_and_unsupported() {
 
 #[test]
 fn option_data_over_64_kib_is_too_big_and_over_1_mib_closes() {
-    for option in [opt::LIST, opt::INFO, opt::GO, opt::LIST_META_CONTEXT, opt::SET_META_CONTEXT, opt::STARTTLS] {
+    for option in [opt::LIST, opt::INFO, opt::GO, opt::LIST_META_CONTEXT, opt::SET_META_CONTEXT] {
         Client::new().is_refused(option, &vec![0; (64 << 10) + 1], rep::ERR_TOO_BIG);
         Client::new().is_refused(option, &vec![0; 1 << 20], rep::ERR_TOO_BIG);
     }
@@ -260,6 +288,163 @@ fn starttls_without_tls_is_unsup_and_never_tls_reqd() {
     let mut client = Client::new();
     client.is_refused(opt::STARTTLS, &[], rep::ERR_UNSUP);
     client.is_refused(opt::STARTTLS, &[], rep::ERR_UNSUP);
+    client.is_refused(opt::STARTTLS, b"data", rep::ERR_UNSUP);
+    client.is_refused(opt::STARTTLS, &vec![0; 70_000], rep::ERR_UNSUP);
+}
+
+#[test]
+fn starttls_with_data_is_invalid_and_tls_can_still_be_started() {
+    for tls in [TlsState::Offered, TlsState::Required] {
+        let mut client = Client::with_tls(tls);
+        for len in [1, 300, 64 << 10, (64 << 10) + 1, 1 << 20] {
+            client.is_refused(opt::STARTTLS, &vec![0; len], rep::ERR_INVALID);
+        }
+        client.start_tls();
+        client.is_in_sync();
+    }
+}
+
+#[test]
+fn a_second_starttls_is_invalid() {
+    for tls in [TlsState::Offered, TlsState::Required] {
+        let mut client = Client::in_tls(tls);
+        client.is_refused(opt::STARTTLS, &[], rep::ERR_INVALID);
+        client.is_refused(opt::STARTTLS, b"data", rep::ERR_INVALID);
+        client.is_refused(opt::STARTTLS, &vec![0; 70_000], rep::ERR_INVALID);
+        client.go("disk");
+    }
+}
+
+#[test]
+fn starttls_discards_structured_replies_extended_headers_and_contexts() {
+    for option in [opt::STRUCTURED_REPLY, opt::EXTENDED_HEADERS] {
+        let mut client = Client::with_tls(TlsState::Offered);
+        client.option(option, &[]);
+        client.option(opt::SET_META_CONTEXT, &meta_data("disk", &["base:allocation"]));
+        client.out.clear();
+        client.start_tls();
+        // Neither "already negotiated" nor EXT_HEADER_REQD: nothing was.
+        client.is_refused(opt::SET_META_CONTEXT, &meta_data("disk", &["base:allocation"]), rep::ERR_INVALID);
+        assert_eq!(client.option(opt::STRUCTURED_REPLY, &[]), Step::NeedMore);
+        assert_eq!(client.kinds(), [rep::ACK]);
+        let (_, negotiated) = client.go("disk");
+        assert_eq!(negotiated, Negotiated { mode: Mode::Structured, contexts: Vec::new() });
+    }
+    let mut client = Client::with_tls(TlsState::Offered);
+    client.option(opt::EXTENDED_HEADERS, &[]);
+    client.out.clear();
+    client.start_tls();
+    assert_eq!(client.go("disk").1.mode, Mode::Simple);
+}
+
+#[test]
+fn starttls_keeps_what_the_client_flags_said() {
+    for (flags, padding) in [(1u32, 124), (3, 0)] {
+        let mut client = Client::greeted(TlsState::Required);
+        client.send(&flags.to_be_bytes());
+        client.start_tls();
+        assert!(matches!(client.option(opt::EXPORT_NAME, b"disk"), Step::Transmit(_)));
+        assert_eq!(client.out.len(), 10 + padding);
+    }
+}
+
+#[test]
+fn plaintext_behind_starttls_is_thrown_away() {
+    for tls in [TlsState::Offered, TlsState::Required] {
+        let mut client = Client::with_tls(tls);
+        // CVE-2021-3716: what somebody between injects would count as said inside TLS.
+        let injected = [frame(opt::STARTTLS, &[]), frame(opt::STRUCTURED_REPLY, &[]), frame(99, b"x")].concat();
+        assert_eq!(client.send(&injected), Step::StartTls);
+        assert!(client.input.is_empty());
+        assert_eq!(client.kinds(), [rep::ACK]);
+        assert_eq!(client.send(b"too early"), Step::NeedMore, "nothing is understood before TLS is there");
+        client.input.clear();
+        client.handshake.secured();
+        let (replies, negotiated) = client.go("disk");
+        assert_eq!(replies.iter().map(|reply| reply.option).collect::<Vec<_>>(), [opt::GO; 3]);
+        assert_eq!(negotiated.mode, Mode::Simple);
+    }
+}
+
+#[test]
+fn options_before_and_after_starttls_count_together() {
+    let mut client = Client::with_tls(TlsState::Required);
+    for _ in 0..998 {
+        client.option(99, &[]);
+    }
+    client.out.clear();
+    client.start_tls();
+    assert_eq!(client.option(opt::LIST, &[]), Step::NeedMore);
+    assert!(matches!(client.option(opt::LIST, &[]), Step::Close(Close::Limit(_))));
+}
+
+#[test]
+fn where_tls_is_required_everything_else_is_tls_reqd_with_its_payload_drained() {
+    let mut client = Client::with_tls(TlsState::Required);
+    for option in [
+        opt::LIST,
+        opt::INFO,
+        opt::GO,
+        opt::STRUCTURED_REPLY,
+        opt::LIST_META_CONTEXT,
+        opt::SET_META_CONTEXT,
+        opt::EXTENDED_HEADERS,
+        4,
+        99,
+        u32::MAX,
+    ] {
+        for data in [&[][..], b"x", &info_data("disk", &[]), &meta_data("disk", &[]), &[0; 64 << 10], &[0; 70_000]] {
+            client.is_refused(option, data, rep::ERR_TLS_REQD);
+        }
+    }
+    assert!(client.lookups.is_empty(), "nothing is looked up for a plaintext client");
+    client.stopping = true;
+    client.is_refused(opt::GO, &info_data("disk", &[]), rep::ERR_TLS_REQD);
+    client.is_refused(opt::STARTTLS, &[], rep::ERR_SHUTDOWN);
+    assert_eq!(client.option(opt::ABORT, b"bye"), Step::Close(Close::Aborted));
+    assert_eq!(client.kinds(), [rep::ACK]);
+}
+
+#[test]
+fn where_tls_is_required_export_name_closes() {
+    for name in [&b"disk"[..], b"", &[b'a'; 70_000]] {
+        let mut client = Client::with_tls(TlsState::Required);
+        assert!(closes(&client.option(opt::EXPORT_NAME, name)));
+        assert!(client.out.is_empty() && client.lookups.is_empty());
+    }
+}
+
+#[test]
+fn where_tls_is_required_a_client_without_fixed_newstyle_is_closed() {
+    for flags in [0u32, 2] {
+        let mut client = Client::greeted(TlsState::Required);
+        assert!(closes(&client.send(&flags.to_be_bytes())));
+        assert!(client.out.is_empty());
+    }
+    let mut client = Client::greeted(TlsState::Offered);
+    client.send(&0u32.to_be_bytes());
+    assert!(closes(&client.option(opt::STARTTLS, &[])), "it cannot ask for TLS either");
+}
+
+#[test]
+fn where_tls_is_on_offer_plaintext_reaches_every_export() {
+    let mut client = Client::with_tls(TlsState::Offered);
+    assert_eq!(client.option(opt::LIST, &[]), Step::NeedMore);
+    assert_eq!(client.kinds(), [rep::SERVER, rep::SERVER, rep::ACK]);
+    client.is_refused(opt::INFO, &info_data("nobody", &[]), rep::ERR_UNKNOWN);
+    client.go("disk");
+}
+
+#[test]
+fn inside_tls_nothing_is_tls_reqd() {
+    for tls in [TlsState::Offered, TlsState::Required] {
+        let mut client = Client::in_tls(tls);
+        client.is_refused(opt::INFO, &info_data("nobody", &[]), rep::ERR_UNKNOWN);
+        client.is_refused(99, b"x", rep::ERR_UNSUP);
+        client.is_refused(opt::GO, &[0; 70_000], rep::ERR_TOO_BIG);
+        client.stopping = true;
+        client.is_refused(opt::GO, &info_data("disk", &[]), rep::ERR_SHUTDOWN);
+    }
 }
 
 #[test]
