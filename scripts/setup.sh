@@ -27,6 +27,7 @@ need qemu-utils qemu-img qemu-io
 need fio fio
 need nbd-client nbd-client
 need curl curl
+need openssl openssl
 need jq jq
 need python3 $python
 $python -c 'import ensurepip' 2>/dev/null || missing+=(python3-venv)

@@ -372,6 +372,9 @@ fn sighup_brings_new_certificates_and_a_broken_one_keeps_the_old() {
     assert!(old_uri.starts_with("nbds://"), "the ready line says so: {old_uri}");
     works("nbdinfo", &["--size", &old_uri]);
     fails("nbdinfo", &["--size", &new_uri]);
+    let host_port = old_uri.strip_prefix("nbds://").unwrap().split('/').next().unwrap();
+    let mut connected = start_tls(Raw::connect_to(host_port), &old, &TLS13, &[]);
+    connected.negotiate("vm", Mode::Simple);
 
     // Half of a replacement: the certificate without its key.
     fs::copy(new.path("server-cert.pem"), dir.path().join("server-cert.pem")).unwrap();
@@ -385,6 +388,8 @@ fn sighup_brings_new_certificates_and_a_broken_one_keeps_the_old() {
     server.wait_for_log("SIGHUP: new clients get the certificate in ");
     works("nbdinfo", &["--size", &new_uri]);
     fails("nbdinfo", &["--size", &old_uri]);
+    assert_eq!(connected.write(0, &[1; 512]).errno, 0, "who is connected stays");
+    assert_eq!(connected.read(0, 512), [1; 512]);
     server.stop();
 }
 

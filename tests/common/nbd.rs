@@ -189,7 +189,12 @@ pub fn meta_data(name: &str, queries: &[&str]) -> Vec<u8> {
 impl Raw {
     /// Connects and takes the greeting.
     pub fn connect(served: &Served) -> Self {
-        let stream = TcpStream::connect(served.host_port()).unwrap();
+        Self::connect_to(&served.host_port())
+    }
+
+    /// The same, to a server that runs elsewhere.
+    pub fn connect_to(host_port: &str) -> Self {
+        let stream = TcpStream::connect(host_port).unwrap();
         stream.set_nodelay(true).unwrap();
         stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
         let mut raw = Self { stream, mode: Mode::Simple };
