@@ -329,3 +329,26 @@ async fn after_a_failed_sync_a_restart_trusts_only_what_was_sealed() {
     let all = image(&site.start("a").await, "disk").await;
     assert!(matches!(all[0], 1 | 0xaa), "{} was never written", all[0]);
 }
+
+#[tokio::test]
+async fn a_publish_given_up_in_an_outage_costs_later_writes_nothing() {
+    let mut site = Site::new();
+    let registry = site.start("a").await;
+    let volume = create(&registry, "disk", 64).await;
+    for i in 0..64 {
+        write(&volume, i * CHUNK, 1, CHUNK).await;
+    }
+    let mut down = false;
+    site.store.judge(move |op, _| {
+        down |= op == "upload";
+        if down { Fate::Failed } else { Fate::Served }
+    });
+    assert!(registry.snapshot(&id("disk")).await.is_err());
+    for i in 0..64 {
+        write(&volume, i * CHUNK, 2, 10).await;
+    }
+    assert!(!site.cache_root("a").join("disk/cut.aside").exists(), "nobody will read what is set aside");
+    site.store.serve_all();
+    registry.snapshot(&id("disk")).await.unwrap();
+    assert_eq!(image(&site.elsewhere().await, "disk").await, read_all(&volume).await);
+}

@@ -71,12 +71,17 @@ impl Cache {
     /// # Errors
     /// [`CacheError`] if it cannot be read, or could not be set aside when a write came.
     pub fn take_cut_chunk(&self, chunk: ChunkIndex, buf: &mut [u8]) -> Result<(), CacheError> {
+        // The gate keeps the end of the publish out: a read that outlives its caller must not touch the states after.
+        let _shared = self.gate.read();
         let _stripe = self.stripe(chunk);
         let aside = self.aside.lock();
         if let Some(e) = &aside.broken {
             return Err(e.clone());
         }
         let state = self.states.get(chunk);
+        if !state.in_cut() && !state.saved() {
+            return Err(self.error("read", RAW_FILE, io::Error::other("the publish was given up")));
+        }
         let (file, name) = match (&aside.file, state.saved()) {
             (Some(file), true) => (Arc::clone(file), ASIDE_FILE),
             _ => (Arc::clone(&self.raw), RAW_FILE),

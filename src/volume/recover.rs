@@ -104,13 +104,14 @@ impl Volume {
     }
 
     async fn roll_back(&self, journal: &Journal, remove_objects: bool) -> Result<(), ExportError> {
+        // First: as long as the cut stands, every write to it copies what nobody will read.
+        cache::blocking(&self.cache, Cache::uncut).await.map_err(|e| self.cache_error(e))?;
         if remove_objects {
             let snapshot = journal.snapshot_id;
             for key in [self.keys.manifest(snapshot), self.keys.delta(snapshot), self.keys.base(snapshot)] {
                 self.services.store.delete(&key).await?;
             }
         }
-        cache::blocking(&self.cache, Cache::uncut).await.map_err(|e| self.cache_error(e))?;
         self.drop_journal().await
     }
 
