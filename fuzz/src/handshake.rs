@@ -83,9 +83,9 @@ fn whole_options(data: &[u8]) -> Vec<u32> {
     let mut reader = wire::Reader(data.get(4..).unwrap_or_default());
     let mut next = || {
         reader.u64().filter(|magic| *magic == wire::OPTION_MAGIC)?;
-        let option = reader.u32()?;
-        // ABORT is answered at once, whatever comes behind it.
-        let data = reader.string();
+        let (option, len) = (reader.u32()?, reader.u32()?);
+        // ABORT is answered at once, without waiting for its data.
+        let data = reader.bytes(len as usize);
         (data.is_some() || option == opt::ABORT).then_some(option)
     };
     std::iter::from_fn(&mut next).collect()
