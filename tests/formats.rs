@@ -276,3 +276,26 @@ proptest! {
         prop_assert!(Journal::decode(&bytes, &id("vm-1")).is_err());
     }
 }
+
+#[test]
+fn a_number_of_another_tool_keeps_all_its_digits() {
+    let fields = "\"big\": 123456789012345678901234567890, \"exact\": 0.30000000000000004, \"revision\": 1,";
+    let written_by_others =
+        HEAD.replace("\"revision\": 1,", fields).replace("\"revision\": 1\n", &fields[..fields.len() - 1]);
+    assert_ne!(written_by_others, HEAD);
+    let rewritten =
+        String::from_utf8(read_head(written_by_others.as_bytes(), "vm-1").unwrap().nudged().encode()).unwrap();
+    assert!(rewritten.contains("123456789012345678901234567890") && rewritten.contains("0.30000000000000004"));
+}
+
+#[test]
+fn an_error_never_repeats_a_whole_file() {
+    let long = "long ".repeat(10_000);
+    let head = HEAD.replace("1073741824", &format!("{long:?}"));
+    let error = read_head(head.as_bytes(), "vm-1").unwrap_err().to_string();
+    assert!(error.len() < 500 && error.contains("line 4"), "{error}");
+    let manifest = MANIFEST.replacen("\"chunk_size\": 4096", &format!("\"chunk_size\": {long:?}"), 1);
+    assert!(read_manifest(manifest.as_bytes(), "vm-2").unwrap_err().to_string().len() < 500);
+    let journal = JOURNAL.replace("PREPARED", &long);
+    assert!(Journal::decode(journal.as_bytes(), &id("vm-1")).unwrap_err().to_string().len() < 500);
+}

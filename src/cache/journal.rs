@@ -9,6 +9,7 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 
 use crate::disk::{self, Disk};
+use crate::manifest::format::json_problem;
 use crate::units::{ExportId, Generation, SnapshotId};
 
 /// The file's name in the export's cache folder.
@@ -96,7 +97,7 @@ impl Journal {
     /// # Errors
     /// [`JournalError`].
     pub fn decode(bytes: &[u8], export_id: &ExportId) -> Result<Self, JournalError> {
-        let damaged = |e: serde_json::Error| JournalError::Damaged(e.to_string());
+        let damaged = |e: serde_json::Error| JournalError::Damaged(json_problem(&e));
         let value: serde_json::Value = serde_json::from_slice(bytes).map_err(damaged)?;
         match value.get("version").and_then(serde_json::Value::as_u64) {
             Some(VERSION) => {}

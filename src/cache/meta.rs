@@ -249,7 +249,7 @@ fn decode_header(bytes: &[u8]) -> Result<(Header, usize, [u8; 32], u64), MetaErr
         return Err(damaged("its header (checksum)"));
     }
     let geometry =
-        Geometry::new(u64_at(bytes, 16), u64_at(bytes, 24)).map_err(|e| MetaError::Damaged(e.to_string()))?;
+        Geometry::new(u64_at(bytes, 16), u64_at(bytes, 24)).map_err(|e| damaged(&format!("its header ({e})")))?;
     let mut snapshot = [0; 16];
     snapshot.copy_from_slice(&bytes[40..56]);
     let mut boot_id = [0; 16];

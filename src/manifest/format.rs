@@ -19,6 +19,8 @@ use crate::units::{ByteRange, ChunkIndex, ExportId, Generation, Geometry, MAX_CH
 const VERSION: u64 = 2;
 /// The most characters of a text from a file that an error repeats.
 const MAX_SHOWN_CHARS: usize = 80;
+/// The most bytes of a JSON parser's text that an error repeats.
+const MAX_PROBLEM_BYTES: usize = 256;
 /// What one entry may take in a file, white space and all.
 const MAX_ENTRY_BYTES: u64 = 512;
 /// What everything but the entries may take.
@@ -116,6 +118,17 @@ pub(super) fn shown(text: &str) -> String {
     format!("{:?}", text.chars().take(MAX_SHOWN_CHARS).collect::<String>())
 }
 
+/// What a JSON parser says of a file, without the texts from the file that it would repeat whole.
+#[must_use]
+pub fn json_problem(error: &serde_json::Error) -> String {
+    let text = error.to_string();
+    let start = &text[..text.floor_char_boundary(MAX_PROBLEM_BYTES)];
+    if start.len() == text.len() {
+        return text;
+    }
+    format!("{start}… at line {} column {}", error.line(), error.column())
+}
+
 /// The manifest in a file that should be of `export_id` and, if given, of this geometry.
 ///
 /// # Errors
@@ -136,11 +149,12 @@ fn decode_fields(
     expected: Option<Geometry>,
     root: &ExportRoot,
 ) -> Result<Manifest, String> {
-    let version = serde_json::from_slice::<Versioned>(bytes).map_err(|e| format!("not a manifest: {e}"))?.version;
+    let not_a_manifest = |e: serde_json::Error| format!("not a manifest: {}", json_problem(&e));
+    let version = serde_json::from_slice::<Versioned>(bytes).map_err(not_a_manifest)?.version;
     if version != VERSION {
         return Err(format!("its version is {version}, this server knows {VERSION}: use the tool that wrote it"));
     }
-    let raw: RawManifest<'_> = serde_json::from_slice(bytes).map_err(|e| format!("not a manifest: {e}"))?;
+    let raw: RawManifest<'_> = serde_json::from_slice(bytes).map_err(not_a_manifest)?;
     let geometry = Geometry::new(raw.image_size, raw.chunk_size).map_err(|e| e.to_string())?;
     same("export_id", shown(&raw.export_id), shown(export_id.as_str()))?;
     if let Some(expected) = expected {

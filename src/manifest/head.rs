@@ -1,9 +1,11 @@
 //! The small JSON files around a manifest: `volume.json`, `refs/current.json`, and locally `clone.seed.json`.
 
-use serde::{Deserialize, Serialize};
-use serde_json::{Map, Value};
+use std::collections::BTreeMap;
 
-use super::format::{FormatError, Versioned, shown};
+use serde::{Deserialize, Serialize};
+use serde_json::value::RawValue;
+
+use super::format::{FormatError, Versioned, json_problem, shown};
 use crate::store::Key;
 use crate::units::{ExportId, Generation, Geometry, SnapshotId};
 
@@ -34,7 +36,7 @@ impl CloneSeed {
     /// # Errors
     /// What is wrong with it.
     pub fn decode(bytes: &[u8]) -> Result<Self, String> {
-        serde_json::from_slice(bytes).map_err(|e| format!("not a clone seed: {e}"))
+        serde_json::from_slice(bytes).map_err(|e| format!("not a clone seed: {}", json_problem(&e)))
     }
 }
 
@@ -52,8 +54,23 @@ pub struct Head {
     /// Counts the times the file was rewritten only to change its version.
     revision: u64,
     /// Fields of other tools, kept as they are.
-    others: Map<String, Value>,
+    others: BTreeMap<String, Other>,
 }
+
+/// A value of another tool, as it was written: taken apart and put together again a long number would be another one.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(transparent)]
+struct Other(Box<RawValue>);
+
+impl PartialEq for Other {
+    fn eq(&self, other: &Self) -> bool {
+        self.0.get() == other.0.get()
+    }
+}
+
+/// The fields of [`RawHead`] that are ours.
+const OWN_FIELDS: [&str; 7] =
+    ["version", "export_id", "image_size", "chunk_size", "current_snapshot_id", "clone_seed", "revision"];
 
 #[derive(Serialize, Deserialize)]
 struct RawHead {
@@ -67,8 +84,8 @@ struct RawHead {
     clone_seed: Option<CloneSeed>,
     #[serde(default, skip_serializing_if = "is_zero")]
     revision: u64,
-    #[serde(flatten)]
-    others: Map<String, Value>,
+    #[serde(flatten, skip_deserializing)]
+    others: BTreeMap<String, Other>,
 }
 
 #[allow(clippy::trivially_copy_pass_by_ref, reason = "the signature that serde calls")]
@@ -80,7 +97,7 @@ impl Head {
     /// The head of an export that was never published.
     #[must_use]
     pub fn new(export_id: ExportId, geometry: Geometry, seed: Option<CloneSeed>) -> Self {
-        Self { export_id, geometry, current: None, seed, revision: 0, others: Map::new() }
+        Self { export_id, geometry, current: None, seed, revision: 0, others: BTreeMap::new() }
     }
 
     /// The head once `snapshot` is published. A clone's seed goes: the manifest is complete.
@@ -116,7 +133,7 @@ impl Head {
     /// [`FormatError`] naming the object and the field.
     pub fn decode(bytes: &[u8], export_id: &ExportId, key: &Key) -> Result<Self, FormatError> {
         let refused = |problem: String| FormatError { key: key.to_string(), problem };
-        let not_a_head = |e: serde_json::Error| refused(format!("not a volume head: {e}"));
+        let not_a_head = |e: serde_json::Error| refused(format!("not a volume head: {}", json_problem(&e)));
         // The version first: another one may have other fields.
         let version = serde_json::from_slice::<Versioned>(bytes).map_err(not_a_head)?.version;
         if version != VERSION {
@@ -129,13 +146,15 @@ impl Head {
             return Err(refused(format!("export_id is {found}, but should be \"{export_id}\"")));
         }
         let geometry = Geometry::new(raw.image_size, raw.chunk_size).map_err(|e| refused(e.to_string()))?;
+        let mut others: BTreeMap<String, Other> = serde_json::from_slice(bytes).map_err(not_a_head)?;
+        others.retain(|field, _| !OWN_FIELDS.contains(&field.as_str()));
         Ok(Self {
             export_id: export_id.clone(),
             geometry,
             current: raw.current_snapshot_id,
             seed: raw.clone_seed,
             revision: raw.revision,
-            others: raw.others,
+            others,
         })
     }
 }
@@ -165,7 +184,7 @@ impl CurrentRef {
     pub fn decode(bytes: &[u8], key: &Key) -> Result<Self, FormatError> {
         let refused = |e: serde_json::Error| FormatError {
             key: key.to_string(),
-            problem: format!("not a reference to the current snapshot: {e}"),
+            problem: format!("not a reference to the current snapshot: {}", json_problem(&e)),
         };
         let current: Self = serde_json::from_slice(bytes).map_err(refused)?;
         if current.generation == Generation(0) {
