@@ -20,7 +20,12 @@ const MAX_ERROR_BYTES: usize = 2048;
 
 fn check_error(error: &impl Display, names: &str) {
     let text = error.to_string();
-    assert!(text.len() <= MAX_ERROR_BYTES, "an error of {} bytes: {}", text.len(), &text[..text.floor_char_boundary(200)]);
+    assert!(
+        text.len() <= MAX_ERROR_BYTES,
+        "an error of {} bytes: {}",
+        text.len(),
+        &text[..text.floor_char_boundary(200)]
+    );
     assert!(text.contains(names), "the error does not name {names}: {text}");
 }
 

@@ -83,7 +83,8 @@ impl Device {
         };
         if let Some(switch) = switch {
             option(&mut said, switch, &[]);
-            let queries = [text(EXPORT), 2u32.to_be_bytes().to_vec(), text("base:allocation"), text("nbd-server:residency")];
+            let queries =
+                [text(EXPORT), 2u32.to_be_bytes().to_vec(), text("base:allocation"), text("nbd-server:residency")];
             option(&mut said, opt::SET_META_CONTEXT, &queries.concat());
         }
         option(&mut said, opt::GO, &[text(EXPORT), vec![0, 0]].concat());

@@ -123,7 +123,8 @@ async fn one_chunk<R: AsyncRead + Unpin>(
             let count = if extended { body.u32() } else { None };
             let mut extents = Vec::new();
             while !body.0.is_empty() {
-                let wide = |reader: &mut wire::Reader<'_>| if extended { reader.u64() } else { reader.u32().map(u64::from) };
+                let wide =
+                    |reader: &mut wire::Reader<'_>| if extended { reader.u64() } else { reader.u32().map(u64::from) };
                 extents.push((wide(&mut body).unwrap(), wide(&mut body).unwrap()));
             }
             assert!(count.is_none_or(|count| count as usize == extents.len()));
