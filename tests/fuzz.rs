@@ -2,6 +2,7 @@
 //!
 //! `NBD_TEST_FUZZ_SECONDS` is the time for each target (5 unless given), `NBD_TEST_FUZZ_SEED` the start of its random
 //! numbers (0 unless given).
+#![allow(clippy::print_stderr, reason = "a failing input names itself")]
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests fail by panicking")]
 
 #[path = "fuzz/mutate.rs"]

@@ -6,7 +6,7 @@ use std::ops::RangeInclusive;
 use bytes::BytesMut;
 use nbd_server::nbd::Limits;
 use nbd_server::nbd::context::Context;
-use nbd_server::nbd::handshake::{ExportInfo, Handshake, Step};
+use nbd_server::nbd::handshake::{ExportInfo, Handshake, Step, TlsState};
 use nbd_server::nbd::wire::{self, Mode, info, opt, rep};
 
 const EXPORTS: [(&str, &str); 2] = [("disk", "a disk"), ("disk2", "")];
@@ -38,7 +38,7 @@ struct Conversation {
 fn converse(data: &[u8], step: usize, stopping: bool) -> Conversation {
     let limits = Limits::default().option;
     let (mut said, mut input) = (Vec::new(), BytesMut::new());
-    let mut handshake = Handshake::new(limits, &mut said);
+    let mut handshake = Handshake::new(limits, TlsState::Off, &mut said);
     let mut last = Step::NeedMore;
     let mut pieces = data.chunks(step);
     'pieces: for piece in pieces.by_ref() {
@@ -61,6 +61,7 @@ fn converse(data: &[u8], step: usize, stopping: bool) -> Conversation {
                     break 'pieces;
                 }
                 Step::Find(_) => panic!("asked for an export in answer to an export"),
+                Step::StartTls => panic!("TLS begins where there is none"),
             }
         }
         let most = limits.read_bytes as usize + wire::OPTION_HEADER_BYTES;
