@@ -45,7 +45,7 @@ impl Flags {
             Mode::On => "--tls on".to_owned(),
             Mode::Required => "--tls required".to_owned(),
         };
-        let (cert, key, client_ca) = (given(self.tls_cert), given(self.tls_key), given(self.tls_client_ca));
+        let (cert, key, client_ca) = (self.tls_cert, self.tls_key, self.tls_client_ca);
         if self.tls == Mode::Off {
             let flags = [("--tls-cert", cert), ("--tls-key", key), ("--tls-client-ca", client_ca)];
             return match flags.into_iter().find_map(|(flag, path)| Some((flag, path?))) {
@@ -63,9 +63,4 @@ impl Flags {
         let key = key.ok_or_else(|| missing("--tls-key FILE", "name a PEM file with the certificate's key"))?;
         Ok(Some(TlsConfig { required: self.tls == Mode::Required, cert, key, client_ca }))
     }
-}
-
-/// An empty value is none: that is what an unset variable looks like in many service files.
-fn given(path: Option<PathBuf>) -> Option<PathBuf> {
-    path.filter(|path| !path.as_os_str().is_empty())
 }
