@@ -71,7 +71,7 @@ pub struct Served {
     stop: watch::Sender<bool>,
     pub gate: watch::Sender<bool>,
     pub addr: ListenAddr,
-    _site: Site,
+    pub site: Site,
 }
 
 impl Served {
@@ -106,7 +106,7 @@ impl Served {
         let listener = runtime.block_on(Listener::bind(addr)).unwrap();
         let addr = listener.local_addr().clone();
         let task = runtime.spawn(async move { server.serve(listener, stopping).await });
-        Self { runtime: Some(runtime), task: Some(task), stop, gate, addr, _site: site }
+        Self { runtime: Some(runtime), task: Some(task), stop, gate, addr, site }
     }
 
     pub fn host_port(&self) -> String {
