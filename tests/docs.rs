@@ -39,14 +39,34 @@ fn named_tests(text: &str) -> Vec<&str> {
     quoted(text).filter(claim).collect()
 }
 
+/// The documents that name tests, and at least how many.
+const NAME_TESTS: [(&str, usize); 2] = [("docs/semantics.md", 20), ("docs/protocol.md", 40)];
+
 #[test]
-fn every_test_that_holds_a_promise_exists() {
-    let document = fs::read_to_string(root().join("docs/semantics.md")).unwrap();
-    let names = named_tests(&document);
-    assert!(names.len() >= 20, "only {} tests are named", names.len());
+fn every_test_that_a_document_names_exists() {
     let source = all_source();
-    let missing: Vec<_> = names.iter().filter(|name| !source.contains(&format!("fn {name}("))).collect();
-    assert!(missing.is_empty(), "docs/semantics.md names tests that do not exist: {missing:#?}");
+    for (document, least) in NAME_TESTS {
+        let text = fs::read_to_string(root().join(document)).unwrap();
+        let names = named_tests(&text);
+        assert!(names.len() >= least, "{document} names only {} tests", names.len());
+        let missing: Vec<_> = names.iter().filter(|name| !source.contains(&format!("fn {name}("))).collect();
+        assert!(missing.is_empty(), "{document} names tests that do not exist: {missing:#?}");
+    }
+}
+
+#[test]
+fn every_row_of_the_support_table_names_its_test() {
+    let document = fs::read_to_string(root().join("docs/protocol.md")).unwrap();
+    let rows: Vec<&str> = document
+        .lines()
+        .filter(|line| line.starts_with("| ") && !line.contains("---") && !line.contains("| ours |"))
+        .collect();
+    assert!(rows.len() >= 40, "only {} rows", rows.len());
+    for row in rows {
+        let cells: Vec<&str> = row.trim_matches('|').split('|').collect();
+        assert_eq!(cells.len(), 6, "{row}");
+        assert_eq!(named_tests(cells[5]).len(), 1, "{row}");
+    }
 }
 
 #[test]

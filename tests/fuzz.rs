@@ -4,6 +4,7 @@
 //! numbers (0 unless given).
 #![allow(clippy::print_stderr, reason = "a failing input names itself")]
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests fail by panicking")]
+#![allow(clippy::print_stderr, reason = "the seed and the count belong into the output of the test")]
 
 #[path = "fuzz/mutate.rs"]
 mod mutate;
