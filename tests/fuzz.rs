@@ -2,7 +2,6 @@
 //!
 //! `NBD_TEST_FUZZ_SECONDS` is the time for each target (5 unless given), `NBD_TEST_FUZZ_SEED` the start of its random
 //! numbers (0 unless given).
-#![allow(clippy::print_stderr, reason = "a failing input names itself")]
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests fail by panicking")]
 #![allow(clippy::print_stderr, reason = "the seed and the count belong into the output of the test")]
 

@@ -700,3 +700,29 @@ fn a_stop_waits_no_longer_than_its_deadline() {
     served.wait();
     assert!(begun.elapsed() < Duration::from_secs(3));
 }
+
+#[test]
+fn what_a_client_left_unread_as_it_hung_up_never_lands_on_newer_data() {
+    let served = Served::with(Limits { requests: 4, ..Limits::default() });
+    let mut old = Raw::attach(&served, "lazy", Mode::Simple);
+    // Four writes wait for their chunks, and use up the limit; the fifth stays unread.
+    let half = LAZY_BYTES / 2;
+    for (cookie, offset) in
+        [half + 1, half + CHUNK + 1, half + 2 * CHUNK + 1, half + 3 * CHUNK + 1, 0].into_iter().enumerate()
+    {
+        let request = old.encode(0, cmd::WRITE, cookie as u64, offset, 512);
+        old.send(&[&request[..], &[1; 512]].concat());
+    }
+    std::thread::sleep(Duration::from_millis(100));
+    // It is gone, as far as the server can tell; its replies could still be sent, so nothing else stops it.
+    old.stream.shutdown(Shutdown::Write).unwrap();
+    let mut new = Raw::attach(&served, "lazy", Mode::Simple);
+    assert_eq!(new.write(0, &[2; 512]).errno, 0);
+    served.gate.send(true).unwrap();
+    // Until the four old ones have ended, in whatever order.
+    while (0..4).any(|i| new.read(half + i * CHUNK + 1, 1) != [1]) {
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    std::thread::sleep(Duration::from_millis(100));
+    assert_eq!(new.read(0, 512), [2; 512]);
+}

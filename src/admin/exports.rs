@@ -193,6 +193,8 @@ struct Status {
     image_size: u64,
     chunk_size: u64,
     chunk_count: u32,
+    /// Whether writes are refused.
+    read_only: bool,
     resident_chunks: u64,
     dirty_chunks: u64,
     /// Chunks that the store did not return as they were published.
@@ -212,6 +214,7 @@ impl From<ExportStatus> for Status {
             chunk_size: export.geometry.chunk_size(),
             chunk_count: export.geometry.chunk_count(),
             export_id: export.export_id,
+            read_only: export.read_only,
             resident_chunks: export.resident_chunks,
             dirty_chunks: export.dirty_chunks,
             corrupt_fetches: export.corrupt_fetches,

@@ -4,6 +4,7 @@
 //! Promises: a client that does not get on with the handshake, TLS included, is closed at the deadline; an export is opened only once a
 //! client has named it; what the client sent ahead is not lost.
 
+use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -15,6 +16,7 @@ use tokio_rustls::server::TlsStream;
 
 use super::Shared;
 use super::handshake::{self, Close, ExportInfo, Handshake, Negotiated, Step, TlsState};
+use super::hangup::HangUp;
 use super::request::Attachment;
 use super::transmission;
 use crate::units::{ExportId, Geometry};
@@ -29,18 +31,24 @@ const STOPPING_GRACE: Duration = Duration::from_secs(1);
 /// Serves one client to its end.
 pub(super) async fn run<S>(mut stream: S, shared: &Shared, mut stop: watch::Receiver<bool>)
 where
-    S: AsyncRead + AsyncWrite + Unpin,
+    S: AsyncRead + AsyncWrite + AsFd + Unpin,
 {
     let mut talk = Talk::new(shared);
     match talk.negotiate(&mut stream, &mut stop).await {
-        Ok(Next::Transmit(attached)) => transmit(stream, talk, attached, stop).await,
+        Ok(Next::Transmit(attached)) => {
+            let hang_up = HangUp::of(&stream);
+            transmit(stream, hang_up, talk, attached, stop).await;
+        }
         // In a box: a plain connection shall not be as large as one with a TLS session in it.
-        Ok(Next::Secure) => Box::pin(run_in_tls(stream, talk, stop)).await,
+        Ok(Next::Secure) => {
+            let hang_up = HangUp::of(&stream);
+            Box::pin(run_in_tls(stream, hang_up, talk, stop)).await;
+        }
         Err(why) => leave(stream, &why).await,
     }
 }
 
-async fn run_in_tls<S>(stream: S, mut talk: Talk<'_>, mut stop: watch::Receiver<bool>)
+async fn run_in_tls<S>(stream: S, hang_up: HangUp, mut talk: Talk<'_>, mut stop: watch::Receiver<bool>)
 where
     S: AsyncRead + AsyncWrite + Unpin,
 {
@@ -50,13 +58,13 @@ where
         Err((why, None)) => return log_left(&why),
     };
     match talk.negotiate(&mut stream, &mut stop).await {
-        Ok(Next::Transmit(attached)) => transmit(stream, talk, attached, stop).await,
+        Ok(Next::Transmit(attached)) => transmit(stream, hang_up, talk, attached, stop).await,
         Ok(Next::Secure) => leave(stream, &Left::TwiceSecured).await,
         Err(why) => leave(stream, &why).await,
     }
 }
 
-async fn transmit<S>(stream: S, talk: Talk<'_>, attached: Attached, stop: watch::Receiver<bool>)
+async fn transmit<S>(stream: S, hang_up: HangUp, talk: Talk<'_>, attached: Attached, stop: watch::Receiver<bool>)
 where
     S: AsyncRead + AsyncWrite,
 {
@@ -65,7 +73,7 @@ where
     tracing::debug!("export {}: a client attached, {negotiated:?}", export.name);
     let Negotiated { mode, contexts } = negotiated;
     let attachment = Attachment { mode, contexts, size: export.size, read_only: export.read_only };
-    transmission::run(stream, &input, volume, attachment, shared, stop).await;
+    transmission::run(stream, hang_up, &input, volume, attachment, shared, stop).await;
 }
 
 async fn leave<S>(stream: S, why: &Left)

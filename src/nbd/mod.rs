@@ -14,6 +14,7 @@ mod connection;
 pub mod context;
 pub mod errno;
 pub mod handshake;
+mod hangup;
 mod inbox;
 pub mod limits;
 pub mod listen;
@@ -25,6 +26,7 @@ pub mod tls;
 mod transmission;
 pub mod wire;
 
+use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -130,7 +132,7 @@ async fn stopped(stop: &mut watch::Receiver<bool>) {
 
 async fn client_task<S>(stream: S, shared: Arc<Shared>, stop: watch::Receiver<bool>, _place: OwnedSemaphorePermit)
 where
-    S: AsyncRead + AsyncWrite + Unpin,
+    S: AsyncRead + AsyncWrite + AsFd + Unpin,
 {
     connection::run(stream, &shared, stop).await;
 }

@@ -36,6 +36,10 @@ pub(super) struct Slot {
     _permits: [Option<OwnedSemaphorePermit>; 3],
 }
 
+/// Whether a request had to wait for its share.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Waited(pub(super) bool);
+
 impl Budget {
     pub(super) fn new(limits: Limits, shared: Arc<Semaphore>) -> Self {
         let semaphore = |permits| Arc::new(Semaphore::new(permits));
@@ -48,27 +52,29 @@ impl Budget {
         }
     }
 
-    /// Waits until a request of `bytes` fits. While it waits nothing more is read from the client.
-    pub(super) async fn slot(&self, bytes: usize, bites: &Bites) -> Option<Slot> {
-        let request = match Arc::clone(&self.requests).try_acquire_owned() {
-            Ok(permit) => permit,
+    /// Waits until a request of `bytes` fits, and says whether it had to. While it waits nothing more is read from the
+    /// client.
+    pub(super) async fn slot(&self, bytes: usize, bites: &Bites) -> Option<(Slot, Waited)> {
+        let (request, waited) = match Arc::clone(&self.requests).try_acquire_owned() {
+            Ok(permit) => (permit, Waited(false)),
             Err(_) => {
                 bites.requests.log("a connection has all its requests in flight: reading from it waits");
-                Arc::clone(&self.requests).acquire_owned().await.ok()?
+                (Arc::clone(&self.requests).acquire_owned().await.ok()?, Waited(true))
             }
         };
         if bytes == 0 {
-            return Some(Slot { _permits: [Some(request), None, None] });
+            return Some((Slot { _permits: [Some(request), None, None] }, waited));
         }
         let wanted = |of: usize| u32::try_from(bytes.min(of)).unwrap_or(u32::MAX);
         if bytes <= self.limits.allowance_bytes
             && let Ok(own) = Arc::clone(&self.allowance).try_acquire_many_owned(wanted(bytes))
         {
-            return Some(Slot { _permits: [Some(request), Some(own), None] });
+            return Some((Slot { _permits: [Some(request), Some(own), None] }, waited));
         }
-        let connection = acquire(&self.connection, wanted(self.limits.connection_bytes), bites).await?;
-        let shared = acquire(&self.shared, wanted(self.limits.shared_bytes), bites).await?;
-        Some(Slot { _permits: [Some(request), Some(connection), Some(shared)] })
+        let (connection, of_own) = acquire(&self.connection, wanted(self.limits.connection_bytes), bites).await?;
+        let (shared, of_all) = acquire(&self.shared, wanted(self.limits.shared_bytes), bites).await?;
+        let waited = Waited(waited.0 || of_own.0 || of_all.0);
+        Some((Slot { _permits: [Some(request), Some(connection), Some(shared)] }, waited))
     }
 
     /// Waits until every slot has been given back.
@@ -78,12 +84,12 @@ impl Budget {
     }
 }
 
-async fn acquire(from: &Arc<Semaphore>, permits: u32, bites: &Bites) -> Option<OwnedSemaphorePermit> {
+async fn acquire(from: &Arc<Semaphore>, permits: u32, bites: &Bites) -> Option<(OwnedSemaphorePermit, Waited)> {
     if let Ok(permit) = Arc::clone(from).try_acquire_many_owned(permits) {
-        return Some(permit);
+        return Some((permit, Waited(false)));
     }
     bites.bytes.log("the payload bytes in flight have reached their limit: reading from clients waits");
-    Arc::clone(from).acquire_many_owned(permits).await.ok()
+    Some((Arc::clone(from).acquire_many_owned(permits).await.ok()?, Waited(true)))
 }
 
 /// A reply with its share of the limits, kept until it is sent.
@@ -206,7 +212,7 @@ mod tests {
             expected.extend_from_slice(&[0x67, 0x44, 0x66, 0x98, 0, 0, 0, 0]);
             expected.extend_from_slice(&cookie.to_be_bytes());
             expected.extend_from_slice(&bytes);
-            let slot = budget.slot(bytes.len(), &Bites::default()).await.unwrap();
+            let (slot, _) = budget.slot(bytes.len(), &Bites::default()).await.unwrap();
             let ticket = Ticket::new(asked(cookie), slot, outbox.clone());
             ticket.answer(Outcome::Data { bytes: bytes.into(), whole: false });
         }
@@ -223,7 +229,7 @@ mod tests {
     #[tokio::test]
     async fn a_ticket_that_is_dropped_unanswered_answers_eio() {
         let (outbox, mut replies) = mpsc::channel(1);
-        let slot = budget(Limits::default()).slot(0, &Bites::default()).await.unwrap();
+        let (slot, _) = budget(Limits::default()).slot(0, &Bites::default()).await.unwrap();
         drop(Ticket::new(asked(1), slot, outbox));
         assert!(matches!(replies.recv().await.unwrap().outcome, Outcome::Failed { errno: Errno::Io, .. }));
     }
@@ -243,7 +249,7 @@ mod tests {
     #[tokio::test]
     async fn a_client_that_takes_nothing_is_given_up_after_the_deadline() {
         let (outbox, replies) = mpsc::channel(1);
-        let slot = budget(Limits::default()).slot(0, &Bites::default()).await.unwrap();
+        let (slot, _) = budget(Limits::default()).slot(0, &Bites::default()).await.unwrap();
         Ticket::new(asked(1), slot, outbox).answer(Outcome::Data { bytes: vec![1; 4096].into(), whole: false });
         let (mut ours, _theirs) = tokio::io::duplex(16);
         let error = send_all(&mut ours, replies, Duration::from_millis(20)).await.unwrap_err();

@@ -12,6 +12,7 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::{mpsc, watch};
 
 use super::Shared;
+use super::hangup::HangUp;
 use super::inbox::{Gone, Inbox};
 use super::limits::{MAX_DRAINED_PAYLOAD_BYTES, MAX_PAYLOAD_BYTES};
 use super::outbox::{self, Budget, Reply, Ticket};
@@ -31,6 +32,8 @@ enum End {
     Disconnected,
     #[error("the server stops")]
     Stopping,
+    #[error("the client hung up while its next requests waited for their turn: they are left")]
+    HungUp,
     #[error(transparent)]
     Gone(#[from] Gone),
     #[error("a request came with {0}: the stream is out of sync")]
@@ -42,6 +45,7 @@ enum End {
 /// Serves an attached client until either side ends it.
 pub(super) async fn run<S>(
     stream: S,
+    hang_up: HangUp,
     early: &[u8],
     volume: Arc<Volume>,
     attachment: Attachment,
@@ -54,8 +58,14 @@ pub(super) async fn run<S>(
     let (reader, mut writer) = tokio::io::split(stream);
     let (outbox, replies) = mpsc::channel(limits.requests);
     let budget = Budget::new(limits, Arc::clone(&shared.bytes));
-    let mut connection =
-        Connection { inbox: Inbox::new(reader, early, limits.stalled), volume, attachment, budget: &budget, shared };
+    let mut connection = Connection {
+        inbox: Inbox::new(reader, early, limits.stalled),
+        volume,
+        attachment,
+        budget: &budget,
+        hang_up,
+        shared,
+    };
     // Reader and writer are two halves of one task: what is answered while the reader works is sent when it next waits,
     // in one write and without waking another thread.
     let sent = {
@@ -96,6 +106,7 @@ struct Connection<'a, R> {
     volume: Arc<Volume>,
     attachment: Attachment,
     budget: &'a Budget,
+    hang_up: HangUp,
     shared: &'a Shared,
 }
 
@@ -132,9 +143,13 @@ impl<R: AsyncRead + Unpin> Connection<'_, R> {
         };
         // Paid for before its payload takes memory; refused ones take a place too, since their replies do.
         let price = verdict.as_ref().map_or(0, price);
-        let Some(slot) = self.budget.slot(price, &self.shared.bites).await else {
+        let Some((slot, waited)) = self.budget.slot(price, &self.shared.bites).await else {
             return Err(End::Stopping);
         };
+        // "A write of a connection that died must not land after a newer connection's."
+        if waited.0 && self.hang_up.is_seen() {
+            return Err(End::HungUp);
+        }
         let task = match verdict {
             Ok(command) => self.receive_task(command, &request, payload_bytes).await?,
             Err(refusal) => {

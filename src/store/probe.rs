@@ -30,7 +30,7 @@ pub enum ProbeError {
         finding: Finding,
     },
     /// It could not be asked.
-    #[error("could not find out whether the store honours conditional writes: {0}")]
+    #[error("{0} (at the start-up probe of the store)")]
     Store(#[from] StoreError),
 }
 
@@ -79,7 +79,10 @@ pub async fn probe(store: &dyn Store, root: &ExportRoot) -> Result<(), ProbeErro
     .await;
     for key in [&one, &race] {
         if let Err(error) = store.delete(key).await {
-            tracing::warn!(%key, %error, "could not remove an object of the start-up probe; delete it by hand");
+            // A store that could not even be asked has nothing of ours.
+            if !matches!(verdict, Err(ProbeError::Store(_))) {
+                tracing::warn!(%key, %error, "could not remove an object of the start-up probe; delete it by hand");
+            }
         }
     }
     verdict

@@ -134,6 +134,7 @@ impl Volume {
         ExportStatus {
             export_id: self.export_id.clone(),
             geometry: self.geometry,
+            read_only: self.read_only,
             resident_chunks,
             dirty_chunks,
             corrupt_fetches: self.fills.corrupt.load(Ordering::Relaxed),

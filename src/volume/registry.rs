@@ -73,6 +73,8 @@ pub struct ExportStatus {
     pub export_id: ExportId,
     /// Sizes.
     pub geometry: Geometry,
+    /// Whether writes are refused.
+    pub read_only: bool,
     /// Chunks whose bytes are in the cache, dirty ones included.
     pub resident_chunks: u64,
     /// Chunks that the next snapshot publishes.
