@@ -3,7 +3,9 @@
 
 mod common;
 
+use std::os::unix::fs::FileExt;
 use std::process::Command;
+use std::time::{Duration, Instant};
 
 use common::nbd::{DISK_BYTES, LAZY_BYTES, MIB, Raw, Served, scratch};
 use nbd_server::nbd::wire::Mode;
@@ -206,4 +208,33 @@ fn libnbd_finds_every_command_flag_and_error() {
     let served = Served::new();
     let said = run("/usr/bin/python3", &["tests/clients/libnbd.py", &host(&served), &port(&served)]);
     assert_eq!(said.trim(), "all is well");
+}
+
+/// Mounting needs root and FUSE; where either is missing there is nothing to try, and the test says so.
+#[test]
+fn nbdfuse_shows_an_export_as_a_file() {
+    let mount = tempfile::tempdir().unwrap();
+    let root = rustix::process::geteuid().is_root();
+    if !root || std::fs::File::open("/dev/fuse").is_err() {
+        println!("not tried: it takes root and /dev/fuse");
+        return;
+    }
+    let served = Served::new();
+    let file = mount.path().join("disk");
+    let mut fuse = Command::new("nbdfuse").arg(&file).arg(served.uri("disk")).spawn().unwrap();
+    let begun = Instant::now();
+    while !file.exists() {
+        assert!(begun.elapsed() < Duration::from_secs(20), "nbdfuse does not mount");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    assert_eq!(std::fs::metadata(&file).unwrap().len(), DISK_BYTES);
+    let written = image(3 * MIB);
+    let disk = std::fs::File::options().read(true).write(true).open(&file).unwrap();
+    disk.write_all_at(&written, MIB + 77).unwrap();
+    disk.sync_all().unwrap();
+    drop(disk);
+    run("umount", &[mount.path().to_str().unwrap()]);
+    assert!(fuse.wait().unwrap().success());
+    let mut client = Raw::attach(&served, "disk", Mode::Simple);
+    assert!(client.read(MIB + 77, 3 * MIB) == written);
 }
