@@ -16,7 +16,7 @@ use super::Api;
 use super::body::{self, Fields, Named};
 use super::problem::{Code, Problem};
 use crate::units::{ExportId, Generation, Geometry, SnapshotId};
-use crate::volume::registry::{ExportError, ExportStatus, ExportSummary, Operation, Published};
+use crate::volume::registry::{ExportError, ExportStatus, ExportSummary, Published};
 
 pub(super) fn routes() -> Router<Api> {
     // "create", "open" and "clone" are export ids too: they can be unloaded like any other.
@@ -221,13 +221,7 @@ impl From<ExportStatus> for Status {
             snapshot_generation: export.snapshot_generation,
             remote_head_generation: export.remote_head_generation,
             current_snapshot_id: export.current_snapshot_id,
-            operation_state: match export.operation {
-                Operation::Idle => "idle",
-                Operation::Snapshotting => "snapshotting",
-                Operation::Compacting => "compacting",
-                Operation::Resetting => "resetting",
-                Operation::Closing => "closing",
-            },
+            operation_state: export.operation.as_str(),
             state: export.failed.into(),
         }
     }

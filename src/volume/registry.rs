@@ -300,14 +300,6 @@ impl Registry {
         self.exports.read().iter().map(summary).collect()
     }
 
-    /// The only export there is, if there is just one.
-    #[must_use]
-    pub fn only(&self) -> Option<ExportId> {
-        let exports = self.exports.read();
-        let only = exports.keys().next().filter(|_| exports.len() == 1);
-        only.cloned()
-    }
-
     /// The open volume of that name: opens it on first use.
     ///
     /// # Errors
