@@ -22,6 +22,9 @@ pub trait Disk: Debug + Send + Sync {
     fn create(&self, path: &Path) -> io::Result<Arc<dyn DiskFile>>;
     /// Replaces `to` by `from` in one step.
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()>;
+    /// Swaps the names of two files in one step, so that neither gives up its space.
+    /// [`io::ErrorKind::Unsupported`] where the file system cannot.
+    fn exchange(&self, a: &Path, b: &Path) -> io::Result<()>;
     /// Removes a file; it is no error if there is none.
     fn remove(&self, path: &Path) -> io::Result<()>;
     /// Creates a folder and those above it, unless they exist.
@@ -49,6 +52,8 @@ pub trait DiskFile: Debug + Send + Sync {
     fn set_len(&self, len: u64) -> io::Result<()>;
     /// Makes a range read as zeros and frees its space; the length stays.
     fn punch(&self, range: ByteRange) -> io::Result<()>;
+    /// Takes the space that later writes to a range need, and extends the file to hold it. What was written stays.
+    fn allocate(&self, range: ByteRange) -> io::Result<()>;
     /// Makes all completed writes durable.
     fn sync(&self) -> io::Result<()>;
 }
@@ -121,6 +126,15 @@ impl Disk for RealDisk {
         fs::rename(from, to)
     }
 
+    fn exchange(&self, a: &Path, b: &Path) -> io::Result<()> {
+        use rustix::fs::{CWD, RenameFlags, renameat_with};
+        use rustix::io::Errno;
+        match renameat_with(CWD, a, CWD, b, RenameFlags::EXCHANGE) {
+            Err(Errno::INVAL | Errno::NOSYS | Errno::OPNOTSUPP) => Err(io::ErrorKind::Unsupported.into()),
+            exchanged => Ok(exchanged?),
+        }
+    }
+
     fn remove(&self, path: &Path) -> io::Result<()> {
         ignore_missing(fs::remove_file(path))
     }
@@ -184,6 +198,16 @@ impl DiskFile for RealFile {
         }
         let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
         Ok(rustix::fs::fallocate(&self.0, flags, range.offset(), range.len())?)
+    }
+
+    fn allocate(&self, range: ByteRange) -> io::Result<()> {
+        use rustix::io::Errno;
+        match rustix::fs::fallocate(&self.0, FallocateFlags::empty(), range.offset(), range.len()) {
+            // A file system that takes no orders: what can be had is the length, which a hole gives.
+            Err(Errno::OPNOTSUPP | Errno::NOSYS) if self.len()? < range.end() => self.set_len(range.end()),
+            Err(Errno::OPNOTSUPP | Errno::NOSYS) => Ok(()),
+            allocated => Ok(allocated?),
+        }
     }
 
     fn sync(&self) -> io::Result<()> {

@@ -10,6 +10,7 @@ pub mod config;
 pub mod disk;
 pub mod manifest;
 pub mod nbd;
+pub mod sabotage;
 pub mod server;
 pub mod store;
 pub mod units;

@@ -4,397 +4,203 @@
 //! crash: the process dies (with the last write perhaps cut short), or the host does (with whatever the disk may
 //! keep of what was not synced). The real code recovers each state, and every promise is checked:
 //! every sector holds a value between the last flushed and the last issued; every published snapshot is whole and
-//! unchanged; no staging file and no half-made snapshot is left.
+//! unchanged; no staging file and no half-made snapshot is left. Recovery itself is recorded, too, and crashed again.
 //!
-//! `NBD_TEST_CRASH_LOSSES=N` draws N random losses at every moment (default 12).
+//! A failure prints the scenario's seed and the command that repeats it. `NBD_TEST_CRASH_FACTOR=N` (default 1) looks at
+//! about N times as many states.
 
-#![allow(
-    clippy::print_stdout,
-    clippy::unwrap_used,
-    clippy::expect_used,
-    clippy::panic,
-    clippy::cast_possible_truncation,
-    missing_docs
-)]
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
 
 mod common;
 
-use std::collections::{BTreeMap, HashSet};
-use std::path::PathBuf;
+use std::collections::HashSet;
+use std::io::Write as _;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{LazyLock, Mutex};
+use std::time::Instant;
 
-use common::sim::{Event, Loss, SECTOR, Sim, SimDisk, SimStore, State, killed_in_write, power_loss, process_crash};
-use common::volumes::{CHUNK, id, range, read_all, root};
-use nbd_server::clock::SystemClock;
-use nbd_server::manifest::{Source, format};
-use nbd_server::store::keys::ExportKeys;
-use nbd_server::units::{ChunkIndex, Geometry, SnapshotId};
-use nbd_server::volume::registry::{Published, Registry};
-use nbd_server::volume::{Services, Volume};
+use common::scene::{Chapter, Meanwhile, SECTORS, Scene, random_steps, recovers, runtime};
+use common::sim::crash::{Moment, every_crash};
+use common::sim::{Event, Sim};
 
-const CHUNKS: u64 = 4;
-/// The last chunk is short.
-const SIZE: u64 = CHUNKS * CHUNK - 1024;
-const SECTORS: usize = SIZE as usize / SECTOR;
+/// All scenarios together recover at least this many distinct states: the random ones go on until there are.
+const DISTINCT_STATES: usize = 100_000;
+/// The shortest of the named scenarios has more than this.
+const STATES_OF_A_SCENARIO: usize = 100;
 
-fn geometry() -> Geometry {
-    Geometry::new(SIZE, CHUNK).unwrap()
+/// Of many unsynced changes, this many subsets are tried at each moment.
+const RANDOM_LOSSES: u64 = 24;
+/// Of the recoveries, one in so many is itself crashed at every operation.
+const RECOVERIES_CRASHED: usize = 8;
+/// The steps of a random scenario.
+const STEPS: usize = 40;
+
+fn factor() -> u64 {
+    std::env::var("NBD_TEST_CRASH_FACTOR").ok().and_then(|n| n.parse().ok()).unwrap_or(1)
 }
 
-async fn start(sim: &Arc<Sim>) -> Arc<Registry> {
-    let (store, disk) = (Arc::new(SimStore(Arc::clone(sim))), Arc::new(SimDisk(Arc::clone(sim))));
-    let services = Arc::new(Services::new(store, root(), disk, Arc::new(SystemClock)));
-    Registry::discover(services, PathBuf::from("/cache")).await.unwrap()
+/// Every state that was ever recovered, in all scenarios.
+static SEEN: LazyLock<Mutex<HashSet<blake3::Hash>>> = LazyLock::new(Mutex::default);
+
+/// What is tried of one scenario, and how it is named.
+struct Search<'a> {
+    name: &'a str,
+    chapter: &'a Chapter,
+    /// Same bytes, but more was promised: another case, though not another state.
+    cases: Mutex<HashSet<(blake3::Hash, bool, usize)>>,
+    states: AtomicUsize,
 }
 
-/// A change of one sector: when it was asked for, when it was replied to, and the value.
-#[derive(Debug, Clone, Copy)]
-struct Fact {
-    issued: usize,
-    acked: usize,
-    value: u8,
-}
-
-#[derive(Debug, Clone, Copy)]
-struct Span {
-    begun: usize,
-    acked: usize,
-}
-
-/// What happened to one export.
-#[derive(Debug, Clone, Default)]
-struct History {
-    created: Option<Span>,
-    sectors: Vec<Vec<Fact>>,
-    flushes: Vec<Span>,
-    snapshots: BTreeMap<SnapshotId, Span>,
-}
-
-impl History {
-    /// The values a sector may have if everything replied to until `floor` must be there and nothing after `k` was
-    /// asked for.
-    fn allowed(&self, sector: usize, floor: usize, k: usize) -> Vec<u8> {
-        let facts = &self.sectors[sector];
-        let last = facts.iter().rposition(|fact| fact.acked <= floor).unwrap_or(0);
-        facts[last..].iter().filter(|fact| fact.issued <= k).map(|fact| fact.value).collect()
-    }
-
-    /// Until when everything is durable if the host goes down at `k`.
-    fn flushed(&self, k: usize) -> usize {
-        self.flushes.iter().filter(|flush| flush.acked <= k).map(|flush| flush.begun).max().unwrap_or(0)
-    }
-}
-
-/// A scenario as it is being recorded.
-struct Scene {
-    sim: Arc<Sim>,
-    registry: Arc<Registry>,
-    histories: BTreeMap<&'static str, History>,
-    next_value: u8,
-}
-
-impl Scene {
-    async fn begin() -> Self {
-        let sim = Sim::new(State::default(), 1);
-        let registry = start(&sim).await;
-        Self { sim, registry, histories: BTreeMap::new(), next_value: 0 }
-    }
-
-    async fn create(&mut self, name: &'static str) {
-        let begun = self.sim.now();
-        self.registry.create(id(name), geometry()).await.unwrap();
-        self.made(name, begun, &[0; SECTORS]);
-    }
-
-    async fn clone_of(&mut self, name: &'static str, source: &'static str) {
-        let content: Vec<u8> = self.histories[source].sectors.iter().map(|f| f.last().unwrap().value).collect();
-        let begun = self.sim.now();
-        self.registry.clone_export(id(name), id(source), None).await.unwrap();
-        self.made(name, begun, &content);
-    }
-
-    fn made(&mut self, name: &'static str, begun: usize, content: &[u8]) {
-        let sectors = content.iter().map(|value| vec![Fact { issued: 0, acked: 0, value: *value }]).collect();
-        let created = Some(Span { begun, acked: self.sim.now() });
-        self.histories.insert(name, History { created, sectors, ..History::default() });
-    }
-
-    async fn volume(&self, name: &str) -> Arc<Volume> {
-        self.registry.volume(&id(name)).await.unwrap()
-    }
-
-    fn note(&mut self, name: &str, sectors: std::ops::Range<usize>, issued: usize, value: u8) {
-        let acked = self.sim.now();
-        for sector in sectors {
-            self.histories.get_mut(name).unwrap().sectors[sector].push(Fact { issued, acked, value });
+impl Search<'_> {
+    /// Whether this is a case that was not looked at yet.
+    fn is_new(&self, moment: &Moment, floor: usize) -> bool {
+        let print = moment.host.live.fingerprint();
+        if SEEN.lock().unwrap().insert(print) {
+            self.states.fetch_add(1, Ordering::Relaxed);
         }
+        self.cases.lock().unwrap().insert((print, moment.power_lost, floor))
     }
 
-    async fn write(&mut self, name: &str, sectors: std::ops::Range<usize>) {
-        self.next_value = self.next_value.checked_add(1).expect("a scenario has at most 255 writes");
-        let (issued, value) = (self.sim.now(), self.next_value);
-        let bytes = vec![value; sectors.len() * SECTOR];
-        self.volume(name).await.write((sectors.start * SECTOR) as u64, bytes.into()).await.unwrap();
-        self.note(name, sectors, issued, value);
-    }
-
-    async fn zero(&mut self, name: &str, sectors: std::ops::Range<usize>, trim: bool) {
-        let issued = self.sim.now();
-        let span = range((sectors.start * SECTOR) as u64, (sectors.len() * SECTOR) as u64);
-        let volume = self.volume(name).await;
-        if trim {
-            volume.trim(span).await.unwrap()
-        } else {
-            volume.write_zeroes(span).await.unwrap()
+    /// Recovers one state, and then each state that a crash of that recovery leaves.
+    fn check(&self, runtime: &tokio::runtime::Runtime, moment: Moment, crash_again: bool) -> Result<(), String> {
+        let k = moment.k;
+        let boot = self.chapter.boot + u8::from(moment.power_lost);
+        let start = moment.host.clone();
+        let sim = Sim::after(moment.host, boot);
+        let checked = runtime.block_on(recovers(&sim, &self.chapter.histories, k, moment.power_lost));
+        checked.map_err(|e| format!("crash after {k} operations ({}): {e}", moment.how))?;
+        if !crash_again {
+            return Ok(());
         }
-        self.note(name, sectors, issued, 0);
-    }
-
-    async fn read(&mut self, name: &str, sectors: std::ops::Range<usize>) {
-        let span = range((sectors.start * SECTOR) as u64, (sectors.len() * SECTOR) as u64);
-        self.volume(name).await.read(span).await.unwrap();
-    }
-
-    async fn flush(&mut self, name: &str) {
-        let begun = self.sim.now();
-        self.volume(name).await.flush().await.unwrap();
-        self.histories.get_mut(name).unwrap().flushes.push(Span { begun, acked: self.sim.now() });
-    }
-
-    async fn snapshot(&mut self, name: &str) {
-        let begun = self.sim.now();
-        let published = self.registry.snapshot(&id(name)).await.unwrap();
-        self.published(name, begun, published);
-    }
-
-    async fn compact(&mut self, name: &str) {
-        let begun = self.sim.now();
-        let published = self.registry.compact(&id(name)).await.unwrap();
-        self.published(name, begun, published);
-    }
-
-    fn published(&mut self, name: &str, begun: usize, published: Published) {
-        assert!(published.created);
-        let span = Span { begun, acked: self.sim.now() };
-        let history = self.histories.get_mut(name).unwrap();
-        history.snapshots.insert(published.snapshot_id.unwrap(), span);
-    }
-
-    /// A snapshot with writes to a chunk of the cut, to a clean and to a missing one while it is under way.
-    async fn snapshot_under_writes(&mut self, name: &'static str, writes: &[std::ops::Range<usize>]) {
-        let begun = self.sim.now();
-        let registry = Arc::clone(&self.registry);
-        let task = tokio::spawn(async move { registry.snapshot(&id(name)).await.unwrap() });
-        for sectors in writes {
-            self.write(name, sectors.clone()).await;
-            self.flush(name).await;
-        }
-        let published = task.await.unwrap();
-        self.published(name, begun, published);
-    }
-
-    async fn reset(&mut self, name: &'static str, content: &[u8]) {
-        let issued = self.sim.now();
-        self.registry.reset(&id(name)).await.unwrap();
-        for (sector, value) in content.iter().enumerate() {
-            self.note(name, sector..sector + 1, issued, *value);
-        }
-        // A reset is durable before it is reported.
-        let now = self.sim.now();
-        self.histories.get_mut(name).unwrap().flushes.push(Span { begun: now, acked: now });
-    }
-
-    fn content(&self, name: &str) -> Vec<u8> {
-        self.histories[name].sectors.iter().map(|facts| facts.last().unwrap().value).collect()
-    }
-
-    async fn restart(&mut self) {
-        let begun = self.sim.now();
-        self.registry.close().await;
-        let span = Span { begun, acked: self.sim.now() };
-        self.histories.values_mut().for_each(|history| history.flushes.push(span));
-        self.registry = start(&self.sim).await;
-    }
-
-    /// The process dies and is started again: the recovery is part of the recording, and so crashed, too.
-    async fn kill(&mut self) {
-        self.registry = start(&self.sim).await;
-    }
-}
-
-/// A moment of a scenario and what it left.
-struct Case<'a> {
-    histories: &'a BTreeMap<&'static str, History>,
-    k: usize,
-    power_lost: bool,
-    state: State,
-}
-
-impl Case<'_> {
-    async fn check(self) -> Result<(), String> {
-        let objects = Arc::clone(&self.state.objects);
-        let sim = Sim::new(self.state, if self.power_lost { 2 } else { 1 });
-        let registry = start(&sim).await;
-        for (name, history) in self.histories {
-            let Some(created) = history.created else { continue };
-            let keys = root().export(&id(name));
-            if created.acked > self.k && !objects.contains_key(&keys.head()) {
-                continue;
-            }
-            let volume = registry.volume(&id(name)).await.map_err(|e| format!("{name} does not open: {e}"))?;
-            let image = read_all(&volume).await;
-            let floor = if self.power_lost { history.flushed(self.k) } else { self.k };
-            for (sector, bytes) in image.chunks(SECTOR).enumerate() {
-                let allowed = history.allowed(sector, floor, self.k);
-                if !allowed.contains(&bytes[0]) || bytes.iter().any(|b| *b != bytes[0]) {
-                    return Err(format!("{name}, sector {sector}: {} instead of {allowed:?}", bytes[0]));
+        let events = sim.events();
+        let mut failed = Ok(());
+        every_crash(
+            &start,
+            &events,
+            2,
+            |_| true,
+            |again| {
+                let power_lost = moment.power_lost || again.power_lost;
+                if failed.is_err() || !self.is_new(&again, if power_lost { self.promised(k) } else { k }) {
+                    return;
                 }
-            }
-            self::published_is_whole(&sim.state(), &keys, name, history, self.k)?;
-        }
-        let state = sim.state();
-        for path in state.paths() {
-            let name = path.file_name().unwrap().to_str().unwrap();
-            if !["cache.raw", "cache.meta", "clone.seed.json"].contains(&name) {
-                return Err(format!("{} is left", path.display()));
-            }
-        }
-        Ok(())
-    }
-}
-
-fn published_is_whole(state: &State, keys: &ExportKeys, name: &str, history: &History, k: usize) -> Result<(), String> {
-    let head = state.objects.get(&keys.head()).ok_or("the head is gone")?;
-    let head = nbd_server::manifest::head::Head::decode(&head.0, &id(name), &keys.head()).unwrap();
-    let acked = history.snapshots.iter().filter(|(_, span)| span.acked <= k);
-    let mut published: HashSet<SnapshotId> = acked.map(|(snapshot, _)| *snapshot).collect();
-    published.extend(head.current);
-    for snapshot in &published {
-        let key = keys.manifest(*snapshot);
-        let (bytes, _) = state.objects.get(&key).ok_or_else(|| format!("{key} is gone"))?;
-        let manifest = format::decode(bytes, &key, &id(name), Some(geometry()), &root()).map_err(|e| e.to_string())?;
-        let span = history.snapshots.get(snapshot).ok_or("the head is a snapshot that nobody took")?;
-        for chunk in (0..CHUNKS as u32).map(ChunkIndex) {
-            let whole = geometry().chunk_range(chunk);
-            let content = match manifest.source(chunk) {
-                Source::Zero => vec![0; whole.len() as usize],
-                Source::Packed { key, range, hash } => {
-                    let (blob, _) = state.objects.get(key).ok_or_else(|| format!("{key} is gone"))?;
-                    let bytes = &blob[range.offset() as usize..range.end() as usize];
-                    if blake3::hash(bytes) != hash {
-                        return Err(format!("{key} is damaged"));
-                    }
-                    bytes.to_vec()
-                }
-                Source::Base { .. } => return Err("a base without hashes".into()),
-            };
-            for (i, sector) in content.chunks(SECTOR).enumerate() {
-                let at = whole.offset() as usize / SECTOR + i;
-                let allowed = history.allowed(at, span.begun, span.acked);
-                if !allowed.contains(&sector[0]) {
-                    return Err(format!("snapshot {snapshot}, sector {at}: {} instead of {allowed:?}", sector[0]));
-                }
-            }
-        }
-    }
-    let folders: HashSet<String> = state
-        .objects
-        .keys()
-        .filter_map(|key| key.as_str().strip_prefix(keys.prefix().as_str())?.strip_prefix("/snapshots/"))
-        .filter_map(|rest| Some(rest.split_once('/')?.0.to_owned()))
-        .collect();
-    match folders.iter().find(|folder| !published.iter().any(|snapshot| snapshot.to_string() == **folder)) {
-        Some(folder) => Err(format!("objects of snapshot {folder}, which was never published, are left")),
-        None => Ok(()),
-    }
-}
-
-/// Crashes a recorded scenario everywhere and returns how many distinct states were recovered.
-fn crash_everywhere(name: &str, scene: &Scene) -> usize {
-    let losses: u64 = std::env::var("NBD_TEST_CRASH_LOSSES").ok().and_then(|n| n.parse().ok()).unwrap_or(12);
-    let (events, histories) = (scene.sim.events(), &scene.histories);
-    let (next, seen, failed) = (AtomicUsize::new(0), Mutex::new(HashSet::new()), Mutex::new(None));
-    let work = || {
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-        loop {
-            let k = next.fetch_add(1, Ordering::Relaxed);
-            if k > events.len() || failed.lock().unwrap().is_some() {
-                return;
-            }
-            for (kind, power_lost, state) in states(&events[..k], losses) {
-                // The same bytes at a later moment have to satisfy stricter promises: they are another case.
-                let acks =
-                    histories.values().map(|h| h.flushed(k) + h.snapshots.values().filter(|s| s.acked <= k).count());
-                let case = (state.fingerprint(), power_lost, acks.sum::<usize>(), if power_lost { 0 } else { k });
-                if !seen.lock().unwrap().insert(case) {
-                    continue;
-                }
-                // A write cut short was not replied to.
-                let k = if kind.starts_with("killed") { k - 1 } else { k };
-                let case = Case { histories, k, power_lost, state };
-                if let Err(e) = runtime.block_on(case.check()) {
-                    let around = &events[k.saturating_sub(6)..(k + 2).min(events.len())];
-                    let around: Vec<_> = around.iter().map(short).collect();
-                    *failed.lock().unwrap() =
-                        Some(format!("{name}, crash at {k} ({kind}): {e}\n{}", around.join("\n")));
-                }
-            }
-        }
-    };
-    std::thread::scope(|scope| {
-        for _ in 0..2 {
-            scope.spawn(work);
-        }
-    });
-    if let Some(failure) = failed.into_inner().unwrap() {
-        panic!("{failure}");
-    }
-    let states = seen.into_inner().unwrap().len();
-    println!("{name}: {} operations, {states} distinct crash states recovered", events.len());
-    states
-}
-
-fn short(event: &Event) -> String {
-    let text = format!("{event:?}");
-    text.chars().take(160).collect()
-}
-
-fn states(events: &[Event], losses: u64) -> Vec<(String, bool, State)> {
-    let start = State::default();
-    let mut states = vec![("process".to_owned(), false, process_crash(&start, events))];
-    for sectors in [1, 3, 7] {
-        states.extend(
-            killed_in_write(&start, events, sectors).map(|s| (format!("killed after {sectors} sectors"), false, s)),
+                let sim = Sim::after(again.host, boot + u8::from(again.power_lost));
+                let checked = runtime.block_on(recovers(&sim, &self.chapter.histories, k, power_lost));
+                failed = checked.map_err(|e| {
+                    let done = around(&events, again.k);
+                    format!(
+                        "crash after {k} operations ({}), and after {} of the recovery ({}): {e}\n{done}",
+                        moment.how, again.k, again.how
+                    )
+                });
+            },
         );
+        failed
     }
-    let seeds = (0..losses).map(|seed| Loss::Some(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ events.len() as u64));
-    for loss in [Loss::Nothing, Loss::Everything].into_iter().chain(seeds) {
-        states.push((format!("power, {loss:?}"), true, power_loss(&start, events, loss)));
+
+    fn promised(&self, k: usize) -> usize {
+        self.chapter.histories.values().map(|history| history.promised(k)).sum()
     }
+
+    fn everywhere(&self) {
+        let failed: Mutex<Option<String>> = Mutex::new(None);
+        let work = |worker: usize| {
+            let (runtime, mut count) = (runtime(), worker);
+            every_crash(
+                &self.chapter.start,
+                &self.chapter.events,
+                RANDOM_LOSSES * factor(),
+                |k| k % 2 == worker,
+                |m| {
+                    let k = m.k;
+                    let floor = if m.power_lost { self.promised(k) } else { k };
+                    if failed.lock().unwrap().is_some() || !self.is_new(&m, floor) {
+                        return;
+                    }
+                    count += 1;
+                    let crash_again = count.is_multiple_of(RECOVERIES_CRASHED);
+                    if let Err(e) = self.check(&runtime, m, crash_again) {
+                        *failed.lock().unwrap() = Some(format!("{e}\n{}", around(&self.chapter.events, k)));
+                    }
+                },
+            );
+        };
+        std::thread::scope(|scope| {
+            scope.spawn(|| work(0));
+            scope.spawn(|| work(1));
+        });
+        if let Some(failure) = failed.into_inner().unwrap() {
+            panic!("{}: {failure}", self.name);
+        }
+    }
+}
+
+/// The operations before and after a crash.
+fn around(events: &[Event], k: usize) -> String {
+    let near = &events[k.saturating_sub(6)..(k + 2).min(events.len())];
+    let short = |event| format!("    {event:?}").chars().take(160).collect::<String>();
+    near.iter().map(short).collect::<Vec<_>>().join("\n")
+}
+
+/// Past the capture of test output: the figure is printed whether or not the test fails.
+fn say(text: &str) {
+    let _ = writeln!(std::io::stderr(), "{text}");
+}
+
+/// Records a scenario, crashes it everywhere, and returns how many states that no scenario had before were recovered.
+fn crash_everywhere(name: &str, record: impl AsyncFnOnce(&mut Scene)) -> usize {
+    let began = Instant::now();
+    let chapters = runtime().block_on(async {
+        let mut scene = Scene::begin().await;
+        record(&mut scene).await;
+        scene.chapters()
+    });
+    let mut states = 0;
+    for chapter in &chapters {
+        let search = Search { name, chapter, cases: Mutex::default(), states: AtomicUsize::new(0) };
+        search.everywhere();
+        states += search.states.into_inner();
+    }
+    let operations: usize = chapters.iter().map(|chapter| chapter.events.len()).sum();
+    say(&format!(
+        "crash states: {name}: {operations} operations, {states} distinct states recovered in {:.1} s",
+        began.elapsed().as_secs_f32()
+    ));
     states
 }
 
 fn scenario(name: &str, record: impl AsyncFnOnce(&mut Scene)) {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-    let scene = runtime.block_on(async {
-        let mut scene = Scene::begin().await;
-        record(&mut scene).await;
-        scene
-    });
-    assert!(crash_everywhere(name, &scene) > 100);
+    let states = crash_everywhere(name, record);
+    assert!(states >= STATES_OF_A_SCENARIO, "{name}: only {states} states");
 }
 
 #[test]
-fn first_writes_overwrites_and_flushes() {
-    scenario("writes", async |s| {
+fn random_scenarios_until_100_000_states_were_recovered() {
+    let seed = std::env::var("NBD_TEST_SEED").ok().and_then(|seed| seed.parse::<u64>().ok());
+    let (began, mut scenarios) = (Instant::now(), 0);
+    for seed in seed.map_or(1..u64::MAX, |seed| seed..seed + 1) {
+        let again = format!("NBD_TEST_SEED={seed} cargo test --test crash random_scenarios");
+        crash_everywhere(&format!("seed {seed}, to repeat: {again}"), async |scene| {
+            random_steps(scene, seed, STEPS).await;
+        });
+        scenarios += 1;
+        if SEEN.lock().unwrap().len() >= DISTINCT_STATES * usize::try_from(factor()).unwrap() {
+            break;
+        }
+    }
+    let (states, seconds) = (SEEN.lock().unwrap().len(), began.elapsed().as_secs());
+    say(&format!(
+        "crash states: {states} distinct states in all, {scenarios} scenarios were random, after {seconds} s"
+    ));
+}
+
+#[test]
+fn first_writes() {
+    scenario("first writes", async |s| {
         s.create("disk").await;
         s.write("disk", 0..3).await;
-        s.flush("disk").await;
-        s.write("disk", 1..2).await;
         s.write("disk", 8..16).await;
         s.write("disk", 6..20).await;
-        s.flush("disk").await;
         s.flush("disk").await;
         s.write("disk", 0..SECTORS).await;
         s.flush("disk").await;
@@ -402,25 +208,82 @@ fn first_writes_overwrites_and_flushes() {
 }
 
 #[test]
-fn trims_and_zeroes_over_every_kind_of_chunk() {
-    scenario("zeroes", async |s| {
+fn overwrites() {
+    scenario("overwrites", async |s| {
+        s.create("disk").await;
+        s.write("disk", 0..SECTORS).await;
+        s.flush("disk").await;
+        s.write("disk", 1..2).await;
+        s.write("disk", 8..16).await;
+        s.write("disk", 1..3).await;
+        s.flush("disk").await;
+        s.write("disk", 2..20).await;
+    });
+}
+
+#[test]
+fn flushes_with_and_without_new_marks() {
+    scenario("flushes", async |s| {
+        s.create("disk").await;
+        s.flush("disk").await;
+        s.write("disk", 0..2).await;
+        s.flush("disk").await;
+        s.flush("disk").await;
+        s.write("disk", 9..10).await;
+        s.write("disk", 17..18).await;
+        s.flush("disk").await;
+        s.write("disk", 1..2).await;
+        s.flush("disk").await;
+        s.write("disk", 26..27).await;
+    });
+}
+
+/// FUA is a write and a flush before the reply (`a_change_with_fua_is_durable_when_it_is_replied_to`).
+#[test]
+fn writes_with_fua_between_others() {
+    scenario("fua", async |s| {
+        s.create("disk").await;
+        for (plain, durable) in [(0..2, 8..9), (9..10, 16..24), (1..3, 24..26)] {
+            s.write("disk", plain).await;
+            s.write("disk", durable).await;
+            s.flush("disk").await;
+        }
+    });
+}
+
+#[test]
+fn trims_over_every_kind_of_chunk() {
+    scenario("trims", async |s| {
         s.create("disk").await;
         s.write("disk", 0..24).await;
         s.flush("disk").await;
         s.zero("disk", 0..8, true).await;
-        s.zero("disk", 10..12, false).await;
         s.write("disk", 3..5).await;
+        s.flush("disk").await;
+        s.snapshot("disk").await;
+        s.zero("disk", 6..24, true).await;
+        s.write("disk", 9..10).await;
+        s.flush("disk").await;
+        s.snapshot("disk").await;
+        s.zero("disk", 8..16, true).await;
+        s.write("disk", 8..16).await;
+    });
+}
+
+#[test]
+fn zeroes_over_every_kind_of_chunk() {
+    scenario("zeroes", async |s| {
+        s.create("disk").await;
+        s.write("disk", 0..24).await;
+        s.zero("disk", 10..12, false).await;
         s.flush("disk").await;
         s.snapshot("disk").await;
         s.zero("disk", 8..16, false).await;
         s.write("disk", 9..10).await;
-        s.zero("disk", 8..16, true).await;
+        s.zero("disk", 2..20, false).await;
         s.flush("disk").await;
-        s.write("disk", 8..16).await;
-        s.zero("disk", 16..24, true).await;
         s.snapshot("disk").await;
         s.write("disk", 17..18).await;
-        s.flush("disk").await;
     });
 }
 
@@ -430,8 +293,7 @@ fn fills_and_writes_over_them() {
         s.create("disk").await;
         s.write("disk", 0..SECTORS).await;
         s.snapshot("disk").await;
-        let published = s.content("disk");
-        s.reset("disk", &published).await;
+        s.reset("disk").await;
         s.read("disk", 0..3).await;
         s.write("disk", 9..10).await;
         s.write("disk", 1..2).await;
@@ -443,20 +305,52 @@ fn fills_and_writes_over_them() {
 }
 
 #[test]
-fn snapshots_compactions_and_writes_during_them() {
-    scenario("publishes", async |s| {
+fn a_snapshot_with_writes_during_it() {
+    scenario("snapshot", async |s| {
+        s.create("disk").await;
+        s.write("disk", 0..20).await;
+        s.flush("disk").await;
+        let changes = [
+            Meanwhile::Write(2..3),
+            Meanwhile::Flush,
+            Meanwhile::Write(16..18),
+            Meanwhile::Zero(8..16),
+            Meanwhile::Write(24..26),
+            Meanwhile::Flush,
+            Meanwhile::Write(0..8),
+        ];
+        s.snapshot_under("disk", &changes).await;
+        s.flush("disk").await;
+    });
+}
+
+#[test]
+fn a_second_snapshot() {
+    scenario("second snapshot", async |s| {
         s.create("disk").await;
         s.write("disk", 0..20).await;
         s.snapshot("disk").await;
         s.write("disk", 1..2).await;
-        s.write("disk", 10..11).await;
         s.flush("disk").await;
-        s.snapshot_under_writes("disk", &[2..3, 16..18, 9..10, 24..26]).await;
+        s.write("disk", 10..11).await;
+        s.snapshot_under("disk", &[Meanwhile::Write(1..2), Meanwhile::Write(26..27)]).await;
         s.write("disk", 0..1).await;
+        s.snapshot("disk").await;
+    });
+}
+
+#[test]
+fn compactions() {
+    scenario("compact", async |s| {
+        s.create("disk").await;
+        s.write("disk", 0..20).await;
+        s.snapshot("disk").await;
+        s.write("disk", 1..2).await;
         s.compact("disk").await;
         s.write("disk", 26..28).await;
         s.flush("disk").await;
-        s.snapshot("disk").await;
+        s.zero("disk", 8..16, true).await;
+        s.compact("disk").await;
     });
 }
 
@@ -466,12 +360,13 @@ fn resets_after_unpublished_writes() {
         s.create("disk").await;
         s.write("disk", 0..12).await;
         s.snapshot("disk").await;
-        let published = s.content("disk");
         s.write("disk", 0..20).await;
         s.flush("disk").await;
-        s.reset("disk", &published).await;
+        s.zero("disk", 8..16, true).await;
+        s.reset("disk").await;
         s.write("disk", 4..6).await;
         s.flush("disk").await;
+        s.write("disk", 9..10).await;
     });
 }
 
@@ -493,8 +388,8 @@ fn a_clone_and_its_first_publish() {
 }
 
 #[test]
-fn clean_stops_kills_and_recoveries_between_them() {
-    scenario("restarts", async |s| {
+fn clean_stops() {
+    scenario("clean stops", async |s| {
         s.create("disk").await;
         s.write("disk", 0..10).await;
         s.restart().await;
@@ -503,13 +398,29 @@ fn clean_stops_kills_and_recoveries_between_them() {
         s.snapshot("disk").await;
         s.restart().await;
         s.write("disk", 12..20).await;
+        s.restart().await;
+        s.read("disk", 0..1).await;
+    });
+}
+
+#[test]
+fn kills_and_power_losses_and_the_recoveries_from_them() {
+    scenario("recoveries", async |s| {
+        s.create("disk").await;
+        s.write("disk", 0..10).await;
+        s.snapshot("disk").await;
+        s.write("disk", 12..20).await;
         s.kill().await;
         s.read("disk", 0..1).await;
         s.flush("disk").await;
         s.write("disk", 5..7).await;
         s.kill().await;
         s.write("disk", 6..8).await;
-        s.restart().await;
-        s.read("disk", 0..1).await;
+        s.power_loss(common::sim::Loss::Everything).await;
+        s.write("disk", 9..10).await;
+        s.kill().await;
+        s.flush("disk").await;
+        s.power_loss(common::sim::Loss::Nothing).await;
+        s.snapshot("disk").await;
     });
 }

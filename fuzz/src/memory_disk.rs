@@ -33,6 +33,10 @@ impl Disk for MemoryDisk {
         Ok(())
     }
 
+    fn exchange(&self, _: &Path, _: &Path) -> io::Result<()> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
+
     fn remove(&self, path: &Path) -> io::Result<()> {
         self.0.lock().unwrap().remove(path);
         Ok(())
@@ -94,6 +98,13 @@ impl DiskFile for MemoryFile {
 
     fn punch(&self, range: ByteRange) -> io::Result<()> {
         self.0.lock().unwrap()[span(range.offset(), usize::try_from(range.len()).unwrap())].fill(0);
+        Ok(())
+    }
+
+    fn allocate(&self, range: ByteRange) -> io::Result<()> {
+        let mut bytes = self.0.lock().unwrap();
+        let end = usize::try_from(range.end()).unwrap().max(bytes.len());
+        bytes.resize(end, 0);
         Ok(())
     }
 

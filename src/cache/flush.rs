@@ -7,6 +7,7 @@ use parking_lot::{Condvar, Mutex};
 
 use super::log::META_FILE;
 use super::{Cache, CacheError, LogFile};
+use crate::sabotage::{Rule, breaks};
 
 /// Numbers the barriers: who asks waits until one that began after it asked has ended.
 #[derive(Debug, Default)]
@@ -31,6 +32,9 @@ impl FlushBarrier {
         loop {
             if state.ended >= mine {
                 return state.result.clone().map_or(Ok(()), Err);
+            }
+            if breaks(Rule::JoinRunningBarrier) && state.begun > state.ended {
+                return Ok(());
             }
             if state.begun == state.ended {
                 break;
@@ -64,7 +68,9 @@ impl Cache {
             LogFile::Open(log) => log.unsealed(),
             LogFile::Sealed { .. } => None,
         };
-        self.raw.sync().map_err(|e| self.fail("sync of cache.raw", &e))?;
+        if !breaks(Rule::SkipRawSync) && !breaks(Rule::SealBeforeRawSync) {
+            self.sync_raw()?;
+        }
         let Some(through) = unsealed else { return Ok(()) };
         let sealing = match &mut self.log.lock().file {
             LogFile::Open(log) => log.seal(through).map_err(|e| self.error("write", META_FILE, e))?,
@@ -72,7 +78,12 @@ impl Cache {
         };
         // Not under the log's lock: first writes to other chunks go on while the disk syncs.
         let (file, seal) = sealing;
-        file.sync().map_err(|e| self.fail("sync of cache.meta", &e))?;
+        if !breaks(Rule::SkipSealSync) {
+            file.sync().map_err(|e| self.fail("sync of cache.meta", &e))?;
+        }
+        if breaks(Rule::SealBeforeRawSync) {
+            self.sync_raw()?;
+        }
         if let LogFile::Open(log) = &mut self.log.lock().file {
             log.sealed(seal);
         }

@@ -1,31 +1,85 @@
 //! Writing `cache.meta`: marks appended to the log, seals, and whole-file checkpoints.
 //!
 //! A file that another life of the server wrote is never appended to: the first change after opening writes a fresh
-//! checkpoint, which also clears the clean-stop seal and cuts off a torn tail. Whole-file replacement is
-//! tmp → sync → rename → sync of the directory, so that a crash finds the old file or the new one.
+//! checkpoint, which also clears the clean-stop seal and cuts off a torn tail. A checkpoint is written to the spare file,
+//! synced, and changes places with `cache.meta` in one step, so that a crash finds the old file or the new one.
+//!
+//! **What is marked can be sealed, checkpointed and recovered on a full disk** (L7). Space is taken ahead: a mark is
+//! appended only if there is room for what must follow it ([`TAIL_BYTES`]) and if the spare file can hold the checkpoint
+//! of all that the log may say. So it is the write that is refused, while nothing depends on it yet. The two files swap
+//! their names rather than replace each other, for space once given up may not come back.
 
 use std::io;
 use std::path::Path;
 use std::sync::Arc;
 
-use super::meta::{self, Header, Record};
+use super::meta::{self, Header, RECORD_BYTES, Record};
 use super::states::{ChunkState, Content};
 use crate::disk::{Disk, DiskFile};
-use crate::units::ChunkIndex;
+use crate::sabotage::{Rule, breaks};
+use crate::units::{ByteRange, ChunkIndex};
 
 /// The file's name in the export's cache folder.
 pub const META_FILE: &str = "cache.meta";
-/// Where a checkpoint is written before it takes the file's place.
-pub const META_STAGING: &str = "cache.meta.tmp";
+/// Where the next checkpoint is written. What it holds means nothing until it changes places with `cache.meta`.
+pub const SPARE_FILE: &str = "cache.meta.spare";
 /// Is there once a sync failed: this boot's page cache is no longer what was written.
 pub const FAILED_FILE: &str = "cache.failed";
 /// The log is folded into a new checkpoint when it has grown beyond this and beyond the checkpoint itself.
 pub const LOG_FOLD_BYTES: u64 = 1 << 20;
 
+const RECORD: u64 = RECORD_BYTES as u64;
+/// Space for the log is taken this much at a time, in bytes: room for 512 marks.
+const STEP_BYTES: u64 = 16 << 10;
+/// What a mark leaves free behind it, in bytes: seals, the records of publishes, the clean stop.
+const TAIL_BYTES: u64 = 4 << 10;
+/// What the record of a cut needs, in bytes: itself, the one that takes it back, a seal of the last mark, the clean stop.
+const CUT_ROOM: u64 = 4 * RECORD;
+
+/// A file, and how much of it is sure to find room on the disk, in bytes from its start.
+#[derive(Debug, Clone)]
+pub struct Roomy {
+    file: Arc<dyn DiskFile>,
+    room: u64,
+}
+
+impl Roomy {
+    /// A file of an earlier life: all of its length was allocated.
+    pub fn found(file: Arc<dyn DiskFile>) -> io::Result<Self> {
+        let room = file.len()?;
+        Ok(Self { file, room })
+    }
+
+    fn spare(disk: &dyn Disk, dir: &Path) -> io::Result<Self> {
+        match disk.open(&dir.join(SPARE_FILE)) {
+            Ok(file) => Self::found(file),
+            Err(e) if e.kind() == io::ErrorKind::NotFound => {
+                Ok(Self { file: disk.create(&dir.join(SPARE_FILE))?, room: 0 })
+            }
+            Err(e) => Err(e),
+        }
+    }
+
+    /// Takes space up to byte `end`, and a step more since it will be asked for again.
+    fn take_room(&mut self, end: u64) -> io::Result<()> {
+        if end <= self.room {
+            return Ok(());
+        }
+        let end = end.next_multiple_of(STEP_BYTES);
+        if let Some(more) = ByteRange::new(self.room, end - self.room) {
+            self.file.allocate(more)?;
+        }
+        self.room = end;
+        Ok(())
+    }
+}
+
 /// The open `cache.meta` of a running server.
 #[derive(Debug)]
 pub struct MetaLog {
-    file: Arc<dyn DiskFile>,
+    here: Roomy,
+    /// `None` where file names cannot be exchanged, from a checkpoint to the next mark.
+    spare: Option<Roomy>,
     epoch: u64,
     log_start: u64,
     end: u64,
@@ -40,10 +94,10 @@ pub struct MetaLog {
     carry: Option<Vec<Record>>,
 }
 
-/// A checkpoint that stands in its staging file, not yet in place.
+/// A checkpoint that stands in the spare file, not yet in place.
 #[derive(Debug)]
 pub struct Staged {
-    file: Arc<dyn DiskFile>,
+    spare: Roomy,
     epoch: u64,
     len: u64,
     first_seq: u64,
@@ -52,20 +106,37 @@ pub struct Staged {
 /// Writes and syncs a checkpoint beside the current file.
 pub fn stage(disk: &dyn Disk, dir: &Path, header: &Header, states: &[ChunkState]) -> io::Result<Staged> {
     let (bytes, epoch) = meta::encode_checkpoint(header, states);
-    let file = disk.create(&dir.join(META_STAGING))?;
-    file.write_at(&bytes, 0)?;
-    file.sync()?;
-    Ok(Staged { file, epoch, len: bytes.len() as u64, first_seq: header.first_seq })
+    let len = bytes.len() as u64;
+    let mut spare = Roomy::spare(disk, dir)?;
+    spare.take_room(len + TAIL_BYTES)?;
+    spare.file.write_at(&bytes, 0)?;
+    if !breaks(Rule::SkipCheckpointSync) {
+        spare.file.sync()?;
+    }
+    Ok(Staged { spare, epoch, len, first_seq: header.first_seq })
 }
 
 impl Staged {
-    /// Puts the checkpoint in place, durably; the log goes on behind it.
-    pub fn install(self, disk: &dyn Disk, dir: &Path) -> io::Result<MetaLog> {
-        disk.rename(&dir.join(META_STAGING), &dir.join(META_FILE))?;
-        disk.sync_dir(dir)?;
+    /// Puts the checkpoint in place, durably; the log goes on behind it. `old` is the `cache.meta` of now, if there is
+    /// one: it becomes the spare file.
+    pub fn install(self, disk: &dyn Disk, dir: &Path, old: Option<Roomy>) -> io::Result<MetaLog> {
+        let (spare, meta) = (dir.join(SPARE_FILE), dir.join(META_FILE));
+        let exchanged = old.as_ref().map(|_| disk.exchange(&spare, &meta));
+        let old = match exchanged {
+            Some(Err(e)) if e.kind() != io::ErrorKind::Unsupported => return Err(e),
+            Some(Ok(())) => old,
+            _ => {
+                disk.rename(&spare, &meta)?;
+                None
+            }
+        };
+        if !breaks(Rule::SkipDirSync) {
+            disk.sync_dir(dir)?;
+        }
         let before_first = self.first_seq.saturating_sub(1);
         Ok(MetaLog {
-            file: self.file,
+            here: self.spare,
+            spare: old,
             epoch: self.epoch,
             log_start: self.len,
             end: self.len,
@@ -84,7 +155,8 @@ impl MetaLog {
     /// After an error nothing was appended: the place is written again by the next record.
     pub fn append(&mut self, record: Record) -> io::Result<()> {
         let bytes = record.encode(self.next_seq, self.durable, self.epoch);
-        self.file.write_at(&bytes, self.end)?;
+        self.here.take_room(self.end + RECORD)?;
+        self.here.file.write_at(&bytes, self.end)?;
         if matches!(record, Record::Mark(..)) {
             self.last_mark = self.next_seq;
         }
@@ -96,9 +168,30 @@ impl MetaLog {
         Ok(())
     }
 
-    /// Appends a chunk's mark.
-    pub fn mark(&mut self, chunk: ChunkIndex, content: Content) -> io::Result<()> {
+    /// Appends a chunk's mark. Without room for all that depends on it, it is refused.
+    pub fn mark(&mut self, disk: &dyn Disk, dir: &Path, chunk: ChunkIndex, content: Content) -> io::Result<()> {
+        if !breaks(Rule::MarkWithoutRoom) {
+            self.take_room_for_a_mark(disk, dir)?;
+        }
         self.append(Record::Mark(chunk, content))
+    }
+
+    /// Makes sure of the space that a mark and whatever depends on it need.
+    pub fn take_room_for_a_mark(&mut self, disk: &dyn Disk, dir: &Path) -> io::Result<()> {
+        self.here.take_room(self.end + RECORD + TAIL_BYTES)?;
+        // A mark splits one run of equal states into three at most: 16 bytes more of a checkpoint, half of a record. Twice
+        // the log is room for that and for what is appended while the checkpoint is written.
+        let checkpoint = self.log_start + 2 * (self.end + RECORD - self.log_start) + TAIL_BYTES;
+        match &mut self.spare {
+            Some(spare) => spare.take_room(checkpoint),
+            none => none.insert(Roomy::spare(disk, dir)?).take_room(checkpoint),
+        }
+    }
+
+    /// Appends the record of a publish's beginning. It is refused unless the publish can be given up, too.
+    pub fn cut(&mut self) -> io::Result<()> {
+        self.here.take_room(self.end + CUT_ROOM)?;
+        self.append(Record::Cut)
     }
 
     /// The number that a seal covering every mark so far would name, if one is needed.
@@ -110,7 +203,7 @@ impl MetaLog {
     /// and the token for [`sealed`](Self::sealed).
     pub fn seal(&mut self, through: u64) -> io::Result<(Arc<dyn DiskFile>, Seal)> {
         self.append(Record::Seal(through))?;
-        Ok((Arc::clone(&self.file), Seal { epoch: self.epoch, through, seq: self.next_seq - 1 }))
+        Ok((Arc::clone(&self.here.file), Seal { epoch: self.epoch, through, seq: self.next_seq - 1 }))
     }
 
     /// The seal was synced. A seal of a file that has since been replaced says nothing of this one.
@@ -123,7 +216,7 @@ impl MetaLog {
 
     /// Makes everything appended so far durable.
     pub fn sync(&mut self) -> io::Result<()> {
-        self.file.sync()?;
+        self.here.file.sync()?;
         self.durable = self.next_seq - 1;
         Ok(())
     }
@@ -151,13 +244,13 @@ impl MetaLog {
         if carried.is_empty() {
             return Ok(());
         }
-        let mut bytes = Vec::with_capacity(carried.len() * meta::RECORD_BYTES);
+        let mut bytes = Vec::with_capacity(carried.len() * RECORD_BYTES);
         for (seq, record) in (staged.first_seq..).zip(carried) {
             bytes.extend_from_slice(&record.encode(seq, staged.first_seq.saturating_sub(1), staged.epoch));
         }
-        staged.file.write_at(&bytes, staged.len)?;
+        staged.spare.file.write_at(&bytes, staged.len)?;
         // A flush may have vouched for these in the old file: they must be as durable in the new one.
-        staged.file.sync()
+        staged.spare.file.sync()
     }
 
     /// Replaces this file by the staged checkpoint, to which all since was [carried over](Self::carry_over).
@@ -166,8 +259,8 @@ impl MetaLog {
         let marks = (staged.first_seq..).zip(&carried).filter(|(_, r)| matches!(r, Record::Mark(..)));
         let last_mark = marks.map(|(seq, _)| seq).last();
         let next_seq = staged.first_seq + carried.len() as u64;
-        let mut new = staged.install(disk, dir)?;
-        new.end += (carried.len() * meta::RECORD_BYTES) as u64;
+        let mut new = staged.install(disk, dir, Some(self.here.clone()))?;
+        new.end += (carried.len() * RECORD_BYTES) as u64;
         new.next_seq = next_seq;
         new.last_mark = last_mark.unwrap_or(new.last_mark);
         *self = new;
@@ -177,6 +270,11 @@ impl MetaLog {
     /// The number the next record gets.
     pub fn next_seq(&self) -> u64 {
         self.next_seq
+    }
+
+    /// The file itself.
+    pub fn file(&self) -> Roomy {
+        self.here.clone()
     }
 }
 

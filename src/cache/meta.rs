@@ -16,6 +16,7 @@
 //! This file never touches a disk and trusts no byte that it is given.
 
 use super::states::{ChunkState, Content};
+use crate::sabotage::{Rule, breaks};
 use crate::units::{ChunkIndex, ExportId, Generation, Geometry, SnapshotId};
 
 /// The fixed size of the header, in bytes.
@@ -295,8 +296,10 @@ fn decode_log(log: &[u8], first_seq: u64, epoch: u64) -> Result<Vec<(u64, Record
         match Record::decode(bytes, epoch) {
             Some((seq, _, record)) if seq == expected => records.push((seq, record)),
             _ => {
-                let later = log[i * RECORD_BYTES..].chunks(RECORD_BYTES).filter_map(|b| Record::decode(b, epoch));
-                if later.into_iter().any(|(_, durable, _)| durable >= expected) {
+                // A record stands where its number says; what else passes for one is left from an older use of the file.
+                let later = (expected..).zip(log[i * RECORD_BYTES..].chunks(RECORD_BYTES));
+                let mut later = later.filter_map(|(at, b)| Record::decode(b, epoch).filter(|(seq, ..)| *seq == at));
+                if later.any(|(_, durable, _)| durable >= expected) && !breaks(Rule::IgnoreDamage) {
                     return Err(MetaError::Damaged(format!("record {expected} of its log")));
                 }
                 break;
@@ -315,7 +318,8 @@ fn replay(states: &mut [ChunkState], log: &[(u64, Record)], trust: Trust) -> Res
                 let state = states.get_mut(chunk.slot());
                 let state =
                     state.ok_or_else(|| MetaError::Damaged(format!("record {seq} of its log (chunk {chunk})")))?;
-                if trust != Trust::SealedOnly || sealed.is_some_and(|through| *seq <= through) {
+                let counts = sealed.is_some_and(|through| *seq <= through) || breaks(Rule::TrustUnsealed);
+                if trust != Trust::SealedOnly || counts {
                     *state = ChunkState::new(content);
                 }
             }
@@ -324,7 +328,7 @@ fn replay(states: &mut [ChunkState], log: &[(u64, Record)], trust: Trust) -> Res
             Record::Seal(_) | Record::CleanStop => {}
         }
     }
-    if trust == Trust::SealedOnly {
+    if trust == Trust::SealedOnly && !breaks(Rule::TrustCleanAfterPowerLoss) {
         let clean = ChunkState::new(Content::Clean);
         states.iter_mut().filter(|s| **s == clean).for_each(|s| *s = ChunkState::new(Content::Absent));
     }

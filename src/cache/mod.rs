@@ -10,7 +10,7 @@
 //!   are zeros and bring the bytes of the others.
 //!
 //! Locks, always taken in this order: *checkpointing*, the *gate* (shared by every read and transition, exclusive for the cut, the
-//! commit and the reset), a chunk's *stripe* (around each transition), the *log*. None is held across anything but
+//! commit and the reset), a chunk's *stripe* (around each transition), *syncing*, the *log*. None is held across anything but
 //! local I/O. All methods block; [`blocking`] is the one crossing from async code.
 
 pub mod flush;
@@ -29,9 +29,10 @@ use std::sync::{Arc, OnceLock};
 use parking_lot::{Mutex, RwLock};
 
 use crate::disk::{Disk, DiskFile};
+use crate::sabotage::{Rule, breaks};
 use crate::units::{ByteRange, ChunkIndex, ExportId, Geometry};
 use flush::FlushBarrier;
-use log::MetaLog;
+use log::{MetaLog, Roomy};
 pub use meta::Base;
 use meta::{Header, MetaError};
 use states::{ChunkState, ChunkStates, Content};
@@ -132,6 +133,7 @@ pub struct Cache {
     stripes: [Mutex<()>; STRIPES],
     log: Mutex<Log>,
     flush: FlushBarrier,
+    syncing: Mutex<()>,
     aside: Mutex<publish::Aside>,
     /// Whether this life of the server made the newest cut. Changed and read under the whole gate.
     cut_is_ours: AtomicBool,
@@ -148,7 +150,7 @@ struct Log {
 #[derive(Debug)]
 enum LogFile {
     /// Sealed by a clean stop and not changed since; the next checkpoint starts at this number.
-    Sealed { next_seq: u64 },
+    Sealed { next_seq: u64, file: Roomy },
     /// Written by this life of the server.
     Open(MetaLog),
 }
@@ -214,8 +216,16 @@ impl Cache {
         let mut resident: Option<ByteRange> = None;
         for (chunk, piece) in self.geometry.split(range) {
             let state = self.states.get(chunk);
-            if state.is_dirty() {
-                self.check_not_failed()?;
+            let failed = self.failure().filter(|_| !breaks(Rule::ReadAfterFailedSync));
+            match failed {
+                Some(why) if state.is_dirty() => return Err(CacheError::Failed(why)),
+                // The kernel may have dropped what a fill wrote, too: it is fetched and verified once more.
+                Some(_) if state.content() == Content::Clean => {
+                    self.read_raw(resident.take(), range, buf)?;
+                    missing.push((chunk, piece));
+                    continue;
+                }
+                _ => {}
             }
             if state.is_resident() {
                 let from = resident.map_or(piece.offset(), ByteRange::offset);
@@ -281,6 +291,10 @@ impl Cache {
         let whole = self.geometry.chunk_range(chunk);
         let state = self.states.get(chunk);
         match state.content() {
+            Content::Absent | Content::Zero if piece == whole && breaks(Rule::MarkBeforeWholeOverwrite) => {
+                self.transition(chunk, state, Content::Dirty)?;
+                self.write_raw(piece, data)?;
+            }
             Content::Absent | Content::Zero if piece == whole => {
                 // Bytes, then mark: a process crash in mid-write must not leave a dirty chunk whose rest was never
                 // written.
@@ -290,9 +304,15 @@ impl Cache {
             Content::Absent if !is_zero(chunk) => return Ok(false),
             Content::Absent | Content::Zero => {
                 // What lies in the chunk's region of the file is unknown; all of it must read as zeros first.
-                self.raw.punch(whole).map_err(|e| self.error("punch", RAW_FILE, e))?;
+                if !breaks(Rule::TrustMissingBytes) {
+                    self.raw.punch(whole).map_err(|e| self.error("punch", RAW_FILE, e))?;
+                }
                 self.transition(chunk, state, Content::Dirty)?;
                 self.write_raw(piece, data)?;
+            }
+            Content::Clean if breaks(Rule::BytesBeforeMark) => {
+                self.write_raw(piece, data)?;
+                self.transition(chunk, state, Content::Dirty)?;
             }
             Content::Clean => {
                 self.transition(chunk, state, Content::Dirty)?;
@@ -342,12 +362,16 @@ impl Cache {
     ) -> Result<bool, CacheError> {
         let whole = self.geometry.chunk_range(chunk);
         let state = self.states.get(chunk);
+        if breaks(Rule::PunchBeforeMark) && state.is_resident() {
+            self.raw.punch(piece).map_err(|e| self.error("punch", RAW_FILE, e))?;
+        }
+        let zero = if breaks(Rule::TrimForgets) { Content::Absent } else { Content::Zero };
         match state.content() {
             Content::Zero => return Ok(true),
             Content::Absent if is_zero(chunk) => return Ok(true),
             // The mark before the hole: what is marked zero is never read from the file.
-            Content::Dirty if piece == whole => self.leave_cut(chunk, state, Content::Zero)?,
-            Content::Absent | Content::Clean if piece == whole => self.transition(chunk, state, Content::Zero)?,
+            Content::Dirty if piece == whole => self.leave_cut(chunk, state, zero)?,
+            Content::Absent | Content::Clean if piece == whole => self.transition(chunk, state, zero)?,
             Content::Absent => return Ok(edges == Edges::Skip),
             Content::Clean => self.transition(chunk, state, Content::Dirty)?,
             Content::Dirty => self.leave_cut(chunk, state, Content::Dirty)?,
@@ -367,8 +391,12 @@ impl Cache {
         let _shared = self.gate.read();
         let _stripe = self.stripe(chunk);
         let state = self.states.get(chunk);
-        if state.content() != Content::Absent || !still_published() {
+        let stale = state.content() != Content::Absent || !still_published();
+        if stale && !breaks(Rule::KeepStaleFill) {
             return Ok(());
+        }
+        if breaks(Rule::CleanBeforeBytes) {
+            self.transition(chunk, state, Content::Clean)?;
         }
         self.write_raw(self.geometry.chunk_range(chunk), bytes)?;
         self.transition(chunk, state, Content::Clean)
@@ -377,11 +405,13 @@ impl Cache {
     /// The mark, then the state: nobody sees what a crash would not find.
     fn transition(&self, chunk: ChunkIndex, from: ChunkState, to: Content) -> Result<(), CacheError> {
         let marked = match &mut self.log.lock().file {
-            LogFile::Open(log) => log.mark(chunk, to),
+            LogFile::Open(_) if breaks(Rule::SkipMark) && to == Content::Dirty => Ok(()),
+            LogFile::Open(log) => log.mark(&*self.disk, &self.dir, chunk, to),
             LogFile::Sealed { .. } => Err(io::Error::other("the log was not opened before a change")),
         };
         marked.map_err(|e| self.error("write", log::META_FILE, e))?;
-        self.states.set(chunk, from.rewritten(to));
+        let to = if breaks(Rule::CleanRedirtied) && from.in_cut() { from } else { from.rewritten(to) };
+        self.states.set(chunk, to);
         Ok(())
     }
 
@@ -389,11 +419,19 @@ impl Cache {
     /// dirty for the generation after.
     fn leave_cut(&self, chunk: ChunkIndex, state: ChunkState, to: Content) -> Result<(), CacheError> {
         let mut state = state;
-        if state.unsaved() {
+        if state.unsaved() && !breaks(Rule::SkipAside) {
             self.save_aside(chunk);
             state = self.states.get(chunk);
         }
         if state.in_cut() || state.content() != to { self.transition(chunk, state, to) } else { Ok(()) }
+    }
+
+    /// Makes the bytes of every completed write durable. One sync at a time: the kernel tells of lost pages once, so whoever
+    /// hears of none must find the failure latched that another one heard of (L6).
+    fn sync_raw(&self) -> Result<(), CacheError> {
+        let _one_at_a_time = self.syncing.lock();
+        self.check_not_failed()?;
+        self.raw.sync().map_err(|e| self.fail("sync of cache.raw", &e))
     }
 
     fn write_raw(&self, range: ByteRange, data: &[u8]) -> Result<(), CacheError> {
@@ -408,8 +446,17 @@ impl Cache {
         self.failed.get().map_or(Ok(()), |why| Err(CacheError::Failed(Arc::clone(why))))
     }
 
-    /// Latches the failure of a sync: what reached the disk is unknown from here on.
+    /// Latches the failure of a sync of data or marks: the kernel may have dropped them, and a restart must know.
     fn fail(&self, what: &str, source: &io::Error) -> CacheError {
+        if breaks(Rule::RetrySync) {
+            return self.error("sync", "", io::Error::other(source.to_string()));
+        }
+        open::note_failure(&*self.disk, &self.dir, &self.export_id);
+        self.latch(what, source)
+    }
+
+    /// Takes no more writes: which of two files the disk has under a name is unknown. The next start finds out.
+    fn latch(&self, what: &str, source: &io::Error) -> CacheError {
         let text = format!(
             "export {}: {what} of {} failed ({source}): its cache takes no more writes, since what reached the disk is unknown; check the disk, then restart the server",
             self.export_id,
@@ -417,11 +464,6 @@ impl Cache {
         );
         let why = self.failed.get_or_init(|| {
             tracing::error!(export = %self.export_id, "{text}");
-            // For the next start; if the disk does not take even this, the log line is all there is.
-            let noted = self.disk.create(&self.dir.join(log::FAILED_FILE)).and_then(|_| self.disk.sync_dir(&self.dir));
-            if let Err(e) = noted {
-                tracing::error!(export = %self.export_id, "the failure was not noted for the next start: {e}");
-            }
             text.into()
         });
         CacheError::Failed(Arc::clone(why))

@@ -10,12 +10,13 @@ use parking_lot::{Mutex, RwLock};
 use super::flush::FlushBarrier;
 use super::journal;
 pub use super::log::META_FILE;
-use super::log::{self, FAILED_FILE, META_STAGING, MetaLog};
+use super::log::{self, FAILED_FILE, MetaLog, Roomy};
 use super::meta::{self, Header, MetaError, Record, Trust};
 use super::publish::{ASIDE_FILE, Aside};
 use super::states::{ChunkState, ChunkStates, Content};
 use super::{Base, Cache, CacheError, Log, LogFile, RAW_FILE, STRIPES, disk_error};
 use crate::disk::{self, Disk, DiskFile};
+use crate::sabotage::{Rule, breaks};
 use crate::units::{ByteRange, ExportId, Geometry};
 
 /// Where the note of a clone's seed is written before it takes its place.
@@ -49,11 +50,11 @@ impl Opening {
     /// [`CacheError::NoSpace`] from the disk.
     pub fn open(self) -> Result<Cache, CacheError> {
         let boot_id = self.disk.boot_id().map_err(|e| self.error("boot id", "", e))?;
-        for leftover in [META_STAGING, ASIDE_FILE, journal::JOURNAL_STAGING, SEED_STAGING] {
+        for leftover in [ASIDE_FILE, journal::JOURNAL_STAGING, SEED_STAGING] {
             self.disk.remove(&self.dir.join(leftover)).map_err(|e| self.error("removal", leftover, e))?;
         }
         match self.disk.open(&self.dir.join(META_FILE)) {
-            Ok(file) => self.reopen(&*file, boot_id),
+            Ok(file) => self.reopen(file, boot_id),
             Err(e) if e.kind() == io::ErrorKind::NotFound => self.create(boot_id),
             Err(e) => Err(self.error("open", META_FILE, e)),
         }
@@ -71,14 +72,21 @@ impl Opening {
             // cache.meta comes last: without it, all of this is made anew.
             let absent = vec![ChunkState::new(Content::Absent); self.geometry.chunk_count() as usize];
             let staged = log::stage(&*self.disk, &self.dir, &self.header(boot_id, 1), &absent)?;
-            Ok((raw, staged.install(&*self.disk, &self.dir)?))
+            let mut log = staged.install(&*self.disk, &self.dir, None)?;
+            log.take_room_for_a_mark(&*self.disk, &self.dir)?;
+            Ok((raw, log))
         };
         let (raw, log) = made().map_err(|e| self.error("creation", RAW_FILE, e))?;
         let states = vec![ChunkState::new(Content::Absent); self.geometry.chunk_count() as usize];
         Ok(self.into_cache(boot_id, raw, &states, LogFile::Open(log)))
     }
 
-    fn reopen(mut self, file: &dyn DiskFile, boot_id: [u8; 16]) -> Result<Cache, CacheError> {
+    fn reopen(mut self, file: Arc<dyn DiskFile>, boot_id: [u8; 16]) -> Result<Cache, CacheError> {
+        // A life that was killed may have exchanged cache.meta and its spare without making that durable: then what is the
+        // spare now is cache.meta for a power loss, and must not be written yet.
+        if !breaks(Rule::ReuseSpareAtOnce) {
+            self.disk.sync_dir(&self.dir).map_err(|e| self.error("sync", "", e))?;
+        }
         let len = file.len().map_err(|e| self.error("read", META_FILE, e))?;
         if len > MAX_META_BYTES {
             return Err(self.damaged(META_FILE, MetaError::Damaged(format!("its length ({len} bytes)"))));
@@ -87,7 +95,7 @@ impl Opening {
         file.read_at(&mut bytes, 0).map_err(|e| self.error("read", META_FILE, e))?;
         // After a failed sync the kernel forgets what it could not write, as if the host had gone down (L6).
         let failed = holds(&*self.disk, &self.dir, FAILED_FILE).map_err(|e| self.error("list", "", e))?;
-        let trusted_boot = if failed { NO_BOOT } else { boot_id };
+        let trusted_boot = if failed && !breaks(Rule::ForgetFailedSync) { NO_BOOT } else { boot_id };
         let found = meta::decode(&bytes, trusted_boot).map_err(|e| self.damaged(META_FILE, e))?;
         self.check_identity(&found.header)?;
         self.base = found.header.base;
@@ -102,17 +110,21 @@ impl Opening {
             };
             return Err(self.damaged(RAW_FILE, mismatch));
         }
+        let old = Roomy::found(file).map_err(|e| self.error("read", META_FILE, e))?;
         if found.trust == Trust::CleanStop {
             self.forget_failure(failed)?;
-            let log = LogFile::Sealed { next_seq: found.next_seq };
+            let log = LogFile::Sealed { next_seq: found.next_seq, file: old };
             return Ok(self.into_cache(boot_id, raw, &found.states, log));
         }
         tracing::info!(export = %self.export_id, trust = ?found.trust, "the cache was not closed in good order; recovering it");
         // A checkpoint vouches for the bytes under its marks, so these are synced first.
-        raw.sync().map_err(|e| self.error("sync", RAW_FILE, e))?;
+        raw.sync().map_err(|e| {
+            note_failure(&*self.disk, &self.dir, &self.export_id);
+            self.error("sync", RAW_FILE, e)
+        })?;
         let header = self.header(boot_id, found.next_seq);
         let log = log::stage(&*self.disk, &self.dir, &header, &found.states)
-            .and_then(|staged| staged.install(&*self.disk, &self.dir))
+            .and_then(|staged| staged.install(&*self.disk, &self.dir, Some(old)))
             .map_err(|e| self.error("write", META_FILE, e))?;
         if found.trust == Trust::SealedOnly {
             self.free_missing(&*raw, &found.states);
@@ -176,6 +188,7 @@ impl Opening {
             stripes: [const { Mutex::new(()) }; STRIPES],
             log: Mutex::new(Log { base: self.base, file }),
             flush: FlushBarrier::default(),
+            syncing: Mutex::new(()),
             aside: Mutex::new(Aside::default()),
             cut_is_ours: AtomicBool::new(false),
             failed: OnceLock::new(),
@@ -188,6 +201,14 @@ impl Opening {
 
     fn damaged(&self, file: &str, source: MetaError) -> CacheError {
         CacheError::Damaged { path: self.dir.join(file), source }
+    }
+}
+
+/// Notes for the next start that a sync failed: until the host goes down, the page cache is not what was written.
+pub(super) fn note_failure(disk: &dyn Disk, dir: &Path, export_id: &ExportId) {
+    // If the disk does not take even this, the log line is all there is.
+    if let Err(e) = disk.create(&dir.join(FAILED_FILE)).and_then(|_| disk.sync_dir(dir)) {
+        tracing::error!(export = %export_id, "a failed sync was not noted for the next start: {e}");
     }
 }
 
@@ -221,11 +242,13 @@ impl Cache {
     pub(super) fn ensure_log_is_ours(&self) -> Result<(), CacheError> {
         self.check_not_failed()?;
         let mut log = self.log.lock();
-        let LogFile::Sealed { next_seq } = log.file else { return Ok(()) };
+        let LogFile::Sealed { next_seq, file: old } = &log.file else { return Ok(()) };
+        let (next_seq, old) = (*next_seq, old.clone());
         // Nothing changes a state before this returns, for every change needs a mark in a log of ours.
         let staged = log::stage(&*self.disk, &self.dir, &self.header(log.base, next_seq), &self.all_states())
             .map_err(|e| self.error("write", META_FILE, e))?;
-        let ours = staged.install(&*self.disk, &self.dir).map_err(|e| self.fail("renewal of cache.meta", &e))?;
+        let ours =
+            staged.install(&*self.disk, &self.dir, Some(old)).map_err(|e| self.latch("renewal of cache.meta", &e))?;
         log.file = LogFile::Open(ours);
         Ok(())
     }
@@ -261,7 +284,8 @@ impl Cache {
             let LogFile::Open(file) = &mut log.file else { return Ok(()) };
             (self.header(log.base, file.begin_carry()), self.all_states())
         };
-        let staged = self.raw.sync().map_err(|e| self.fail("sync of cache.raw", &e)).and_then(|()| {
+        let synced = if breaks(Rule::SealBeforeData) { Ok(()) } else { self.sync_raw() };
+        let staged = synced.and_then(|()| {
             log::stage(&*self.disk, &self.dir, &header, &states).map_err(|e| self.error("write", META_FILE, e))
         });
         let log = &mut *self.log.lock();
@@ -272,7 +296,7 @@ impl Cache {
         });
         match carried {
             Ok(staged) => {
-                file.replace(staged, &*self.disk, &self.dir).map_err(|e| self.fail("renewal of cache.meta", &e))
+                file.replace(staged, &*self.disk, &self.dir).map_err(|e| self.latch("renewal of cache.meta", &e))
             }
             Err(e) => {
                 file.end_carry();
@@ -290,13 +314,17 @@ impl Cache {
         let _one_at_a_time = self.checkpointing.lock();
         self.ensure_log_is_ours()?;
         let _alone = self.gate.write();
+        if breaks(Rule::PunchBeforeReset) {
+            let whole = ByteRange::new(0, self.geometry.image_size());
+            whole.map_or(Ok(()), |whole| self.raw.punch(whole)).map_err(|e| self.error("punch", RAW_FILE, e))?;
+        }
         let log = &mut *self.log.lock();
         let LogFile::Open(file) = &mut log.file else { return Ok(()) };
         let absent = vec![ChunkState::new(Content::Absent); self.geometry.chunk_count() as usize];
         let header = self.header(base, file.begin_carry());
         let staged = log::stage(&*self.disk, &self.dir, &header, &absent);
         let staged = staged.inspect_err(|_| file.end_carry()).map_err(|e| self.error("write", META_FILE, e))?;
-        file.replace(staged, &*self.disk, &self.dir).map_err(|e| self.fail("renewal of cache.meta", &e))?;
+        file.replace(staged, &*self.disk, &self.dir).map_err(|e| self.latch("renewal of cache.meta", &e))?;
         log.base = base;
         swap();
         for (chunk, _) in self.states.iter() {
@@ -324,7 +352,7 @@ impl Cache {
         file.append(Record::CleanStop).map_err(|e| self.error("write", META_FILE, e))?;
         file.sync().map_err(|e| self.fail("sync of cache.meta", &e))?;
         // Whatever comes after starts a file of its own.
-        log.file = LogFile::Sealed { next_seq: file.next_seq() };
+        log.file = LogFile::Sealed { next_seq: file.next_seq(), file: file.file() };
         Ok(())
     }
 }

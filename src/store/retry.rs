@@ -14,6 +14,7 @@ use bytes::Bytes;
 
 use super::{Body, BoxError, Condition, Key, Object, SharedStore, Store, StoreError, Version};
 use crate::clock::Clock;
+use crate::sabotage::{Rule, breaks};
 use crate::units::ByteRange;
 
 /// How long a request is repeated that does not set another limit: the default of `--store-timeout`.
@@ -175,6 +176,10 @@ impl Store for Retrying {
         match condition {
             Condition::Always => {
                 let put = || self.inner.put(key, bytes.clone(), Condition::Always);
+                self.repeat("put", key, Overtime::Cut, put).await
+            }
+            conditional if breaks(Rule::RetryConditionalPut) => {
+                let put = || self.inner.put(key, bytes.clone(), conditional.clone());
                 self.repeat("put", key, Overtime::Cut, put).await
             }
             Condition::IfAbsent | Condition::IfVersion(_) => self.inner.put(key, bytes, condition).await,

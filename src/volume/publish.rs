@@ -26,6 +26,7 @@ use super::{Volume, VolumeError};
 use crate::cache::journal::{self, Journal, Kind, Phase};
 use crate::cache::{self, Cache, publish::CutChunk, states::Content};
 use crate::manifest::{Change, Manifest};
+use crate::sabotage::{Rule, breaks};
 use crate::store::{BoxError, Condition, StoreError};
 use crate::units::{ChunkIndex, SnapshotId};
 
@@ -122,13 +123,18 @@ impl Volume {
     }
 
     async fn publish_cut(self: &Arc<Self>, intent: &Journal, cut: Vec<CutChunk>) -> Result<Published, ExportError> {
-        self.write_journal(intent, Phase::Intent).await?;
+        if !breaks(Rule::SkipIntent) {
+            self.write_journal(intent, Phase::Intent).await?;
+        }
         let image = self.image();
         let upload = async {
             let manifest = match intent.kind {
                 Kind::Snapshot => self.upload_delta(intent, &image, cut).await?,
                 Kind::Compact => self.upload_base(intent, &image, cut).await?,
             };
+            if breaks(Rule::SwapBeforeManifest) {
+                self.swap_head(intent).await?;
+            }
             self.services.write_manifest(&self.keys.manifest(intent.snapshot_id), manifest.clone()).await?;
             Ok::<_, ExportError>(manifest)
         };
@@ -139,7 +145,9 @@ impl Volume {
             _ = stopping.wait_for(|stop| *stop) => return Err(VolumeError::Closed(self.export_id.clone()).into()),
         };
         cache::blocking(&self.cache, Cache::sync_cut).await.map_err(|e| self.cache_error(e))?;
-        self.write_journal(intent, Phase::Prepared).await?;
+        if !breaks(Rule::SkipPrepared) {
+            self.write_journal(intent, Phase::Prepared).await?;
+        }
         self.swap_head(intent).await?;
         self.finish(intent, manifest).await?;
         Ok(Published { created: true, generation: intent.generation, snapshot_id: Some(intent.snapshot_id) })
@@ -326,11 +334,18 @@ impl Volume {
             let stored = match self.landed(journal).await? {
                 (Ancestry::Published, _) => return Ok(()),
                 (_, stored) if stored.head.current == journal.parent => stored,
+                (_, stored) if breaks(Rule::OverwriteForeignHead) => stored,
                 (_, stored) => return Err(self.conflict(stored.head.current)),
             };
             let next = stored.head.published(journal.snapshot_id);
-            match self.services.write_head(&next, Condition::IfVersion(stored.version)).await {
+            let unconditional = breaks(Rule::SwapUnconditionally);
+            let condition = if unconditional { Condition::Always } else { Condition::IfVersion(stored.version) };
+            match self.services.write_head(&next, condition).await {
                 Ok(()) => return Ok(()),
+                Err(e) if breaks(Rule::TakeUnclearForFailed) => {
+                    self.write_journal(journal, Phase::Intent).await?;
+                    return Err(e.into());
+                }
                 Err(e @ (StoreError::Conflict { .. } | StoreError::Unavailable { .. })) => last = Some(e.into()),
                 Err(e) => return Err(e.into()),
             }
@@ -340,9 +355,16 @@ impl Volume {
 
     /// The swap landed: the journal says so, then the chunks of the cut become clean.
     pub(super) async fn finish(&self, journal: &Journal, manifest: Manifest) -> Result<(), ExportError> {
-        self.write_journal(journal, Phase::Committed).await?;
+        match self.write_journal(journal, Phase::Committed).await {
+            // On a full disk PREPARED stays and means the same, as long as the head can be read (L7).
+            Err(ExportError::Volume(VolumeError::NoSpace(_))) => {}
+            written => written?,
+        }
         let base = cache::Base { snapshot: Some(journal.snapshot_id), generation: journal.generation };
         let current = manifest.current_ref(journal.snapshot_id, &self.keys.manifest(journal.snapshot_id));
+        if breaks(Rule::DropJournalBeforeMarks) {
+            self.drop_journal().await?;
+        }
         self.commit(base, manifest).await?;
         *self.head_seen.lock() = journal.generation;
         self.drop_journal().await?;
@@ -365,6 +387,9 @@ fn hashed(chunk: ChunkIndex, bytes: Bytes) -> HashedChunk {
     if bytes.iter().all(|b| *b == 0) {
         return (chunk, None);
     }
-    let hash = *blake3::hash(&bytes).as_bytes();
+    let mut hash = *blake3::hash(&bytes).as_bytes();
+    if breaks(Rule::HashOtherBytes) {
+        hash = *blake3::hash(&bytes[..bytes.len() - 1]).as_bytes();
+    }
     (chunk, Some((bytes, hash)))
 }

@@ -18,6 +18,7 @@ use crate::cache::journal::{self, Journal, Phase};
 use crate::cache::{self, Base, Cache};
 use crate::manifest::Manifest;
 use crate::manifest::head::{CLONE_SEED_FILE, Head};
+use crate::sabotage::{Rule, breaks};
 use crate::store::{Condition, StoreError};
 
 /// How often the head's version is moved before it is left for the next time.
@@ -84,6 +85,9 @@ impl Volume {
         mut stored: StoredHead,
     ) -> Result<Ancestry, ExportError> {
         for _ in 0..NUDGE_ATTEMPTS {
+            if breaks(Rule::DeleteBeforeFence) {
+                return Ok(Ancestry::Foreign);
+            }
             if stored.head.current != journal.parent {
                 // The head moved on without us: the version that the swap was bound to is gone for good.
                 return Ok(ancestry);

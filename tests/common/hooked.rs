@@ -2,7 +2,7 @@
 
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, Weak};
 
 use nbd_server::disk::{Disk, DiskFile};
 use nbd_server::units::ByteRange;
@@ -14,6 +14,8 @@ type Hook = Arc<dyn Fn(&str, &Path) -> io::Result<()> + Send + Sync>;
 pub struct Hooked {
     inner: Arc<dyn Disk>,
     hook: Arc<Mutex<Hook>>,
+    /// The names that open files have now.
+    names: Arc<Mutex<Vec<Weak<Mutex<PathBuf>>>>>,
     boot: Option<u8>,
 }
 
@@ -25,7 +27,8 @@ impl std::fmt::Debug for Hooked {
 
 impl Hooked {
     pub fn new(inner: impl Disk + 'static) -> Self {
-        Self { inner: Arc::new(inner), hook: Arc::new(Mutex::new(Arc::new(|_, _| Ok(())))), boot: None }
+        let hook: Hook = Arc::new(|_, _| Ok(()));
+        Self { inner: Arc::new(inner), hook: Arc::new(Mutex::new(hook)), names: Arc::default(), boot: None }
     }
 
     /// The same disk after the host went down and came up again, with everything that was written still there.
@@ -53,7 +56,19 @@ impl Hooked {
     }
 
     fn wrap(&self, path: &Path, file: Arc<dyn DiskFile>) -> Arc<dyn DiskFile> {
-        Arc::new(HookedFile { disk: self.clone(), path: path.to_owned(), file })
+        let path = Arc::new(Mutex::new(path.to_owned()));
+        self.names.lock().unwrap().push(Arc::downgrade(&path));
+        Arc::new(HookedFile { disk: self.clone(), path, file })
+    }
+
+    /// Open files get the names that they have after a rename or an exchange.
+    fn rename_open(&self, rename: impl Fn(&Path) -> Option<PathBuf>) {
+        for name in self.names.lock().unwrap().iter().filter_map(Weak::upgrade) {
+            let mut name = name.lock().unwrap();
+            if let Some(new) = rename(&name) {
+                *name = new;
+            }
+        }
     }
 }
 
@@ -68,7 +83,19 @@ impl Disk for Hooked {
     }
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
         self.ask("rename", to)?;
-        self.inner.rename(from, to)
+        self.inner.rename(from, to)?;
+        self.rename_open(|name| (name == from).then(|| to.to_owned()));
+        Ok(())
+    }
+    fn exchange(&self, a: &Path, b: &Path) -> io::Result<()> {
+        self.ask("exchange", b)?;
+        self.inner.exchange(a, b)?;
+        self.rename_open(|name| match name {
+            name if name == a => Some(b.to_owned()),
+            name if name == b => Some(a.to_owned()),
+            _ => None,
+        });
+        Ok(())
     }
     fn remove(&self, path: &Path) -> io::Result<()> {
         self.ask("remove", path)?;
@@ -95,37 +122,48 @@ impl Disk for Hooked {
     }
 }
 
-/// Operations on an open file go by the name it was opened or created under.
+/// Operations on an open file go by the name it has.
 #[derive(Debug)]
 struct HookedFile {
     disk: Hooked,
-    path: PathBuf,
+    path: Arc<Mutex<PathBuf>>,
     file: Arc<dyn DiskFile>,
+}
+
+impl HookedFile {
+    fn ask(&self, operation: &str) -> io::Result<()> {
+        let path = self.path.lock().unwrap().clone();
+        self.disk.ask(operation, &path)
+    }
 }
 
 impl DiskFile for HookedFile {
     fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
-        self.disk.ask("read_at", &self.path)?;
+        self.ask("read_at")?;
         self.file.read_at(buf, offset)
     }
     fn write_at(&self, buf: &[u8], offset: u64) -> io::Result<()> {
-        self.disk.ask("write_at", &self.path)?;
+        self.ask("write_at")?;
         self.file.write_at(buf, offset)
     }
     fn len(&self) -> io::Result<u64> {
-        self.disk.ask("len", &self.path)?;
+        self.ask("len")?;
         self.file.len()
     }
     fn set_len(&self, len: u64) -> io::Result<()> {
-        self.disk.ask("set_len", &self.path)?;
+        self.ask("set_len")?;
         self.file.set_len(len)
     }
     fn punch(&self, range: ByteRange) -> io::Result<()> {
-        self.disk.ask("punch", &self.path)?;
+        self.ask("punch")?;
         self.file.punch(range)
     }
+    fn allocate(&self, range: ByteRange) -> io::Result<()> {
+        self.ask("allocate")?;
+        self.file.allocate(range)
+    }
     fn sync(&self) -> io::Result<()> {
-        self.disk.ask("sync", &self.path)?;
+        self.ask("sync")?;
         self.file.sync()
     }
 }

@@ -12,6 +12,7 @@ pub mod hooked;
 pub mod http;
 pub mod moto;
 pub mod nbd;
+pub mod scene;
 pub mod server;
 pub mod sim;
 pub mod volumes;
