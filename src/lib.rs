@@ -12,5 +12,6 @@ pub mod manifest;
 pub mod nbd;
 pub mod server;
 pub mod store;
+pub mod sync;
 pub mod units;
 pub mod volume;

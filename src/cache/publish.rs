@@ -6,13 +6,13 @@
 
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
 use super::log::META_FILE;
 use super::meta::Record;
 use super::states::Content;
 use super::{Base, Cache, CacheError, LogFile, RAW_FILE};
 use crate::disk::DiskFile;
+use crate::sync::Ordering;
 use crate::units::ChunkIndex;
 
 /// Where chunks are copied before a write changes them under a publish.

@@ -122,11 +122,11 @@ impl State {
             Event::Write { node, offset, bytes } => {
                 let (file, at) = (&mut self.files[*node], usize::try_from(*offset).unwrap());
                 if file.len() < at + bytes.len() {
-                    file.resize(at + bytes.len(), 0);
+                    set_len(file, at + bytes.len());
                 }
                 file[at..at + bytes.len()].copy_from_slice(bytes);
             }
-            Event::SetLen { node, len } => self.files[*node].resize(usize::try_from(*len).unwrap(), 0),
+            Event::SetLen { node, len } => set_len(&mut self.files[*node], usize::try_from(*len).unwrap()),
             Event::Punch { node, range } => {
                 let file = &mut self.files[*node];
                 let end = usize::try_from(range.end()).unwrap().min(file.len());
@@ -145,6 +145,13 @@ impl State {
             Event::Sync { .. } | Event::SyncDir { .. } => {}
         }
     }
+}
+
+/// Cuts a file or extends it by zeros; all at once, for byte by byte takes long without optimisation.
+fn set_len(file: &mut Vec<u8>, len: usize) {
+    let more = len.saturating_sub(file.len());
+    file.truncate(len);
+    file.extend_from_slice(&vec![0; more]);
 }
 
 /// A small generator of even chances; its seed names a case.
