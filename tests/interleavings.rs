@@ -381,6 +381,8 @@ fn a_failed_sync_fails_every_flush_that_shared_it_and_all_after() {
         let fails =
             |result: Result<(), CacheError>| assert!(matches!(result, Err(CacheError::Failed(_))), "{result:?}");
         thread::scope(|s| {
+            // Three, so that two may wait for one barrier.
+            s.spawn(|| fails(world.cache.flush()));
             s.spawn(|| fails(world.cache.flush()));
             s.spawn(|| fails(world.cache.flush()));
             s.spawn(|| drop(world.try_write(3, Whole, 9)));
