@@ -9,10 +9,12 @@ setup:
 
 test: setup
 	cargo test --locked --no-fail-fast
+	cargo test --locked --no-fail-fast --features shuttle --test interleavings
 
 check:
 	cargo fmt --check
 	cargo clippy --locked --all-targets -- -D warnings
+	cargo clippy --locked --features shuttle --test interleavings -- -D warnings
 	RUSTDOCFLAGS="-D warnings" cargo doc --locked --no-deps
 
 fmt:

@@ -13,5 +13,6 @@ pub mod nbd;
 pub mod sabotage;
 pub mod server;
 pub mod store;
+pub mod sync;
 pub mod units;
 pub mod volume;

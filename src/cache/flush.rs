@@ -3,11 +3,10 @@
 //! A flush that arrives while a barrier is under way waits for the next one: the running one may have begun before
 //! the writes that this flush must cover were complete.
 
-use parking_lot::{Condvar, Mutex};
-
 use super::log::META_FILE;
 use super::{Cache, CacheError, LogFile};
 use crate::sabotage::{Rule, breaks};
+use crate::sync::{Condvar, Mutex};
 
 /// Numbers the barriers: who asks waits until one that began after it asked has ended.
 #[derive(Debug, Default)]

@@ -9,7 +9,7 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 
 use crate::disk::{self, Disk};
-use crate::manifest::format::json_problem;
+use crate::manifest::format::from_json;
 use crate::units::{ExportId, Generation, SnapshotId};
 
 /// The file's name in the export's cache folder.
@@ -72,8 +72,13 @@ pub enum JournalError {
     #[error("its version is {0}, this server knows {VERSION}: use the server that wrote it")]
     Version(u64),
     /// It belongs to another export.
-    #[error("it is of export {0}")]
+    #[error("its export_id is {0}, which is another export")]
     OtherExport(ExportId),
+}
+
+#[derive(Deserialize)]
+struct Versioned {
+    version: u64,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -97,16 +102,14 @@ impl Journal {
     /// # Errors
     /// [`JournalError`].
     pub fn decode(bytes: &[u8], export_id: &ExportId) -> Result<Self, JournalError> {
-        let damaged = |e: serde_json::Error| JournalError::Damaged(json_problem(&e));
-        let value: serde_json::Value = serde_json::from_slice(bytes).map_err(damaged)?;
-        match value.get("version").and_then(serde_json::Value::as_u64) {
-            Some(VERSION) => {}
-            Some(other) => return Err(JournalError::Version(other)),
-            None => return Err(JournalError::Damaged("no version".into())),
+        // The version first: another one may have other fields.
+        let version = from_json::<Versioned>(bytes).map_err(JournalError::Damaged)?.version;
+        if version != VERSION {
+            return Err(JournalError::Version(version));
         }
-        let file: File = serde_json::from_value(value).map_err(damaged)?;
+        let file: File = from_json(bytes).map_err(JournalError::Damaged)?;
         if file.checksum != file.journal.checksum() {
-            return Err(JournalError::Damaged("checksum".into()));
+            return Err(JournalError::Damaged("its checksum is not that of its journal".into()));
         }
         if file.journal.export_id != *export_id {
             return Err(JournalError::OtherExport(file.journal.export_id));

@@ -28,6 +28,8 @@ const MAGIC: &[u8; 8] = b"NBDCACHE";
 const VERSION: u32 = 1;
 const HASH_AT: usize = HEADER_BYTES - 32;
 const ID_AT: usize = 128;
+/// No log comes near it; so counting on from a number in a file never overflows.
+const MAX_SEQ: u64 = 1 << 62;
 
 /// Why a `cache.meta` cannot be used. The texts name the field; the caller adds the path.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -100,15 +102,22 @@ impl Record {
         }
     }
 
-    fn from_parts(kind: u8, value: u64) -> Option<Self> {
-        Some(match kind {
-            0..=3 => Self::Mark(ChunkIndex(u32::try_from(value).ok()?), ChunkState::from_durable_bits(kind)?.content()),
-            8 => Self::Seal(value),
-            9 => Self::Cut,
-            10 => Self::Uncut,
-            11 => Self::CleanStop,
-            _ => return None,
-        })
+    /// What record `seq` says, or what in it is wrong.
+    fn from_parts(seq: u64, kind: u8, value: u64) -> Result<Self, String> {
+        let content = ChunkState::from_durable_bits(kind).map(ChunkState::content);
+        match (kind, content) {
+            (0..=3, Some(content)) => {
+                let chunk = u32::try_from(value).map_err(|_| format!("chunk {value}"))?;
+                Ok(Self::Mark(ChunkIndex(chunk), content))
+            }
+            (8, _) if value >= seq => Err(format!("it seals marks up to {value}, which come after it")),
+            (8, _) => Ok(Self::Seal(value)),
+            (9..=11, _) if value != 0 => Err(format!("its value is {value}, but should be 0")),
+            (9, _) => Ok(Self::Cut),
+            (10, _) => Ok(Self::Uncut),
+            (11, _) => Ok(Self::CleanStop),
+            _ => Err(format!("kind {kind}")),
+        }
     }
 
     /// The record's 32 bytes. `epoch` ties it to its file, so that a stale block of another one never passes.
@@ -125,11 +134,13 @@ impl Record {
         bytes
     }
 
-    fn decode(bytes: &[u8], epoch: u64) -> Option<(u64, u64, Self)> {
+    /// The numbers of a record that is whole, and what it says; what was never written whole is `None`.
+    fn decode(bytes: &[u8], epoch: u64) -> Option<(u64, u64, Result<Self, String>)> {
         if bytes.len() != RECORD_BYTES || bytes[28..32] != record_check(&bytes[..28], epoch) {
             return None;
         }
-        Some((u64_at(bytes, 0), u64_at(bytes, 8), Self::from_parts(bytes[24], u64_at(bytes, 16))?))
+        let seq = u64_at(bytes, 0);
+        Some((seq, u64_at(bytes, 8), Self::from_parts(seq, bytes[24], u64_at(bytes, 16))))
     }
 }
 
@@ -261,16 +272,19 @@ fn decode_header(bytes: &[u8]) -> Result<(Header, usize, [u8; 32], u64), MetaErr
     let id = bytes.get(ID_AT..).and_then(|rest| rest.get(..id_len.min(HASH_AT))).unwrap_or_default();
     let id = std::str::from_utf8(id).ok().and_then(|id| id.parse().ok());
     let export_id: ExportId = id.ok_or_else(|| damaged("the export id in its header"))?;
-    let header = Header {
-        export_id,
-        geometry,
-        base: Base {
-            snapshot: (snapshot != [0; 16]).then(|| SnapshotId::from_bytes(snapshot)),
-            generation: Generation(u64_at(bytes, 32)),
-        },
-        boot_id,
-        first_seq: u64_at(bytes, 72),
+    let first_seq = u64_at(bytes, 72);
+    if !(1..=MAX_SEQ).contains(&first_seq) {
+        return Err(damaged(&format!("the number of the first log record in its header ({first_seq})")));
+    }
+    let base = Base {
+        snapshot: (snapshot != [0; 16]).then(|| SnapshotId::from_bytes(snapshot)),
+        generation: Generation(u64_at(bytes, 32)),
     };
+    if base.snapshot.is_none() && base.generation != Generation(0) {
+        let text = format!("the base in its header (generation {} without a snapshot)", base.generation);
+        return Err(damaged(&text));
+    }
+    let header = Header { export_id, geometry, base, boot_id, first_seq };
     let runs_len = usize::try_from(u64_at(bytes, 80)).map_err(|_| damaged("the length of its chunk states"))?;
     Ok((header, runs_len, runs_hash, epoch_of(hash.as_bytes())))
 }
@@ -291,10 +305,13 @@ fn decode_runs(runs: &[u8], chunk_count: u32) -> Result<Vec<ChunkState>, MetaErr
 
 fn decode_log(log: &[u8], first_seq: u64, epoch: u64) -> Result<Vec<(u64, Record)>, MetaError> {
     let mut records = Vec::new();
-    let mut expected = first_seq;
-    for (i, bytes) in log.chunks(RECORD_BYTES).enumerate() {
+    for (expected, (i, bytes)) in (first_seq..).zip(log.chunks(RECORD_BYTES).enumerate()) {
         match Record::decode(bytes, epoch) {
-            Some((seq, _, record)) if seq == expected => records.push((seq, record)),
+            // Whole, so no torn tail: what it says counts, or the file is refused.
+            Some((seq, _, record)) if seq == expected => {
+                let damaged = |problem| MetaError::Damaged(format!("record {seq} of its log ({problem})"));
+                records.push((seq, record.map_err(damaged)?));
+            }
             _ => {
                 // A record stands where its number says; what else passes for one is left from an older use of the file.
                 let later = (expected..).zip(log[i * RECORD_BYTES..].chunks(RECORD_BYTES));
@@ -305,7 +322,6 @@ fn decode_log(log: &[u8], first_seq: u64, epoch: u64) -> Result<Vec<(u64, Record
                 break;
             }
         }
-        expected = expected.checked_add(1).ok_or_else(|| MetaError::Damaged("the numbering of its log".into()))?;
     }
     Ok(records)
 }

@@ -23,13 +23,11 @@ pub mod states;
 
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::AtomicBool;
-use std::sync::{Arc, OnceLock};
-
-use parking_lot::{Mutex, RwLock};
+use std::sync::Arc;
 
 use crate::disk::{Disk, DiskFile};
 use crate::sabotage::{Rule, breaks};
+use crate::sync::{AtomicBool, Mutex, MutexGuard, OnceLock, RwLock};
 use crate::units::{ByteRange, ChunkIndex, ExportId, Geometry};
 use flush::FlushBarrier;
 use log::{MetaLog, Roomy};
@@ -438,7 +436,7 @@ impl Cache {
         self.raw.write_at(data, range.offset()).map_err(|e| self.error("write", RAW_FILE, e))
     }
 
-    fn stripe(&self, chunk: ChunkIndex) -> parking_lot::MutexGuard<'_, ()> {
+    fn stripe(&self, chunk: ChunkIndex) -> MutexGuard<'_, ()> {
         self.stripes[chunk.slot() % STRIPES].lock()
     }
 

@@ -2,10 +2,7 @@
 
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::AtomicBool;
-use std::sync::{Arc, OnceLock};
-
-use parking_lot::{Mutex, RwLock};
+use std::sync::Arc;
 
 use super::flush::FlushBarrier;
 use super::journal;
@@ -17,6 +14,7 @@ use super::states::{ChunkState, ChunkStates, Content};
 use super::{Base, Cache, CacheError, Log, LogFile, RAW_FILE, STRIPES, disk_error};
 use crate::disk::{self, Disk, DiskFile};
 use crate::sabotage::{Rule, breaks};
+use crate::sync::{AtomicBool, Mutex, OnceLock, RwLock};
 use crate::units::{ByteRange, ExportId, Geometry};
 
 /// Where the note of a clone's seed is written before it takes its place.

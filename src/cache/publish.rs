@@ -6,7 +6,6 @@
 
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
 use super::log::{META_FILE, MetaLog};
 use super::meta::Record;
@@ -14,6 +13,7 @@ use super::states::Content;
 use super::{Base, Cache, CacheError, LogFile, RAW_FILE};
 use crate::disk::DiskFile;
 use crate::sabotage::{Rule, breaks};
+use crate::sync::Ordering;
 use crate::units::ChunkIndex;
 
 /// Where chunks are copied before a write changes them under a publish.

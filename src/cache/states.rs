@@ -4,8 +4,7 @@
 //! (or the whole gate), and only after `cache.meta` has the mark, so that what is seen here is never ahead of what a
 //! crash would find.
 
-use std::sync::atomic::{AtomicU8, Ordering};
-
+use crate::sync::{AtomicU8, Ordering};
 use crate::units::ChunkIndex;
 
 /// What the cache holds of a chunk.

@@ -14,7 +14,7 @@ use serde::{Deserialize, Deserializer};
 use super::{Entry, Manifest};
 use crate::store::Key;
 use crate::store::keys::ExportRoot;
-use crate::units::{ByteRange, ChunkIndex, ExportId, Generation, Geometry, MAX_CHUNKS, SnapshotId};
+use crate::units::{ByteRange, ChunkIndex, ExportId, Generation, Geometry, MAX_CHUNKS, SnapshotId, UnitError};
 
 const VERSION: u64 = 2;
 /// The most characters of a text from a file that an error repeats.
@@ -58,7 +58,7 @@ struct RawManifest<'a> {
     chunk_size: u64,
     chunk_count: u64,
     #[serde(default)]
-    created_at: String,
+    created_at: Option<String>,
     #[serde(default)]
     parent_snapshot_id: Option<SnapshotId>,
     #[serde(default, borrow)]
@@ -118,9 +118,22 @@ pub(super) fn shown(text: &str) -> String {
     format!("{:?}", text.chars().take(MAX_SHOWN_CHARS).collect::<String>())
 }
 
+/// Reads a file's JSON.
+///
+/// # Errors
+/// What is wrong with it, by field, line and column.
+pub fn from_json<'a, T: Deserialize<'a>>(bytes: &'a [u8]) -> Result<T, String> {
+    serde_json::from_slice(bytes).map_err(|error| {
+        // Read once more for the name of the field, which is not worth its time in a file that is in order.
+        let located = serde_path_to_error::deserialize::<_, T>(&mut serde_json::Deserializer::from_slice(bytes));
+        let path = located.err().map(|e| e.path().to_string()).filter(|path| path != ".");
+        let field = path.map(|path| path.chars().take(MAX_SHOWN_CHARS).chain(": ".chars()).collect::<String>());
+        field.unwrap_or_default() + &json_problem(&error)
+    })
+}
+
 /// What a JSON parser says of a file, without the texts from the file that it would repeat whole.
-#[must_use]
-pub fn json_problem(error: &serde_json::Error) -> String {
+fn json_problem(error: &serde_json::Error) -> String {
     let text = error.to_string();
     let start = &text[..text.floor_char_boundary(MAX_PROBLEM_BYTES)];
     if start.len() == text.len() {
@@ -149,13 +162,13 @@ fn decode_fields(
     expected: Option<Geometry>,
     root: &ExportRoot,
 ) -> Result<Manifest, String> {
-    let not_a_manifest = |e: serde_json::Error| format!("not a manifest: {}", json_problem(&e));
-    let version = serde_json::from_slice::<Versioned>(bytes).map_err(not_a_manifest)?.version;
+    let not_a_manifest = |problem: String| format!("not a manifest: {problem}");
+    let version = from_json::<Versioned>(bytes).map_err(not_a_manifest)?.version;
     if version != VERSION {
         return Err(format!("its version is {version}, this server knows {VERSION}: use the tool that wrote it"));
     }
-    let raw: RawManifest<'_> = serde_json::from_slice(bytes).map_err(not_a_manifest)?;
-    let geometry = Geometry::new(raw.image_size, raw.chunk_size).map_err(|e| e.to_string())?;
+    let raw: RawManifest<'_> = from_json(bytes).map_err(not_a_manifest)?;
+    let geometry = geometry_of(raw.image_size, raw.chunk_size)?;
     same("export_id", shown(&raw.export_id), shown(export_id.as_str()))?;
     if let Some(expected) = expected {
         same("image_size", geometry.image_size(), expected.image_size())?;
@@ -185,8 +198,10 @@ fn decode_fields(
     let mut entries: Vec<Entry> = Vec::with_capacity(raw.entries.len());
     for (i, entry) in raw.entries.iter().enumerate() {
         let previous = entries.last().map(|e| e.chunk);
-        let decoded = decode_entry(entry, geometry, previous)
-            .and_then(|(chunk, hash)| Ok(Entry { chunk, blob: position(&entry.blob)?, offset: entry.offset, hash }));
+        let decoded = decode_entry(entry, geometry, previous).and_then(|(chunk, hash)| {
+            let blob = position(&entry.blob).map_err(|e| format!("ref: {e}"))?;
+            Ok(Entry { chunk, blob, offset: entry.offset, hash })
+        });
         entries.push(decoded.map_err(|e| format!("entries[{i}]: {e}"))?);
     }
     check_overlap(&entries, geometry)?;
@@ -194,11 +209,19 @@ fn decode_fields(
         export_id: export_id.clone(),
         generation: Generation(raw.generation),
         geometry,
-        created_at: raw.created_at,
+        created_at: raw.created_at.unwrap_or_default(),
         parent: raw.parent_snapshot_id,
         base,
         blobs,
         entries,
+    })
+}
+
+/// The geometry that two fields of a file make.
+pub(super) fn geometry_of(image_size: u64, chunk_size: u64) -> Result<Geometry, String> {
+    Geometry::new(image_size, chunk_size).map_err(|e| match e {
+        UnitError::ChunkSize(_) => format!("chunk_size: {e}"),
+        _ => format!("image_size: {e}"),
     })
 }
 
@@ -241,7 +264,10 @@ fn check_overlap(entries: &[Entry], geometry: Geometry) -> Result<(), String> {
         let (a, b) = (pair[0], pair[1]);
         let shared = a.offset == b.offset && end(a) == end(b) && a.hash == b.hash;
         if a.blob == b.blob && b.offset < end(a) && !shared {
-            return Err(format!("entries of chunks {} and {} overlap in their blob", a.chunk, b.chunk));
+            return Err(format!(
+                "entries of chunks {} and {} overlap in their blob: the offset of one is wrong",
+                a.chunk, b.chunk
+            ));
         }
     }
     Ok(())

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 
-use super::format::{FormatError, Versioned, json_problem, shown};
+use super::format::{FormatError, Versioned, from_json, geometry_of, shown};
 use crate::store::Key;
 use crate::units::{ExportId, Generation, Geometry, SnapshotId};
 
@@ -36,7 +36,7 @@ impl CloneSeed {
     /// # Errors
     /// What is wrong with it.
     pub fn decode(bytes: &[u8]) -> Result<Self, String> {
-        serde_json::from_slice(bytes).map_err(|e| format!("not a clone seed: {}", json_problem(&e)))
+        from_json(bytes).map_err(|problem| format!("not a clone seed: {problem}"))
     }
 }
 
@@ -82,15 +82,10 @@ struct RawHead {
     current_snapshot_id: Option<SnapshotId>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     clone_seed: Option<CloneSeed>,
-    #[serde(default, skip_serializing_if = "is_zero")]
-    revision: u64,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    revision: Option<u64>,
     #[serde(flatten, skip_deserializing)]
     others: BTreeMap<String, Other>,
-}
-
-#[allow(clippy::trivially_copy_pass_by_ref, reason = "the signature that serde calls")]
-fn is_zero(revision: &u64) -> bool {
-    *revision == 0
 }
 
 impl Head {
@@ -122,7 +117,7 @@ impl Head {
             chunk_size: self.geometry.chunk_size(),
             current_snapshot_id: self.current,
             clone_seed: self.seed.clone(),
-            revision: self.revision,
+            revision: Some(self.revision).filter(|revision| *revision != 0),
             others: self.others.clone(),
         })
     }
@@ -133,27 +128,27 @@ impl Head {
     /// [`FormatError`] naming the object and the field.
     pub fn decode(bytes: &[u8], export_id: &ExportId, key: &Key) -> Result<Self, FormatError> {
         let refused = |problem: String| FormatError { key: key.to_string(), problem };
-        let not_a_head = |e: serde_json::Error| refused(format!("not a volume head: {}", json_problem(&e)));
+        let not_a_head = |problem: String| refused(format!("not a volume head: {problem}"));
         // The version first: another one may have other fields.
-        let version = serde_json::from_slice::<Versioned>(bytes).map_err(not_a_head)?.version;
+        let version = from_json::<Versioned>(bytes).map_err(not_a_head)?.version;
         if version != VERSION {
             let text = format!("its version is {version}, this server knows {VERSION}: use the tool that wrote it");
             return Err(refused(text));
         }
-        let raw: RawHead = serde_json::from_slice(bytes).map_err(not_a_head)?;
+        let raw: RawHead = from_json(bytes).map_err(not_a_head)?;
         if raw.export_id != export_id.as_str() {
             let found = shown(&raw.export_id);
             return Err(refused(format!("export_id is {found}, but should be \"{export_id}\"")));
         }
-        let geometry = Geometry::new(raw.image_size, raw.chunk_size).map_err(|e| refused(e.to_string()))?;
-        let mut others: BTreeMap<String, Other> = serde_json::from_slice(bytes).map_err(not_a_head)?;
+        let geometry = geometry_of(raw.image_size, raw.chunk_size).map_err(refused)?;
+        let mut others: BTreeMap<String, Other> = from_json(bytes).map_err(not_a_head)?;
         others.retain(|field, _| !OWN_FIELDS.contains(&field.as_str()));
         Ok(Self {
             export_id: export_id.clone(),
             geometry,
             current: raw.current_snapshot_id,
             seed: raw.clone_seed,
-            revision: raw.revision,
+            revision: raw.revision.unwrap_or(0),
             others,
         })
     }
@@ -182,11 +177,11 @@ impl CurrentRef {
     /// # Errors
     /// [`FormatError`] naming the object and the field.
     pub fn decode(bytes: &[u8], key: &Key) -> Result<Self, FormatError> {
-        let refused = |e: serde_json::Error| FormatError {
+        let refused = |problem: String| FormatError {
             key: key.to_string(),
-            problem: format!("not a reference to the current snapshot: {}", json_problem(&e)),
+            problem: format!("not a reference to the current snapshot: {problem}"),
         };
-        let current: Self = serde_json::from_slice(bytes).map_err(refused)?;
+        let current: Self = from_json(bytes).map_err(refused)?;
         if current.generation == Generation(0) {
             let problem = "generation is 0, but a published snapshot has at least 1".to_owned();
             return Err(FormatError { key: key.to_string(), problem });

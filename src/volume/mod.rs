@@ -14,7 +14,7 @@ mod ancestry;
 mod fill;
 mod objects;
 mod open;
-mod order;
+pub mod order;
 mod publish;
 mod recover;
 pub mod registry;

@@ -166,11 +166,14 @@ impl Services {
                 let noted = noted
                     .map_err(|e| e.to_string())
                     .and_then(|bytes| CloneSeed::decode(&bytes.ok_or_else(|| "it is missing".to_owned())?));
-                let seed = noted.ok().filter(|seed| seed.source_snapshot_id == snapshot).ok_or_else(|| {
+                let other = |seed: &CloneSeed| format!("source_snapshot_id is {}", seed.source_snapshot_id);
+                let fits =
+                    |seed: CloneSeed| if seed.source_snapshot_id == snapshot { Ok(seed) } else { Err(other(&seed)) };
+                let seed = noted.and_then(fits).map_err(|problem| {
                     let path = path.display();
-                    ExportError::Damaged(
-                        format!("{path} does not name snapshot {snapshot}, on which the cache stands").into(),
-                    )
+                    let text =
+                        format!("{path} does not name snapshot {snapshot}, on which the cache stands: {problem}");
+                    ExportError::Damaged(text.into())
                 })?;
                 Head::new(id, geometry, Some(seed))
             }

@@ -4,15 +4,15 @@
 //! one, the old write must not land on top of that, however late its chunk arrives. So each change stands in line from
 //! its arrival to its end, and one that overlaps earlier ones waits for them. Changes that do not overlap never meet.
 
-use parking_lot::Mutex;
 use tokio::sync::watch;
 
 use crate::sabotage::{Rule, breaks};
+use crate::sync::Mutex;
 use crate::units::ByteRange;
 
 /// The changes under way, in the order of their arrival. Front ends bound how many there are.
 #[derive(Debug, Default)]
-pub(super) struct Order(Mutex<Line>);
+pub struct Order(Mutex<Line>);
 
 #[derive(Debug, Default)]
 struct Line {
@@ -30,14 +30,14 @@ struct Place {
 
 /// A change's place in the line; the next one may go when it is dropped.
 #[derive(Debug)]
-pub(super) struct Turn<'a> {
+pub struct Turn<'a> {
     order: &'a Order,
     ticket: u64,
 }
 
 impl Order {
     /// Joins the line, and returns once no earlier change of a byte of `range` is under way.
-    pub(super) async fn turn(&self, range: ByteRange) -> Turn<'_> {
+    pub async fn turn(&self, range: ByteRange) -> Turn<'_> {
         let (turn, before) = {
             let line = &mut *self.0.lock();
             let ticket = line.next_ticket;
