@@ -90,6 +90,25 @@ async fn an_export_is_created_listed_described_and_unloaded() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn every_answer_with_a_body_ends_its_line() {
+    let api = Served::start().await;
+    api.create("vm");
+    for (method, path) in [
+        ("GET", "/v1/exports"),
+        ("GET", "/v1/exports/vm/status"),
+        ("POST", "/v1/exports/vm/snapshot"),
+        ("POST", "/v1/exports/vm/compact"),
+        ("POST", "/v1/exports/vm/cache/reset"),
+        ("GET", "/v1/exports/no/status"),
+        ("GET", "/nowhere"),
+    ] {
+        let body = api.call(method, path, "").body;
+        let lines = body.iter().filter(|byte| **byte == b'\n').count();
+        assert_eq!((lines, body.last()), (1, Some(&b'\n')), "{path}: {}", String::from_utf8_lossy(&body));
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_snapshot_of_nothing_creates_nothing_and_says_so() {
     let api = Served::start().await;
     api.create("vm");

@@ -4,7 +4,6 @@
 
 use std::future::Future;
 
-use axum::Json;
 use axum::Router;
 use axum::extract::State;
 use axum::http::StatusCode;
@@ -13,6 +12,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 
 use super::Api;
+use super::answer::Line;
 use super::body::{self, Fields, Named};
 use super::problem::{Code, Problem};
 use crate::units::{ExportId, Generation, Geometry, SnapshotId};
@@ -32,8 +32,8 @@ pub(super) fn routes() -> Router<Api> {
         .route("/v1/exports/{id}/cache/reset", post(reset))
 }
 
-type Answer<T> = Result<Json<T>, Problem>;
-type Created<T> = Result<(StatusCode, Json<T>), Problem>;
+type Answer<T> = Result<Line<T>, Problem>;
+type Created<T> = Result<(StatusCode, Line<T>), Problem>;
 
 /// Runs an operation to its end whether or not anybody waits for the answer.
 async fn to_the_end<T: Send + 'static>(
@@ -49,8 +49,8 @@ async fn to_the_end<T: Send + 'static>(
     }
 }
 
-async fn list(State(api): State<Api>) -> Json<Vec<Summary>> {
-    Json(api.registry.list().into_iter().map(Summary::from).collect())
+async fn list(State(api): State<Api>) -> Line<Vec<Summary>> {
+    Line(api.registry.list().into_iter().map(Summary::from).collect())
 }
 
 #[derive(Deserialize)]
@@ -70,7 +70,7 @@ async fn create(State(api): State<Api>, Fields(fields): Fields<CreateFields>) ->
     };
     let geometry = Geometry::new(size, chunk_size)?;
     let status = to_the_end(async move { api.registry.create(id, geometry).await }).await?;
-    Ok((StatusCode::CREATED, Json(status.into())))
+    Ok((StatusCode::CREATED, Line(status.into())))
 }
 
 #[derive(Deserialize)]
@@ -84,7 +84,7 @@ async fn open(State(api): State<Api>, Fields(fields): Fields<OpenFields>) -> Ans
     let id = body::export_id("export_id", &fields.export_id)?;
     let read_only = fields.read_only.as_deref().map(|raw| body::flag("read_only", raw)).transpose()?.unwrap_or(false);
     let status = to_the_end(async move { api.registry.open(id, read_only).await }).await?;
-    Ok(Json(status.into()))
+    Ok(Line(status.into()))
 }
 
 #[derive(Deserialize)]
@@ -101,11 +101,11 @@ async fn clone(State(api): State<Api>, Fields(fields): Fields<CloneFields>) -> C
     let snapshot =
         fields.source_snapshot_id.as_deref().map(|raw| body::snapshot_id("source_snapshot_id", raw)).transpose()?;
     let status = to_the_end(async move { api.registry.clone_export(id, source, snapshot).await }).await?;
-    Ok((StatusCode::CREATED, Json(status.into())))
+    Ok((StatusCode::CREATED, Line(status.into())))
 }
 
 async fn status(State(api): State<Api>, Named(id): Named) -> Answer<Status> {
-    Ok(Json(api.registry.status(&id).await?.into()))
+    Ok(Line(api.registry.status(&id).await?.into()))
 }
 
 /// The body of a call that takes no fields.
@@ -116,13 +116,13 @@ struct NoFields {}
 async fn snapshot(State(api): State<Api>, Named(id): Named, _: Fields<NoFields>) -> Answer<Snapshotted> {
     let published = to_the_end(async move { api.registry.snapshot(&id).await }).await?;
     let Published { created, generation, snapshot_id } = published;
-    Ok(Json(Snapshotted { snapshot_created: created, generation, snapshot_id }))
+    Ok(Line(Snapshotted { snapshot_created: created, generation, snapshot_id }))
 }
 
 async fn compact(State(api): State<Api>, Named(id): Named, _: Fields<NoFields>) -> Answer<Compacted> {
     let published = to_the_end(async move { api.registry.compact(&id).await }).await?;
     let Published { created: _, generation, snapshot_id } = published;
-    Ok(Json(Compacted { generation, snapshot_id }))
+    Ok(Line(Compacted { generation, snapshot_id }))
 }
 
 async fn reset(State(api): State<Api>, Named(id): Named, _: Fields<NoFields>) -> Answer<Status> {
@@ -130,7 +130,7 @@ async fn reset(State(api): State<Api>, Named(id): Named, _: Fields<NoFields>) ->
         api.registry.reset(&id).await?;
         api.registry.status(&id).await
     });
-    Ok(Json(after.await?.into()))
+    Ok(Line(after.await?.into()))
 }
 
 async fn unload(State(api): State<Api>, Named(id): Named) -> Result<StatusCode, Problem> {
