@@ -74,7 +74,7 @@ async fn an_export_is_created_listed_described_and_unloaded() {
     let expected = json!({
         "export_id": "vm-2", "image_size": 10_485_761, "chunk_size": 65536, "chunk_count": 161,
         "read_only": false, "resident_chunks": 0, "dirty_chunks": 0, "corrupt_fetches": 0, "snapshot_generation": 0, "remote_head_generation": 0,
-        "current_snapshot_id": null, "operation_state": "idle", "state": "ready",
+        "current_snapshot_id": null, "operation_state": "idle", "store": {"reachable": true}, "state": "ready",
     });
     assert_eq!(created.json(), expected);
     assert_eq!(api.call("GET", "/v1/exports/vm-2/status", "").json(), expected);

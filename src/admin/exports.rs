@@ -8,6 +8,7 @@ use axum::Router;
 use axum::extract::State;
 use axum::http::StatusCode;
 use axum::routing::{delete, get, post};
+use chrono::{DateTime, SecondsFormat, Utc};
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 
@@ -16,6 +17,7 @@ use super::answer::Line;
 use super::body::{self, Fields, Named};
 use super::problem::{Code, Problem};
 use crate::units::{ExportId, Generation, Geometry, SnapshotId};
+use crate::volume::Outage;
 use crate::volume::registry::{ExportError, ExportStatus, ExportSummary, Published};
 
 pub(super) fn routes() -> Router<Api> {
@@ -165,6 +167,27 @@ impl From<Option<String>> for Health {
     }
 }
 
+/// How the last request to the store went, of whichever export.
+#[derive(Serialize)]
+struct StoreHealth {
+    /// Whether it had an answer.
+    reachable: bool,
+    /// Since when there is none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    since: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    last_error: Option<String>,
+}
+
+impl From<Option<Outage>> for StoreHealth {
+    fn from(outage: Option<Outage>) -> Self {
+        let reachable = outage.is_none();
+        let rfc3339 = |at| DateTime::<Utc>::from(at).to_rfc3339_opts(SecondsFormat::Secs, true);
+        let (since, last_error) = outage.map(|outage| (rfc3339(outage.since), outage.last_error)).unzip();
+        Self { reachable, since, last_error }
+    }
+}
+
 #[derive(Serialize)]
 struct Summary {
     export_id: ExportId,
@@ -203,6 +226,7 @@ struct Status {
     remote_head_generation: Generation,
     current_snapshot_id: Option<SnapshotId>,
     operation_state: &'static str,
+    store: StoreHealth,
     #[serde(flatten)]
     state: Health,
 }
@@ -222,6 +246,7 @@ impl From<ExportStatus> for Status {
             remote_head_generation: export.remote_head_generation,
             current_snapshot_id: export.current_snapshot_id,
             operation_state: export.operation.as_str(),
+            store: export.store_outage.into(),
             state: export.failed.into(),
         }
     }
