@@ -104,7 +104,7 @@ pub struct Serve {
     #[arg(long, value_name = "ID", env = "NBD_SERVER_R2_ACCOUNT_ID")]
     r2_account_id: Option<String>,
 
-    /// How long a read of missing data waits for a store that does not answer
+    /// How long a read of missing data, or the start, waits for a store that does not answer
     #[arg(
         long,
         value_name = "SECONDS",
@@ -164,7 +164,7 @@ pub struct Config {
     pub chunk_bytes: u64,
     /// Where published snapshots live.
     pub store: StoreConfig,
-    /// How long a read waits for a store that does not answer.
+    /// How long a read, or the start, waits for a store that does not answer.
     pub store_timeout: Duration,
     /// How much is logged.
     pub log_level: LogLevel,

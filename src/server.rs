@@ -32,7 +32,7 @@ use crate::nbd::{self, ListenError, PassedSocket};
 use crate::store::SharedStore;
 use crate::store::health::Health;
 use crate::store::local::LocalStore;
-use crate::store::probe::{ProbeError, probe};
+use crate::store::probe::ProbeError;
 use crate::store::remote::{RemoteConfigError, RemoteStore};
 use crate::store::retry::{RetryPolicy, Retrying};
 use crate::volume::Services;
@@ -255,9 +255,9 @@ async fn build_store(config: &Config, clock: &Arc<dyn Clock>) -> Result<SharedSt
             Arc::new(store.reporting_to(Arc::clone(&health)))
         }
     };
-    // Without retries: somebody who has just started a server wants to hear at once that the store is away.
-    probe(&*store, &config.export_root).await?;
-    Ok(Arc::new(Retrying::new(store, policy, Arc::clone(clock)).reporting_to(health)))
+    let store = Retrying::new(store, policy, Arc::clone(clock)).reporting_to(health);
+    store.probe(&config.export_root).await?;
+    Ok(Arc::new(store))
 }
 
 /// The signals that end a server.

@@ -8,11 +8,14 @@
 use std::fmt::Debug;
 use std::future::Future;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
 
 use super::health::{Health, Outage};
+use super::keys::ExportRoot;
+use super::probe::{ProbeError, probe};
 use super::{Body, BoxError, Condition, Key, Object, SharedStore, Store, StoreError, Version};
 use crate::clock::Clock;
 use crate::units::ByteRange;
@@ -169,6 +172,29 @@ impl Retrying {
         F: Future<Output = Result<T, StoreError>>,
     {
         self.policy.run(&*self.clock, &self.health, Request { operation, key }, overtime, attempt).await
+    }
+
+    /// Probes the store, as soon as it can be asked: an outage at start is waited for as any other, what the probe
+    /// then finds is final.
+    ///
+    /// # Errors
+    /// As [`probe`].
+    pub async fn probe(&self, root: &ExportRoot) -> Result<(), ProbeError> {
+        let told = AtomicBool::new(false);
+        let attempt = || async {
+            match probe(&*self.inner, root).await {
+                Err(ProbeError::Store(error)) => {
+                    let away = matches!(error, StoreError::Unavailable { .. });
+                    if away && !told.swap(true, Ordering::Relaxed) {
+                        let seconds = self.policy.limit.as_secs();
+                        tracing::warn!("the store does not answer yet, trying for up to {seconds} s: {error}");
+                    }
+                    Err(error)
+                }
+                verdict => Ok(verdict),
+            }
+        };
+        self.repeat("probe", root.prefix(), Overtime::Cut, attempt).await?
     }
 
     /// Of what is passed on once.
