@@ -14,6 +14,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
+use clap::builder::BoolishValueParser;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::admin::MAX_PATH_BYTES;
@@ -114,6 +115,11 @@ pub struct Serve {
     )]
     store_timeout: u64,
 
+    /// DANGEROUS: start even if the store ignores conditional writes. Two servers that publish the same export then
+    /// overwrite each other's images, and neither notices
+    #[arg(long, env = "NBD_SERVER_ALLOW_UNSAFE_STORE", value_parser = BoolishValueParser::new())]
+    allow_unsafe_store: bool,
+
     /// What is logged to stderr
     #[arg(long, value_name = "LEVEL", env = "NBD_SERVER_LOG_LEVEL", default_value = "info")]
     log_level: LogLevel,
@@ -166,6 +172,8 @@ pub struct Config {
     pub store: StoreConfig,
     /// How long a read, or the start, waits for a store that does not answer.
     pub store_timeout: Duration,
+    /// Whether a store is written to that the probe found unfit.
+    pub allow_unsafe_store: bool,
     /// How much is logged.
     pub log_level: LogLevel,
 }
@@ -248,6 +256,7 @@ impl Serve {
             chunk_bytes: self.chunk_size.0,
             store,
             store_timeout: Duration::from_secs(self.store_timeout),
+            allow_unsafe_store: self.allow_unsafe_store,
             log_level: self.log_level,
         })
     }

@@ -256,7 +256,13 @@ async fn build_store(config: &Config, clock: &Arc<dyn Clock>) -> Result<SharedSt
         }
     };
     let store = Retrying::new(store, policy, Arc::clone(clock)).reporting_to(health);
-    store.probe(&config.export_root).await?;
+    match store.probe(&config.export_root).await {
+        Err(unfit @ ProbeError::Unfit { .. }) if config.allow_unsafe_store => tracing::warn!(
+            "UNSAFE: {unfit}. --allow-unsafe-store is given, so the server starts nevertheless: as soon as a second \
+             server publishes an export of this one, images are lost without a word"
+        ),
+        judged => judged?,
+    }
     Ok(Arc::new(store))
 }
 

@@ -104,6 +104,7 @@ fn a_usage_error_ends_with_status_2_names_the_value_and_creates_nothing() {
         (&["--tls=on"], &["--tls on", "--tls-cert", "name a PEM file"]),
         (&["--tls=required", "--tls-cert=/c.pem"], &["--tls required", "--tls-key"]),
         (&["--tls-cert=/c.pem"], &["--tls-cert /c.pem", "--tls off", "--tls on"]),
+        (&["--allow-unsafe-store=perhaps"], &["perhaps", "--allow-unsafe-store"]),
         (&["--store-timeout=never"], &["never", "--store-timeout"]),
         (&["--log-level=loud"], &["loud", "error, warn, info, debug, trace"]),
     ] {

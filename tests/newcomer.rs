@@ -227,6 +227,7 @@ fn help_names_every_flag_with_its_environment_variable() {
         "region",
         "r2-account-id",
         "store-timeout",
+        "allow-unsafe-store",
     ] {
         assert!(help.contains(&format!("--{flag}")), "{flag}");
         let variable = format!("NBD_SERVER_{}", flag.replace('-', "_").to_uppercase());
