@@ -170,3 +170,26 @@ fn a_full_disk_costs_no_data_even_if_the_server_dies_on_it() {
     client.check(refused_at, CHUNK);
     server.stop();
 }
+
+#[test]
+fn a_server_that_dies_on_a_full_disk_starts_reads_and_flushes_on_it_again() {
+    let disk = SmallDisk::new();
+    let (mut server, mut client) = on_a_full_disk(&disk);
+    let refused_at = write_until_full(&mut client);
+    for _ in 0..2 {
+        server.kill9();
+        disk.fill();
+        server.start_again();
+        assert_eq!(status(&server)["state"], "ready");
+        client.move_to(&server);
+        client.check(0, refused_at);
+        client.flush();
+    }
+    assert_eq!(client.try_write(refused_at, &bytes(5, CHUNK)), ENOSPC);
+    client.flush();
+    disk.make_room();
+    client.write(refused_at, &bytes(6, CHUNK));
+    client.flush();
+    client.check(0, refused_at + CHUNK);
+    server.stop();
+}
