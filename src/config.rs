@@ -14,6 +14,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
+use clap::builder::BoolishValueParser;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::admin::MAX_PATH_BYTES;
@@ -104,7 +105,7 @@ pub struct Serve {
     #[arg(long, value_name = "ID", env = "NBD_SERVER_R2_ACCOUNT_ID")]
     r2_account_id: Option<String>,
 
-    /// How long a read of missing data waits for a store that does not answer
+    /// How long a read of missing data, or the start, waits for a store that does not answer
     #[arg(
         long,
         value_name = "SECONDS",
@@ -113,6 +114,11 @@ pub struct Serve {
         value_parser = clap::value_parser!(u64).range(1..=MAX_STORE_TIMEOUT_SECS)
     )]
     store_timeout: u64,
+
+    /// DANGEROUS: start even if the store ignores conditional writes. Two servers that publish the same export then
+    /// overwrite each other's images, and neither notices
+    #[arg(long, env = "NBD_SERVER_ALLOW_UNSAFE_STORE", value_parser = BoolishValueParser::new())]
+    allow_unsafe_store: bool,
 
     /// What is logged to stderr
     #[arg(long, value_name = "LEVEL", env = "NBD_SERVER_LOG_LEVEL", default_value = "info")]
@@ -164,8 +170,10 @@ pub struct Config {
     pub chunk_bytes: u64,
     /// Where published snapshots live.
     pub store: StoreConfig,
-    /// How long a read waits for a store that does not answer.
+    /// How long a read, or the start, waits for a store that does not answer.
     pub store_timeout: Duration,
+    /// Whether a store is written to that the probe found unfit.
+    pub allow_unsafe_store: bool,
     /// How much is logged.
     pub log_level: LogLevel,
 }
@@ -248,6 +256,7 @@ impl Serve {
             chunk_bytes: self.chunk_size.0,
             store,
             store_timeout: Duration::from_secs(self.store_timeout),
+            allow_unsafe_store: self.allow_unsafe_store,
             log_level: self.log_level,
         })
     }

@@ -30,8 +30,9 @@ use crate::disk::RealDisk;
 use crate::nbd::tls::{Tls, TlsError};
 use crate::nbd::{self, ListenError, PassedSocket};
 use crate::store::SharedStore;
+use crate::store::health::Health;
 use crate::store::local::LocalStore;
-use crate::store::probe::{ProbeError, probe};
+use crate::store::probe::ProbeError;
 use crate::store::remote::{RemoteConfigError, RemoteStore};
 use crate::store::retry::{RetryPolicy, Retrying};
 use crate::volume::Services;
@@ -241,6 +242,7 @@ fn own_cache_root(path: &Path) -> Result<(NewFolders, CacheLock), ServerError> {
 /// The store of a configuration, found fit for writing.
 async fn build_store(config: &Config, clock: &Arc<dyn Clock>) -> Result<SharedStore, ServerError> {
     let policy = RetryPolicy { limit: config.store_timeout, ..RetryPolicy::default() };
+    let health = Arc::new(Health::default());
     let store: SharedStore = match &config.store {
         StoreConfig::Local(root) => {
             let opened = LocalStore::open(root.clone(), Arc::clone(clock));
@@ -249,12 +251,19 @@ async fn build_store(config: &Config, clock: &Arc<dyn Clock>) -> Result<SharedSt
         StoreConfig::Memory => Arc::new(RemoteStore::memory()),
         StoreConfig::Remote(remote) => {
             let environment = |name: &str| std::env::var(name).ok();
-            Arc::new(RemoteStore::connect(remote, &environment, policy, Arc::clone(clock))?)
+            let store = RemoteStore::connect(remote, &environment, policy, Arc::clone(clock))?;
+            Arc::new(store.reporting_to(Arc::clone(&health)))
         }
     };
-    // Without retries: somebody who has just started a server wants to hear at once that the store is away.
-    probe(&*store, &config.export_root).await?;
-    Ok(Arc::new(Retrying::new(store, policy, Arc::clone(clock))))
+    let store = Retrying::new(store, policy, Arc::clone(clock)).reporting_to(health);
+    match store.probe(&config.export_root).await {
+        Err(unfit @ ProbeError::Unfit { .. }) if config.allow_unsafe_store => tracing::warn!(
+            "UNSAFE: {unfit}. --allow-unsafe-store is given, so the server starts nevertheless: as soon as a second \
+             server publishes an export of this one, images are lost without a word"
+        ),
+        judged => judged?,
+    }
+    Ok(Arc::new(store))
 }
 
 /// The signals that end a server.

@@ -5,17 +5,23 @@ mod common;
 
 use std::io::{BufReader, Read, Write};
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use common::hooked::Hooked;
 use common::http::{self, Response};
+use common::volumes::{self, Site};
 use nbd_server::admin::{self, Api, Limits, Socket};
+use nbd_server::disk::RealDisk;
+use nbd_server::volume::registry::Registry;
 use serde_json::{Value, json};
+use tempfile::TempDir;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
 /// A served API; the calls block, so tests run it on a runtime with threads of its own.
 struct Served {
-    _dir: tempfile::TempDir,
+    _dir: TempDir,
     socket: PathBuf,
     stop: watch::Sender<bool>,
     serving: JoinHandle<()>,
@@ -29,6 +35,10 @@ impl Served {
     async fn with(limits: Limits) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let registry = common::registry(&dir.path().join("cache")).await;
+        Self::over(registry, dir, limits).await
+    }
+
+    async fn over(registry: Arc<Registry>, dir: TempDir, limits: Limits) -> Self {
         let socket = dir.path().join("admin.sock");
         let bound = Socket::bind(&socket).await.unwrap();
         let (stop, stopped) = watch::channel(false);
@@ -74,7 +84,7 @@ async fn an_export_is_created_listed_described_and_unloaded() {
     let expected = json!({
         "export_id": "vm-2", "image_size": 10_485_761, "chunk_size": 65536, "chunk_count": 161,
         "read_only": false, "resident_chunks": 0, "dirty_chunks": 0, "corrupt_fetches": 0, "snapshot_generation": 0, "remote_head_generation": 0,
-        "current_snapshot_id": null, "operation_state": "idle", "state": "ready",
+        "current_snapshot_id": null, "operation_state": "idle", "store": {"reachable": true}, "state": "ready",
     });
     assert_eq!(created.json(), expected);
     assert_eq!(api.call("GET", "/v1/exports/vm-2/status", "").json(), expected);
@@ -87,6 +97,50 @@ async fn an_export_is_created_listed_described_and_unloaded() {
     let gone = api.call("DELETE", "/v1/exports/vm-2", "");
     assert_eq!((gone.status, gone.body.len()), (204, 0));
     api.refused("GET", "/v1/exports/vm-2/status", "", 404, "not-found");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_answer_with_a_body_ends_its_line() {
+    let api = Served::start().await;
+    api.create("vm");
+    for (method, path) in [
+        ("GET", "/v1/exports"),
+        ("GET", "/v1/exports/vm/status"),
+        ("POST", "/v1/exports/vm/snapshot"),
+        ("POST", "/v1/exports/vm/compact"),
+        ("POST", "/v1/exports/vm/cache/reset"),
+        ("GET", "/v1/exports/no/status"),
+        ("GET", "/nowhere"),
+    ] {
+        let body = api.call(method, path, "").body;
+        let lines = body.iter().filter(|byte| **byte == b'\n').count();
+        assert_eq!((lines, body.last()), (1, Some(&b'\n')), "{path}: {}", String::from_utf8_lossy(&body));
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_failed_sync_shows_in_status_and_list_with_its_reason() {
+    let disk = Hooked::new(RealDisk);
+    let mut site = Site::new();
+    let registry = site.start_on("here", Arc::new(disk.clone())).await;
+    let api = Served::over(Arc::clone(&registry), tempfile::tempdir().unwrap(), Limits::default()).await;
+    api.create("vm");
+    api.create("well");
+    let volume = registry.volume(&volumes::id("vm")).await.unwrap();
+    volumes::write(&volume, 0, 1, 4096).await;
+    disk.fail("sync", "cache.raw", std::io::ErrorKind::Other);
+    volume.flush().await.unwrap_err();
+    disk.serve_all();
+
+    let status = api.call("GET", "/v1/exports/vm/status", "").json();
+    assert_eq!((&status["state"], &status["operation_state"]), (&json!("failed"), &json!("idle")), "{status}");
+    let reason = status["reason"].as_str().unwrap();
+    assert!(reason.contains("sync") && reason.contains("restart"), "{reason}");
+    let list = api.call("GET", "/v1/exports", "").json();
+    assert_eq!((&list[0]["state"], &list[0]["reason"]), (&json!("failed"), &json!(reason)), "{list}");
+    assert_eq!((&list[1]["state"], list[1].get("reason")), (&json!("ready"), None), "no other export is hindered");
+    let detail = api.refused("POST", "/v1/exports/vm/snapshot", "", 503, "failed");
+    assert!(detail.contains("sync"), "{detail}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

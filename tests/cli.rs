@@ -104,6 +104,7 @@ fn a_usage_error_ends_with_status_2_names_the_value_and_creates_nothing() {
         (&["--tls=on"], &["--tls on", "--tls-cert", "name a PEM file"]),
         (&["--tls=required", "--tls-cert=/c.pem"], &["--tls required", "--tls-key"]),
         (&["--tls-cert=/c.pem"], &["--tls-cert /c.pem", "--tls off", "--tls on"]),
+        (&["--allow-unsafe-store=perhaps"], &["perhaps", "--allow-unsafe-store"]),
         (&["--store-timeout=never"], &["never", "--store-timeout"]),
         (&["--log-level=loud"], &["loud", "error, warn, info, debug, trace"]),
     ] {
@@ -199,16 +200,21 @@ fn an_admin_path_that_is_a_file_is_refused_and_kept() {
 }
 
 #[test]
-fn missing_credentials_and_a_store_that_is_away_are_said_at_once() {
+fn missing_credentials_are_said_at_once_and_a_store_that_is_away_within_store_timeout() {
     let dir = tempfile::tempdir().unwrap();
     let closed = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
     let endpoint = format!("--endpoint-url=http://{closed}");
-    let s3 = ["--storage-backend=s3", "--bucket=b", &endpoint];
+    let s3 = ["--storage-backend=s3", "--bucket=b", &endpoint, "--store-timeout=2"];
     refused_by_the_machine(dir.path(), &s3, &["credentials", "AWS_ACCESS_KEY_ID"]);
     let secret = "not-to-be-seen";
     let keys = [("AWS_ACCESS_KEY_ID", "id"), ("AWS_SECRET_ACCESS_KEY", secret)];
     let before = tree(dir.path());
-    let text = refused(serve(dir.path(), &s3).envs(keys), 1, &["error: ", &closed.to_string(), "network"]);
+    let started = Instant::now();
+    let told = "the store does not answer yet, trying for up to 2 s";
+    let parts = [told, "error: ", &closed.to_string(), "attempts", "network"];
+    let text = refused(serve(dir.path(), &s3).envs(keys), 1, &parts);
+    assert!(started.elapsed() < Duration::from_secs(20), "{:?}", started.elapsed());
+    assert_eq!(text.lines().count(), 2, "it is told once, and then the error: {text}");
     assert_eq!(tree(dir.path()), before);
     assert!(!text.contains(secret));
 }

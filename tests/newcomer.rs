@@ -4,7 +4,6 @@
 
 mod common;
 
-use std::collections::HashMap;
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
@@ -13,19 +12,11 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use common::moto::Moto;
-use common::server::{TestServer, nbd_server};
+use common::server::{TestServer, nbd_server, run};
 use serde_json::{Value, json};
 
 const GIB: u64 = 1 << 30;
 const MIB: u64 = 1 << 20;
-
-fn run(program: &str, args: &[&str]) -> String {
-    let output = Command::new(program).args(args).stdin(Stdio::null()).output();
-    let output = output.unwrap_or_else(|e| panic!("{program}: {e}; run `make setup`"));
-    let error = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "{program} {args:?}: {error}");
-    String::from_utf8(output.stdout).unwrap()
-}
 
 /// A sparse image with data at its start, in its middle, across chunks and at its end.
 fn make_image(path: &Path, size: u64) {
@@ -94,9 +85,7 @@ fn a_newcomers_session_works_on_the_embedded_store() {
 
 fn on_s3(moto: &Moto) -> TestServer {
     moto.create_bucket("disks");
-    let endpoint = moto.endpoint();
-    let args = ["--storage-backend", "s3", "--bucket", "disks", "--endpoint-url", &endpoint];
-    TestServer::start(&args, &[("AWS_ACCESS_KEY_ID", "test"), ("AWS_SECRET_ACCESS_KEY", "test-secret")])
+    TestServer::on_s3(&moto.endpoint(), "disks", &[])
 }
 
 #[test]
@@ -238,103 +227,10 @@ fn help_names_every_flag_with_its_environment_variable() {
         "region",
         "r2-account-id",
         "store-timeout",
+        "allow-unsafe-store",
     ] {
         assert!(help.contains(&format!("--{flag}")), "{flag}");
         let variable = format!("NBD_SERVER_{}", flag.replace('-', "_").to_uppercase());
         assert!(help.contains(&variable), "{variable}");
     }
-}
-
-const BLOCKS: u64 = 512;
-
-/// What the client saw: per block the last number replied to, and the last sent.
-#[derive(Default)]
-struct Seen {
-    acked: HashMap<u64, u64>,
-    issued: HashMap<u64, u64>,
-    last: u64,
-}
-
-/// Kills the server under load again and again; every number must be one between the last acknowledged and the last
-/// sent. `NBD_TEST_KILL_ROUNDS` sets how often.
-#[test]
-fn kill_9_under_load_loses_no_acknowledged_write() {
-    let rounds: u64 = std::env::var("NBD_TEST_KILL_ROUNDS").ok().and_then(|n| n.parse().ok()).unwrap_or(20);
-    let mut server = TestServer::start(&["--chunk-size", "65536"], &[]);
-    server.ok("POST", "/v1/exports/create", json!({"export_id": "disk", "size": BLOCKS * 4096}));
-    let mut seen = Seen::default();
-    for round in 0..rounds {
-        let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/clients/counters.py");
-        let mut client = Command::new("/usr/bin/python3")
-            .arg(script)
-            .args([server.nbd_uri("disk"), BLOCKS.to_string(), round.to_string(), seen.last.to_string()])
-            .stdout(Stdio::piped())
-            .stderr(Stdio::null())
-            .spawn()
-            .unwrap();
-        let lines = BufReader::new(client.stdout.take().unwrap()).lines();
-        let (started, has_started) = std::sync::mpsc::channel();
-        let reader = std::thread::Builder::new().spawn(move || {
-            let tell = |line: &String| {
-                if line == "connected" {
-                    started.send(()).unwrap();
-                }
-            };
-            lines.map(Result::unwrap).inspect(tell).collect::<Vec<_>>()
-        });
-        has_started.recv_timeout(Duration::from_secs(30)).expect("a client that connects");
-        std::thread::sleep(Duration::from_millis(100 + 37 * (round % 7)));
-        // In some rounds a publish is under way when the process dies.
-        let socket = server.socket();
-        let publish = (round % 2 == 1).then(|| {
-            let curl = [
-                "-sS",
-                "--unix-socket",
-                socket.to_str().unwrap(),
-                "-X",
-                "POST",
-                "http://localhost/v1/exports/disk/snapshot",
-            ];
-            let publish = Command::new("curl").args(curl).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
-            std::thread::sleep(Duration::from_millis(round * 3 % 40));
-            publish
-        });
-        server.kill9();
-        publish.map(|mut publish| publish.wait().unwrap());
-        client.wait().unwrap();
-        let lines = reader.unwrap().join().unwrap();
-        assert!(lines.len() > 10, "round {round}: the client did nothing");
-        for line in &lines {
-            let words: Vec<_> = line.split(' ').collect();
-            let number = |i: usize| words[i].parse::<u64>().unwrap();
-            match words[0] {
-                "i" => {
-                    seen.issued.insert(number(1), number(2));
-                    seen.last = number(2);
-                }
-                "a" => {
-                    seen.acked.insert(number(1), number(2));
-                }
-                _ => {}
-            }
-        }
-        server.start_again();
-        let image = server.dir().join("disk.img");
-        run("nbdcopy", &[&server.nbd_uri("disk"), image.to_str().unwrap()]);
-        let image = std::fs::read(image).unwrap();
-        for (block, bytes) in (0u64..).zip(image.chunks(4096)) {
-            let (low, high) = (seen.acked.get(&block), seen.issued.get(&block));
-            for word in bytes.chunks(8) {
-                let found = u64::from_le_bytes(word.try_into().unwrap());
-                let fits = found >= low.copied().unwrap_or(0) && found <= high.copied().unwrap_or(0);
-                assert!(fits, "round {round}, block {block}: {found}, acknowledged {low:?}, sent {high:?}");
-            }
-            // What is there now is what the next round builds on.
-            let now = u64::from_le_bytes(bytes[..8].try_into().unwrap());
-            seen.acked.insert(block, now);
-            seen.issued.insert(block, now.max(high.copied().unwrap_or(0)));
-        }
-    }
-    server.ok("POST", "/v1/exports/disk/snapshot", Value::Null);
-    server.stop();
 }

@@ -4,18 +4,20 @@
 
 use std::future::Future;
 
-use axum::Json;
 use axum::Router;
 use axum::extract::State;
 use axum::http::StatusCode;
 use axum::routing::{delete, get, post};
+use chrono::{DateTime, SecondsFormat, Utc};
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 
 use super::Api;
+use super::answer::Line;
 use super::body::{self, Fields, Named};
 use super::problem::{Code, Problem};
 use crate::units::{ExportId, Generation, Geometry, SnapshotId};
+use crate::volume::Outage;
 use crate::volume::registry::{ExportError, ExportStatus, ExportSummary, Published};
 
 pub(super) fn routes() -> Router<Api> {
@@ -32,8 +34,8 @@ pub(super) fn routes() -> Router<Api> {
         .route("/v1/exports/{id}/cache/reset", post(reset))
 }
 
-type Answer<T> = Result<Json<T>, Problem>;
-type Created<T> = Result<(StatusCode, Json<T>), Problem>;
+type Answer<T> = Result<Line<T>, Problem>;
+type Created<T> = Result<(StatusCode, Line<T>), Problem>;
 
 /// Runs an operation to its end whether or not anybody waits for the answer.
 async fn to_the_end<T: Send + 'static>(
@@ -49,8 +51,8 @@ async fn to_the_end<T: Send + 'static>(
     }
 }
 
-async fn list(State(api): State<Api>) -> Json<Vec<Summary>> {
-    Json(api.registry.list().into_iter().map(Summary::from).collect())
+async fn list(State(api): State<Api>) -> Line<Vec<Summary>> {
+    Line(api.registry.list().into_iter().map(Summary::from).collect())
 }
 
 #[derive(Deserialize)]
@@ -70,7 +72,7 @@ async fn create(State(api): State<Api>, Fields(fields): Fields<CreateFields>) ->
     };
     let geometry = Geometry::new(size, chunk_size)?;
     let status = to_the_end(async move { api.registry.create(id, geometry).await }).await?;
-    Ok((StatusCode::CREATED, Json(status.into())))
+    Ok((StatusCode::CREATED, Line(status.into())))
 }
 
 #[derive(Deserialize)]
@@ -84,7 +86,7 @@ async fn open(State(api): State<Api>, Fields(fields): Fields<OpenFields>) -> Ans
     let id = body::export_id("export_id", &fields.export_id)?;
     let read_only = fields.read_only.as_deref().map(|raw| body::flag("read_only", raw)).transpose()?.unwrap_or(false);
     let status = to_the_end(async move { api.registry.open(id, read_only).await }).await?;
-    Ok(Json(status.into()))
+    Ok(Line(status.into()))
 }
 
 #[derive(Deserialize)]
@@ -101,11 +103,11 @@ async fn clone(State(api): State<Api>, Fields(fields): Fields<CloneFields>) -> C
     let snapshot =
         fields.source_snapshot_id.as_deref().map(|raw| body::snapshot_id("source_snapshot_id", raw)).transpose()?;
     let status = to_the_end(async move { api.registry.clone_export(id, source, snapshot).await }).await?;
-    Ok((StatusCode::CREATED, Json(status.into())))
+    Ok((StatusCode::CREATED, Line(status.into())))
 }
 
 async fn status(State(api): State<Api>, Named(id): Named) -> Answer<Status> {
-    Ok(Json(api.registry.status(&id).await?.into()))
+    Ok(Line(api.registry.status(&id).await?.into()))
 }
 
 /// The body of a call that takes no fields.
@@ -116,13 +118,13 @@ struct NoFields {}
 async fn snapshot(State(api): State<Api>, Named(id): Named, _: Fields<NoFields>) -> Answer<Snapshotted> {
     let published = to_the_end(async move { api.registry.snapshot(&id).await }).await?;
     let Published { created, generation, snapshot_id } = published;
-    Ok(Json(Snapshotted { snapshot_created: created, generation, snapshot_id }))
+    Ok(Line(Snapshotted { snapshot_created: created, generation, snapshot_id }))
 }
 
 async fn compact(State(api): State<Api>, Named(id): Named, _: Fields<NoFields>) -> Answer<Compacted> {
     let published = to_the_end(async move { api.registry.compact(&id).await }).await?;
     let Published { created: _, generation, snapshot_id } = published;
-    Ok(Json(Compacted { generation, snapshot_id }))
+    Ok(Line(Compacted { generation, snapshot_id }))
 }
 
 async fn reset(State(api): State<Api>, Named(id): Named, _: Fields<NoFields>) -> Answer<Status> {
@@ -130,7 +132,7 @@ async fn reset(State(api): State<Api>, Named(id): Named, _: Fields<NoFields>) ->
         api.registry.reset(&id).await?;
         api.registry.status(&id).await
     });
-    Ok(Json(after.await?.into()))
+    Ok(Line(after.await?.into()))
 }
 
 async fn unload(State(api): State<Api>, Named(id): Named) -> Result<StatusCode, Problem> {
@@ -162,6 +164,27 @@ enum Health {
 impl From<Option<String>> for Health {
     fn from(failed: Option<String>) -> Self {
         failed.map_or(Self::Ready, |reason| Self::Failed { reason })
+    }
+}
+
+/// How the last request to the store went, of whichever export.
+#[derive(Serialize)]
+struct StoreHealth {
+    /// Whether it had an answer.
+    reachable: bool,
+    /// Since when there is none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    since: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    last_error: Option<String>,
+}
+
+impl From<Option<Outage>> for StoreHealth {
+    fn from(outage: Option<Outage>) -> Self {
+        let reachable = outage.is_none();
+        let rfc3339 = |at| DateTime::<Utc>::from(at).to_rfc3339_opts(SecondsFormat::Secs, true);
+        let (since, last_error) = outage.map(|outage| (rfc3339(outage.since), outage.last_error)).unzip();
+        Self { reachable, since, last_error }
     }
 }
 
@@ -203,6 +226,7 @@ struct Status {
     remote_head_generation: Generation,
     current_snapshot_id: Option<SnapshotId>,
     operation_state: &'static str,
+    store: StoreHealth,
     #[serde(flatten)]
     state: Health,
 }
@@ -222,6 +246,7 @@ impl From<ExportStatus> for Status {
             remote_head_generation: export.remote_head_generation,
             current_snapshot_id: export.current_snapshot_id,
             operation_state: export.operation.as_str(),
+            store: export.store_outage.into(),
             state: export.failed.into(),
         }
     }

@@ -5,6 +5,7 @@
 //! An operation that was accepted runs to its end even if its client hangs up; how long it may take is not limited
 //! here. This front end passes logical ids only: it never sees keys, paths or bytes of an image.
 
+mod answer;
 mod body;
 mod exports;
 mod problem;

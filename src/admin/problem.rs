@@ -109,13 +109,13 @@ impl Problem {
         )
     }
 
-    /// The body of the answer.
+    /// The body of the answer, on one line.
     pub(super) fn document(&self) -> String {
         let (status, code, title) = self.code.row();
         let r#type = format!("urn:nbd-server:problem:{code}");
         let document = Document { r#type, title, status: status.as_u16(), code, detail: &self.detail };
         // Strings and one number always encode; the text of the code is what a program needs if that ever changes.
-        serde_json::to_string(&document).unwrap_or_else(|_| format!(r#"{{"code":"{code}"}}"#))
+        serde_json::to_string(&document).unwrap_or_else(|_| format!(r#"{{"code":"{code}"}}"#)) + "\n"
     }
 }
 

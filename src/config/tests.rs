@@ -35,6 +35,7 @@ fn no_flag_at_all_is_a_complete_configuration_for_root() {
         chunk_bytes: 4 << 20,
         store: StoreConfig::Local("/var/lib/nbd-server/store".into()),
         store_timeout: Duration::from_secs(60),
+        allow_unsafe_store: false,
         log_level: LogLevel::Info,
     };
     assert_eq!(config, expected);

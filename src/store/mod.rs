@@ -8,8 +8,10 @@
 //! ```text
 //! local   a directory of plain files                     remote  s3, r2, gcs, azure, memory
 //! retry   repeats what may be repeated, within a limit    keys    every key, built and parsed
+//! health  whether the store answers
 //! ```
 
+pub mod health;
 pub mod keys;
 pub mod local;
 pub mod probe;
@@ -23,6 +25,7 @@ use bytes::Bytes;
 use futures_util::stream::BoxStream;
 
 use crate::units::ByteRange;
+use health::Outage;
 pub use keys::Key;
 
 /// A store that many volumes share.
@@ -154,4 +157,9 @@ pub trait Store: Debug + Send + Sync {
 
     /// Removes an object; it is no error if there is none.
     async fn delete(&self, key: &Key) -> Result<(), StoreError>;
+
+    /// The outage, if the last request had no answer; `None` also from a store that does not keep track.
+    fn outage(&self) -> Option<Outage> {
+        None
+    }
 }

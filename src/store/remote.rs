@@ -28,6 +28,7 @@ use object_store::{
     GetOptions, GetRange, GetResult, ObjectMeta, ObjectStore, ObjectStoreExt, PutMode, PutOptions, UpdateVersion,
 };
 
+use super::health::Health;
 use super::retry::{Overtime, Request, RetryPolicy};
 use super::{Body, Condition, Key, MAX_LISTED, Object, Store, StoreError, Version};
 use crate::clock::Clock;
@@ -63,6 +64,7 @@ pub struct RemoteStore {
     place: String,
     policy: RetryPolicy,
     clock: Arc<dyn Clock>,
+    health: Arc<Health>,
 }
 
 // The crate's own types print credentials.
@@ -108,6 +110,12 @@ fn path(request: Request<'_>) -> Result<Path, StoreError> {
 }
 
 impl RemoteStore {
+    /// Notes in `health` how the requests do that it repeats by itself.
+    #[must_use]
+    pub fn reporting_to(self, health: Arc<Health>) -> Self {
+        Self { health, ..self }
+    }
+
     /// The version in a store's answer.
     fn version(
         &self,
@@ -164,7 +172,7 @@ impl RemoteStore {
                 };
                 timed(request, SILENCE_LIMIT, Conditional::No, self.pages.list_paginated(Some(&below), options))
             };
-            let page = self.policy.run(&*self.clock, request, Overtime::Cut, page).await?;
+            let page = self.policy.run(&*self.clock, &self.health, request, Overtime::Cut, page).await?;
             take(page.result);
             token = page.page_token;
             if token.is_none() {

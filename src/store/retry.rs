@@ -8,10 +8,14 @@
 use std::fmt::Debug;
 use std::future::Future;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
 
+use super::health::{Health, Outage};
+use super::keys::ExportRoot;
+use super::probe::{ProbeError, probe};
 use super::{Body, BoxError, Condition, Key, Object, SharedStore, Store, StoreError, Version};
 use crate::clock::Clock;
 use crate::sabotage::{Rule, breaks};
@@ -92,10 +96,12 @@ impl RetryPolicy {
         self.first_delay.saturating_mul(1 << failures.saturating_sub(1).min(30)).min(self.max_delay)
     }
 
-    /// Repeats `attempt` while it ends as [`StoreError::Unavailable`] and there is time for another one.
+    /// Repeats `attempt` while it ends as [`StoreError::Unavailable`] and there is time for another one; what each
+    /// came to is noted in `health`.
     pub(crate) async fn run<T, F>(
         &self,
         clock: &dyn Clock,
+        health: &Health,
         request: Request<'_>,
         overtime: Overtime,
         mut attempt: impl FnMut() -> F,
@@ -117,6 +123,7 @@ impl RetryPolicy {
                     () = clock.sleep(left) => Err(request.unavailable("no answer before the time was up")),
                 },
             };
+            health.note(clock.now(), &outcome);
             let Err(StoreError::Unavailable { operation, key, source }) = outcome else {
                 return outcome;
             };
@@ -139,13 +146,20 @@ pub struct Retrying {
     inner: SharedStore,
     policy: RetryPolicy,
     clock: Arc<dyn Clock>,
+    health: Arc<Health>,
 }
 
 impl Retrying {
     /// Wraps a store.
     #[must_use]
     pub fn new(inner: SharedStore, policy: RetryPolicy, clock: Arc<dyn Clock>) -> Self {
-        Self { inner, policy, clock }
+        Self { inner, policy, clock, health: Arc::default() }
+    }
+
+    /// Notes in `health` how the store does: one that its backend shares knows of the parts of an upload, too.
+    #[must_use]
+    pub fn reporting_to(self, health: Arc<Health>) -> Self {
+        Self { health, ..self }
     }
 
     async fn repeat<T, F>(
@@ -158,7 +172,36 @@ impl Retrying {
     where
         F: Future<Output = Result<T, StoreError>>,
     {
-        self.policy.run(&*self.clock, Request { operation, key }, overtime, attempt).await
+        self.policy.run(&*self.clock, &self.health, Request { operation, key }, overtime, attempt).await
+    }
+
+    /// Probes the store, as soon as it can be asked: an outage at start is waited for as any other, what the probe
+    /// then finds is final.
+    ///
+    /// # Errors
+    /// As [`probe`].
+    pub async fn probe(&self, root: &ExportRoot) -> Result<(), ProbeError> {
+        let told = AtomicBool::new(false);
+        let attempt = || async {
+            match probe(&*self.inner, root).await {
+                Err(ProbeError::Store(error)) => {
+                    let away = matches!(error, StoreError::Unavailable { .. });
+                    if away && !told.swap(true, Ordering::Relaxed) {
+                        let seconds = self.policy.limit.as_secs();
+                        tracing::warn!("the store does not answer yet, trying for up to {seconds} s: {error}");
+                    }
+                    Err(error)
+                }
+                verdict => Ok(verdict),
+            }
+        };
+        self.repeat("probe", root.prefix(), Overtime::Cut, attempt).await?
+    }
+
+    /// Of what is passed on once.
+    fn noted<T>(&self, outcome: Result<T, StoreError>) -> Result<T, StoreError> {
+        self.health.note(self.clock.now(), &outcome);
+        outcome
     }
 }
 
@@ -182,12 +225,12 @@ impl Store for Retrying {
                 let put = || self.inner.put(key, bytes.clone(), conditional.clone());
                 self.repeat("put", key, Overtime::Cut, put).await
             }
-            Condition::IfAbsent | Condition::IfVersion(_) => self.inner.put(key, bytes, condition).await,
+            Condition::IfAbsent | Condition::IfVersion(_) => self.noted(self.inner.put(key, bytes, condition).await),
         }
     }
 
     async fn upload(&self, key: &Key, max_bytes: u64, body: Body<'_>) -> Result<(), StoreError> {
-        self.inner.upload(key, max_bytes, body).await
+        self.noted(self.inner.upload(key, max_bytes, body).await)
     }
 
     // A long listing makes many requests, each with bounds of its own; together they may take longer than one may.
@@ -201,6 +244,10 @@ impl Store for Retrying {
 
     async fn delete(&self, key: &Key) -> Result<(), StoreError> {
         self.repeat("delete", key, Overtime::Cut, || self.inner.delete(key)).await
+    }
+
+    fn outage(&self) -> Option<Outage> {
+        self.health.outage()
     }
 }
 

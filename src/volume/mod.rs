@@ -30,6 +30,7 @@ use crate::clock::Clock;
 use crate::disk::Disk;
 use crate::manifest::Manifest;
 use crate::store::SharedStore;
+pub use crate::store::health::Outage;
 use crate::store::keys::{ExportKeys, ExportRoot};
 use crate::units::{ByteRange, ChunkIndex, ExportId, Generation, Geometry};
 use fill::{FillBudget, Fills};

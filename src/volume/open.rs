@@ -142,6 +142,7 @@ impl Volume {
             remote_head_generation: *self.head_seen.lock(),
             current_snapshot_id: self.expected_head(),
             operation: *self.operation.lock(),
+            store_outage: self.services.store.outage(),
             failed: self.cache.failure().map(|why| why.to_string()),
         }
     }

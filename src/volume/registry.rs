@@ -14,7 +14,7 @@ use parking_lot::{Mutex, RwLock};
 use tokio::sync::OnceCell;
 
 use super::ancestry::Ancestry;
-use super::{Services, Volume, VolumeError};
+use super::{Outage, Services, Volume, VolumeError};
 use crate::cache::journal::{JOURNAL_FILE, Kind};
 use crate::cache::{self, open as cache_files};
 use crate::manifest::head::{CloneSeed, Head};
@@ -89,6 +89,8 @@ pub struct ExportStatus {
     pub current_snapshot_id: Option<SnapshotId>,
     /// What is going on.
     pub operation: Operation,
+    /// Since when, and with what error, the store does not answer, if the last request to it had no answer.
+    pub store_outage: Option<Outage>,
     /// Why the export takes no more writes, if a local disk error stopped it.
     pub failed: Option<String>,
 }

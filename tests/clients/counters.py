@@ -1,8 +1,10 @@
-"""Writes a growing number into every block of an export, in random order, until the server dies.
+"""Writes a growing number into blocks of an export, in random order and several at a time, until the server dies.
 
-Each line of the output is one fact: `i BLOCK NUMBER` before a write is sent, `a BLOCK NUMBER` after its reply,
-`f` after a flush, of which everything acknowledged before `b` is covered.
-Usage: counters.py URI BLOCKS SEED START
+Each line of the output is one fact: `i BLOCK NUMBER` before a write is sent, `a BLOCK NUMBER` after its reply, `f` after
+a flush. Of the blocks only every STRIDE-th is touched, from FIRST on, so that several such clients share an export, and
+its chunks, without sharing a block.
+Of a thousand writes PER_MILLE are followed by a flush, and as many have FUA.
+Usage: counters.py URI BLOCKS FIRST STRIDE PER_MILLE SEED START
 """
 
 import random
@@ -11,13 +13,29 @@ import sys
 import nbd
 
 BLOCK = 4096
-uri, blocks, seed, number = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
+IN_FLIGHT = 8
+uri = sys.argv[1]
+blocks, first, stride, per_mille, seed, number = map(int, sys.argv[2:])
 chance = random.Random(seed)
+busy = set()
 
 
 def say(*words):
     sys.stdout.write(" ".join(map(str, words)) + "\n")
     sys.stdout.flush()
+
+
+def write(handle, block, number, flags):
+    def replied(error):
+        if error.value == 0:
+            busy.discard(block)
+            say("a", block, number)
+        return 1
+
+    busy.add(block)
+    say("i", block, number)
+    data = nbd.Buffer.from_bytearray(bytearray(number.to_bytes(8, "little") * (BLOCK // 8)))
+    handle.aio_pwrite(data, block * BLOCK, completion=replied, flags=flags)
 
 
 handle = nbd.NBD()
@@ -26,12 +44,12 @@ say("connected")
 try:
     while True:
         number += 1
-        block = chance.randrange(blocks)
-        say("i", block, number)
-        handle.pwrite(number.to_bytes(8, "little") * (BLOCK // 8), block * BLOCK, nbd.CMD_FLAG_FUA if number % 50 == 0 else 0)
-        say("a", block, number)
-        if chance.random() < 0.05:
-            say("b")
+        block = chance.randrange(first, blocks, stride)
+        while block in busy or len(busy) >= IN_FLIGHT:
+            handle.poll(-1)
+        write(handle, block, number, nbd.CMD_FLAG_FUA if chance.randrange(1000) < per_mille else 0)
+        if chance.randrange(1000) < per_mille:
+            # Writes of this connection and of others are under way.
             handle.flush()
             say("f")
 except nbd.Error as error:

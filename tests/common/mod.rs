@@ -7,11 +7,13 @@
 )]
 #![allow(clippy::expect_used, clippy::unwrap_used, clippy::panic, reason = "helpers of tests fail the test")]
 
+pub mod attached;
 pub mod certs;
 pub mod hooked;
 pub mod http;
 pub mod moto;
 pub mod nbd;
+pub mod proxy;
 pub mod scene;
 pub mod server;
 pub mod sim;

@@ -15,6 +15,9 @@ use super::http::{self, Response};
 /// How long a server may take to be ready, or to stop.
 const PATIENCE: Duration = Duration::from_secs(60);
 
+/// Credentials that no endpoint of a test looks at.
+pub const S3_KEYS: [(&str, &str); 2] = [("AWS_ACCESS_KEY_ID", "test"), ("AWS_SECRET_ACCESS_KEY", "test-secret")];
+
 /// A command that runs the binary with nothing of this process's environment.
 pub fn nbd_server() -> Command {
     nbd_server_through(&[])
@@ -48,6 +51,15 @@ pub fn run_to_end(command: &mut Command) -> Output {
         std::thread::sleep(Duration::from_millis(5));
     }
     child.wait_with_output().unwrap()
+}
+
+/// Runs another program, which must succeed, and returns what it wrote.
+pub fn run(program: &str, args: &[&str]) -> String {
+    let output = Command::new(program).args(args).stdin(Stdio::null()).output();
+    let output = output.unwrap_or_else(|e| panic!("{program}: {e}; run `make setup`"));
+    let error = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{program} {args:?}: {error}");
+    String::from_utf8(output.stdout).unwrap()
 }
 
 /// A running server with its directories, which go when it is dropped.
@@ -88,6 +100,12 @@ impl TestServer {
         Self::start_through(Vec::new(), args, env)
     }
 
+    /// The same on a bucket of an S3 endpoint.
+    pub fn on_s3(endpoint: &str, bucket: &str, args: &[&str]) -> Self {
+        let s3 = ["--storage-backend", "s3", "--bucket", bucket, "--endpoint-url", endpoint];
+        Self::start(&[&s3, args].concat(), &S3_KEYS)
+    }
+
     /// The same through a launcher, which says where it listens unless the flags do.
     pub fn start_through(launcher: Vec<String>, args: &[&str], env: &[(&str, &str)]) -> Self {
         let env = env.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
@@ -100,10 +118,13 @@ impl TestServer {
     /// The command that [`TestServer::start`] runs.
     pub fn command(&self) -> Command {
         let mut command = nbd_server_through(&self.launcher);
-        command.arg("serve").arg("--cache-root").arg(self.cache_root()).arg("--admin-sock").arg(self.socket());
+        command.arg("serve").arg("--admin-sock").arg(self.socket());
         let given = |flag: &str| self.args.iter().any(|arg| arg.to_string_lossy().starts_with(flag));
         if !given("--listen") && self.launcher.is_empty() {
             command.args(["--listen", "127.0.0.1:0"]);
+        }
+        if !given("--cache-root") {
+            command.arg("--cache-root").arg(self.cache_root());
         }
         if !given("--storage-backend") {
             command.arg("--local-root").arg(self.local_root());
@@ -137,6 +158,7 @@ impl TestServer {
         self.dir.path()
     }
 
+    /// The cache root, unless the arguments chose another.
     pub fn cache_root(&self) -> PathBuf {
         self.dir().join("cache")
     }

@@ -235,7 +235,16 @@ impl RemoteStore {
         S: ObjectStore + MultipartStore + PaginatedListStore,
     {
         let store = Arc::new(store);
-        Self { objects: store.clone(), parts: store.clone(), pages: store, tag, place, policy, clock }
+        Self {
+            objects: store.clone(),
+            parts: store.clone(),
+            pages: store,
+            tag,
+            place,
+            policy,
+            clock,
+            health: Arc::default(),
+        }
     }
 }
 

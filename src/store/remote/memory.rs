@@ -25,6 +25,7 @@ impl RemoteStore {
             place: "memory".into(),
             policy: RetryPolicy::default(),
             clock: Arc::new(SystemClock),
+            health: Arc::default(),
         }
     }
 }

@@ -17,6 +17,7 @@ use object_store::{MultipartId, ObjectStoreExt, PutPayload};
 use tokio::task::JoinSet;
 
 use super::{Conditional, RemoteStore, SILENCE_LIMIT, allowance, path, timed};
+use crate::store::health::Health;
 use crate::store::retry::{Overtime, Request};
 use crate::store::{Body, Key, StoreError};
 
@@ -168,6 +169,7 @@ struct PartPut {
     parts: Arc<dyn MultipartStore>,
     policy: crate::store::retry::RetryPolicy,
     clock: Arc<dyn crate::clock::Clock>,
+    health: Arc<Health>,
     operation: &'static str,
     key: Key,
     path: Path,
@@ -180,6 +182,7 @@ impl PartPut {
             parts: Arc::clone(&store.parts),
             policy: store.policy,
             clock: Arc::clone(&store.clock),
+            health: Arc::clone(&store.health),
             operation: request.operation,
             key: request.key.clone(),
             path: pending.path.clone(),
@@ -197,7 +200,7 @@ async fn put_part(put: PartPut, index: usize, part: Part) -> Result<Landed, Stor
         timed(request, limit, Conditional::No, sent)
     };
     let policy = put.policy.lasting(limit * MIN_ATTEMPTS);
-    match policy.run(&*put.clock, request, Overtime::Finish, attempt).await {
+    match policy.run(&*put.clock, &put.health, request, Overtime::Finish, attempt).await {
         Ok(id) => Ok((index, id)),
         Err(StoreError::NotFound { .. }) => Err(request.unavailable("the store has forgotten the upload")),
         Err(e) => Err(e),
@@ -230,7 +233,7 @@ async fn complete(
         }
     };
     let policy = store.policy.lasting(ASSEMBLY_LIMIT * MIN_ATTEMPTS);
-    match policy.run(&*store.clock, request, Overtime::Finish, attempt).await {
+    match policy.run(&*store.clock, &store.health, request, Overtime::Finish, attempt).await {
         Err(StoreError::NotFound { .. }) => Err(request.unavailable("the store has forgotten the upload")),
         other => other,
     }
@@ -248,7 +251,7 @@ where
 {
     let attempt = || timed(request, limit, Conditional::No, work());
     let policy = store.policy.lasting(limit * MIN_ATTEMPTS);
-    policy.run(&*store.clock, request, Overtime::Finish, attempt).await
+    policy.run(&*store.clock, &store.health, request, Overtime::Finish, attempt).await
 }
 
 /// A multipart upload the store knows of, which is discarded unless it was completed.

@@ -199,6 +199,25 @@ async fn an_upload_is_passed_on_once_since_its_stream_cannot_be_read_again() {
     assert_eq!(store.calls(), 1);
 }
 
+#[tokio::test]
+async fn every_call_tells_of_an_outage_and_of_its_end() {
+    for name in REPEATABLE.into_iter().chain(["conditional put", "upload"]) {
+        let store = Scripted::new(&[Step::Outage]);
+        let (retrying, clock) = retrying(&store);
+        let begun = clock.now();
+        match name {
+            "conditional put" => drop(retrying.put(&key(), "x".into(), Condition::IfAbsent).await.unwrap_err()),
+            "upload" => drop(retrying.upload(&key(), 9, futures_util::stream::empty().boxed()).await.unwrap_err()),
+            name => drop(call(&retrying, name).await.unwrap_err()),
+        }
+        let outage = retrying.outage().expect(name);
+        assert_eq!((outage.since, outage.last_error.contains("the lights are out")), (begun, true), "{name}");
+        store.script.lock().unwrap().push_back(Step::Serve);
+        let _ = call(&retrying, "get").await;
+        assert_eq!(retrying.outage(), None, "{name}");
+    }
+}
+
 #[test]
 fn the_ceiling_of_the_delays_doubles_up_to_its_maximum() {
     let policy = RetryPolicy::default();
