@@ -25,7 +25,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
 use common::sim::{Event, Loss, SECTOR, Sim, SimDisk, SimStore, State, killed_in_write, power_loss, process_crash};
-use common::volumes::{CHUNK, id, range, read_all, root};
+use common::volumes::{CHUNK, id, range, read_all, read_as_served, root, write_as_served};
 use nbd_server::clock::SystemClock;
 use nbd_server::manifest::{Source, format};
 use nbd_server::store::keys::ExportKeys;
@@ -135,7 +135,7 @@ impl Scene {
         self.next_value = self.next_value.checked_add(1).expect("a scenario has at most 255 writes");
         let (issued, value) = (self.sim.now(), self.next_value);
         let bytes = vec![value; sectors.len() * SECTOR];
-        self.volume(name).await.write((sectors.start * SECTOR) as u64, bytes.into()).await.unwrap();
+        write_as_served(&self.volume(name).await, (sectors.start * SECTOR) as u64, bytes.into()).await.unwrap();
         self.note(name, sectors, issued, value);
     }
 
@@ -153,7 +153,7 @@ impl Scene {
 
     async fn read(&mut self, name: &str, sectors: std::ops::Range<usize>) {
         let span = range((sectors.start * SECTOR) as u64, (sectors.len() * SECTOR) as u64);
-        self.volume(name).await.read(span).await.unwrap();
+        read_as_served(&self.volume(name).await, span).await.unwrap();
     }
 
     async fn flush(&mut self, name: &str) {

@@ -7,6 +7,7 @@ use std::sync::{Arc, OnceLock};
 
 use parking_lot::{Mutex, RwLock};
 
+use super::at_once::Pace;
 use super::flush::FlushBarrier;
 use super::journal;
 pub use super::log::META_FILE;
@@ -176,6 +177,7 @@ impl Opening {
             stripes: [const { Mutex::new(()) }; STRIPES],
             log: Mutex::new(Log { base: self.base, file }),
             flush: FlushBarrier::default(),
+            pace: Pace::default(),
             aside: Mutex::new(Aside::default()),
             cut_is_ours: AtomicBool::new(false),
             failed: OnceLock::new(),

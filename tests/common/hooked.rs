@@ -108,6 +108,13 @@ impl DiskFile for HookedFile {
         self.disk.ask("read_at", &self.path)?;
         self.file.read_at(buf, offset)
     }
+    /// A hook that refuses stands for a disk that would have to be waited for.
+    fn read_at_once(&self, buf: &mut [u8], offset: u64) -> io::Result<bool> {
+        match self.disk.ask("read_at_once", &self.path) {
+            Ok(()) => self.file.read_at_once(buf, offset),
+            Err(_) => Ok(false),
+        }
+    }
     fn write_at(&self, buf: &[u8], offset: u64) -> io::Result<()> {
         self.disk.ask("write_at", &self.path)?;
         self.file.write_at(buf, offset)
