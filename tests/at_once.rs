@@ -190,8 +190,8 @@ async fn after_a_write_that_had_to_wait_none_is_done_at_once_for_a_while() {
     disk.serve_all();
     assert!(!volume.write_at_once(0, &[8]));
     write(&volume, 0, 8, 1).await;
-    // 50 times as long as it took, so 1.5 seconds and a little.
-    tokio::time::sleep(Duration::from_secs(1)).await;
+    // 20 times as long as it took, so 0.6 seconds and a little.
+    tokio::time::sleep(Duration::from_millis(300)).await;
     assert!(!volume.write_at_once(0, &[9]));
     let again = async {
         while !volume.write_at_once(0, &[9]) {

@@ -17,9 +17,9 @@ use crate::units::{ByteRange, ChunkIndex};
 /// meanwhile, far below the kernel's longest pause.
 const SLOW_WRITE: Duration = Duration::from_millis(20);
 /// How many times as long as a slow write took none is tried again.
-const REST_FACTOR: u32 = 50;
+const REST_FACTOR: u32 = 20;
 /// But not longer than this.
-const LONGEST_REST: Duration = Duration::from_secs(10);
+const LONGEST_REST: Duration = Duration::from_secs(4);
 
 /// Whether writes are swift.
 #[derive(Debug)]
@@ -99,7 +99,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn after_a_slow_write_none_is_tried_for_fifty_times_as_long() {
+    fn after_a_slow_write_none_is_tried_for_twenty_times_as_long() {
         let pace = Pace::default();
         let started = pace.start().unwrap();
         pace.end(started, started + SLOW_WRITE);
