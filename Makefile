@@ -1,6 +1,6 @@
 # Two commands matter: `make test` installs what is missing and runs every test; `make check` looks at the source.
 
-.PHONY: all setup test check fmt
+.PHONY: all setup test check fmt bench bench-quick
 
 all: check test
 
@@ -16,6 +16,12 @@ check:
 	cargo clippy --locked --all-targets -- -D warnings
 	cargo clippy --locked --features shuttle --test interleavings -- -D warnings
 	RUSTDOCFLAGS="-D warnings" cargo doc --locked --no-deps
+
+# Writes docs/benchmarks.md. On a machine that does nothing else meanwhile.
+bench bench-quick:
+	scripts/setup.sh bench
+	cargo build --locked --release --bin nbd-server --example ceiling
+	/usr/bin/python3 benches/side_by_side.py $(if $(filter bench-quick,$@),--quick)
 
 fmt:
 	cargo fmt

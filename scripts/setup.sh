@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Installs what the tests need and this machine lacks; prints what it installs, and nothing if all is there.
+# `setup.sh bench` installs what the benchmarks compare with, too.
 # It asks for the programs, not for their packages, so it never replaces a version that is there already.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -25,10 +26,16 @@ need gcc cc
 need libnbd-bin nbdinfo nbdcopy nbddump
 need qemu-utils qemu-img qemu-io
 need fio fio
+need strace strace
 need nbd-client nbd-client
 need curl curl
 need openssl openssl
 need jq jq
+if [ "${1:-}" = bench ]; then
+    need nbdkit nbdkit
+    # Debian's server of the same name as ours; its service needs a configuration, and has none.
+    need nbd-server nbd-server
+fi
 need python3 $python
 $python -c 'import ensurepip' 2>/dev/null || missing+=(python3-venv)
 $python -c 'import nbd' 2>/dev/null || missing+=(python3-libnbd)

@@ -19,7 +19,6 @@ use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use futures_util::FutureExt;
 use futures_util::future::{Either, select};
 use nbd_server::cache::CacheError;
 use nbd_server::cache::states::Content;
@@ -409,7 +408,8 @@ fn overlapping_changes_have_their_turns_one_after_the_other() {
             let (order, inside, turns) = (Arc::clone(&order), Arc::clone(&first_byte), Arc::clone(&turns));
             thread::spawn(move || {
                 shuttle::future::block_on(async move {
-                    let _turn = order.turn(range(offset, len)).await;
+                    let mut turn = order.join(range(offset, len));
+                    turn.come().await;
                     assert_eq!(inside.fetch_add(1, Ordering::Relaxed), 0);
                     shuttle::future::yield_now().await;
                     inside.fetch_sub(1, Ordering::Relaxed);
@@ -422,10 +422,10 @@ fn overlapping_changes_have_their_turns_one_after_the_other() {
         let impatient = Arc::clone(&order);
         changes.push(thread::spawn(move || {
             shuttle::future::block_on(async move {
-                let (turn, patience) = (pin!(impatient.turn(range(3, 3))), pin!(shuttle::future::yield_now()));
-                match select(turn, patience).await {
-                    Either::Left((turn, _)) => drop(turn),
-                    Either::Right(((), _)) => {}
+                let mut turn = impatient.join(range(3, 3));
+                let (come, patience) = (pin!(turn.come()), pin!(shuttle::future::yield_now()));
+                match select(come, patience).await {
+                    Either::Left(((), _)) | Either::Right(((), _)) => {}
                 }
             });
         }));
@@ -433,6 +433,6 @@ fn overlapping_changes_have_their_turns_one_after_the_other() {
             change.join().unwrap();
         }
         assert_eq!(turns.load(Ordering::Relaxed), 3);
-        assert!(order.turn(range(0, 20)).now_or_never().is_some(), "the line is empty");
+        assert!(order.turn_at_once(range(0, 20)).is_some(), "the line is empty");
     });
 }

@@ -50,6 +50,12 @@ impl FlushBarrier {
         self.ended.notify_all();
         result
     }
+
+    /// Whether a barrier is under way right now.
+    pub(super) fn is_under_way(&self) -> bool {
+        let state = self.state.lock();
+        state.begun != state.ended
+    }
 }
 
 impl Cache {

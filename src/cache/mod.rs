@@ -11,8 +11,10 @@
 //!
 //! Locks, always taken in this order: *checkpointing*, the *gate* (shared by every read and transition, exclusive for the cut, the
 //! commit and the reset), a chunk's *stripe* (around each transition), *syncing*, the *log*. None is held across anything but
-//! local I/O. All methods block; [`blocking`] is the one crossing from async code.
+//! local I/O. The methods block, and [`blocking`] is the one crossing from async code; but for those of `at_once`, which
+//! async code may call as it is.
 
+mod at_once;
 pub mod flush;
 pub mod journal;
 mod log;
@@ -29,6 +31,7 @@ use crate::disk::{Disk, DiskFile};
 use crate::sabotage::{Rule, breaks};
 use crate::sync::{AtomicBool, Mutex, MutexGuard, OnceLock, RwLock};
 use crate::units::{ByteRange, ChunkIndex, ExportId, Geometry};
+use at_once::Pace;
 use flush::FlushBarrier;
 use log::{MetaLog, Roomy};
 pub use meta::Base;
@@ -103,6 +106,12 @@ where
     blocking_io(move || work(&cache)).await
 }
 
+/// As [`blocking`], for work that sees to its result itself.
+pub fn blocking_then(cache: &Arc<Cache>, work: impl FnOnce(&Cache) + Send + 'static) {
+    let cache = Arc::clone(cache);
+    drop(tokio::task::spawn_blocking(move || work(&cache)));
+}
+
 /// Runs blocking disk work that has no cache yet.
 pub async fn blocking_io<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
     match tokio::task::spawn_blocking(work).await {
@@ -134,6 +143,7 @@ pub struct Cache {
     log_is_ours: AtomicBool,
     flush: FlushBarrier,
     syncing: Mutex<()>,
+    pace: Pace,
     aside: Mutex<publish::Aside>,
     /// Whether this life of the server made the newest cut. Changed and read under the whole gate.
     cut_is_ours: AtomicBool,

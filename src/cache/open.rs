@@ -4,6 +4,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use super::at_once::Pace;
 use super::flush::FlushBarrier;
 use super::journal;
 pub use super::log::META_FILE;
@@ -188,6 +189,7 @@ impl Opening {
             log: Mutex::new(Log { base: self.base, file }),
             flush: FlushBarrier::default(),
             syncing: Mutex::new(()),
+            pace: Pace::default(),
             aside: Mutex::new(Aside::default()),
             cut_is_ours: AtomicBool::new(false),
             failed: OnceLock::new(),

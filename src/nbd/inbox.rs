@@ -1,7 +1,7 @@
-//! What the client sends, as bytes: one large buffer that a receive fills with as many requests as there are.
+//! What the client sends, as bytes: one buffer that a receive fills with as many requests as there are.
 //!
-//! Promises: memory is the buffer and the payloads asked for; a long payload is received into its own memory and never
-//! copied, a short one is copied once, so that a slow write pins its own bytes and not the buffer.
+//! Promises: memory is the buffer, which grows with what the client sends, and the payloads asked for; a long payload is
+//! received into its own memory and never copied; a short one is handed out where it is, to be used before the next receive.
 //! Must never: wait without end inside a frame, or hand out a part of a payload.
 
 use std::io;
@@ -10,11 +10,14 @@ use std::time::Duration;
 use bytes::{BufMut, Bytes, BytesMut};
 use tokio::io::{AsyncRead, AsyncReadExt};
 
-/// The receive buffer, in bytes: room for 60 requests with 4 KiB each, or thousands without payload. Its pages cost
-/// memory only once they were used.
+/// The receive buffer of a client that sends little, in bytes.
+const SMALL_BUFFER_BYTES: usize = 4 << 10;
+/// What it grows to for one that fills it, in bytes: room for 60 requests with 4 KiB each.
 const BUFFER_BYTES: usize = 256 << 10;
+/// It grows by this factor at a time.
+const GROWTH: usize = 4;
 /// A payload longer than this is received into its own memory, in bytes.
-const DIRECT_PAYLOAD_BYTES: usize = 64 << 10;
+pub(super) const DIRECT_PAYLOAD_BYTES: usize = 64 << 10;
 
 /// Why no more requests come.
 #[derive(Debug, thiserror::Error)]
@@ -46,7 +49,7 @@ pub(super) struct Inbox<R> {
 impl<R: AsyncRead + Unpin> Inbox<R> {
     /// `early`: what came behind the handshake; clients need not wait.
     pub(super) fn new(reader: R, early: &[u8], stalled: Duration) -> Self {
-        let mut buffer = vec![0; BUFFER_BYTES.max(early.len())].into_boxed_slice();
+        let mut buffer = vec![0; SMALL_BUFFER_BYTES.max(early.len())].into_boxed_slice();
         buffer[..early.len()].copy_from_slice(early);
         Self { reader, buffer, start: 0, end: early.len(), stalled }
     }
@@ -61,6 +64,11 @@ impl<R: AsyncRead + Unpin> Inbox<R> {
         &self.buffer[self.start..self.end]
     }
 
+    /// Whether a request has begun to arrive.
+    pub(super) fn is_inside_request(&self) -> bool {
+        self.start < self.end
+    }
+
     /// Takes `len` bytes that were received.
     pub(super) fn take(&mut self, len: usize) {
         self.start += len;
@@ -69,7 +77,7 @@ impl<R: AsyncRead + Unpin> Inbox<R> {
 
     /// Receives once more. Between requests a client may be silent for as long as it likes; inside one it may not.
     pub(super) async fn receive(&mut self) -> Result<(), Gone> {
-        let inside = self.start < self.end;
+        let inside = self.is_inside_request();
         self.make_room();
         let reading = self.reader.read(&mut self.buffer[self.end..]);
         let got = if inside {
@@ -84,22 +92,65 @@ impl<R: AsyncRead + Unpin> Inbox<R> {
         Ok(())
     }
 
+    /// Makes room behind what was received. A receive that filled the buffer has left more behind: it grows.
     fn make_room(&mut self) {
-        if self.start == self.end {
-            (self.start, self.end) = (0, 0);
-        } else if self.end == self.buffer.len() {
+        let filled = self.end == self.buffer.len();
+        if filled && self.buffer.len() < BUFFER_BYTES {
+            self.resize((self.buffer.len() * GROWTH).min(BUFFER_BYTES));
+        } else if filled {
             self.buffer.copy_within(self.start..self.end, 0);
             (self.start, self.end) = (0, self.end - self.start);
+        } else if self.start == self.end {
+            (self.start, self.end) = (0, 0);
         }
+    }
+
+    fn resize(&mut self, bytes: usize) {
+        let mut buffer = vec![0; bytes].into_boxed_slice();
+        let received = self.received();
+        buffer[..received.len()].copy_from_slice(received);
+        (self.start, self.end) = (0, received.len());
+        self.buffer = buffer;
+    }
+
+    /// Gives memory back that a client needed which now is silent.
+    pub(super) fn shrink(&mut self) {
+        if self.start == self.end && self.buffer.len() > SMALL_BUFFER_BYTES {
+            self.resize(SMALL_BUFFER_BYTES);
+        }
+    }
+
+    /// Receives until at least `len` bytes, no more than [`DIRECT_PAYLOAD_BYTES`], are there to be taken.
+    pub(super) async fn gather(&mut self, len: usize) -> Result<&[u8], Gone> {
+        if len > self.buffer.len() {
+            self.resize(BUFFER_BYTES);
+        }
+        while self.received().len() < len {
+            self.more().await?;
+        }
+        Ok(&self.received()[..len])
+    }
+
+    /// Takes the next bytes into `payload`, all of them or none.
+    pub(super) async fn payload_into(&mut self, payload: &mut [u8]) -> Result<(), Gone> {
+        let here = self.received().len().min(payload.len());
+        payload[..here].copy_from_slice(&self.received()[..here]);
+        self.take(here);
+        let mut got = here;
+        while got < payload.len() {
+            let reading = self.reader.read(&mut payload[got..]);
+            match tokio::time::timeout(self.stalled, reading).await.map_err(|_| Gone::Stalled)?? {
+                0 => return Err(Gone::Cut),
+                more => got += more,
+            }
+        }
+        Ok(())
     }
 
     /// The next `len` bytes, all of them or none.
     pub(super) async fn payload(&mut self, len: usize) -> Result<Bytes, Gone> {
         if len <= DIRECT_PAYLOAD_BYTES {
-            while self.received().len() < len {
-                self.more().await?;
-            }
-            let payload = Bytes::copy_from_slice(&self.received()[..len]);
+            let payload = Bytes::copy_from_slice(self.gather(len).await?);
             self.take(len);
             return Ok(payload);
         }
@@ -141,6 +192,9 @@ impl<R: AsyncRead + Unpin> Inbox<R> {
     }
 }
 
+// Whatever is gathered fits, with a header before it.
+const _: () = assert!(DIRECT_PAYLOAD_BYTES < BUFFER_BYTES && SMALL_BUFFER_BYTES < BUFFER_BYTES);
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -160,11 +214,34 @@ mod tests {
             let mut inbox = Inbox::new(server, &all[..3], SOON);
             let mut at = 0;
             for len in lengths {
-                assert!(inbox.payload(len).await.unwrap() == all[at..at + len], "{len} bytes in steps of {step}");
+                let gathered = len <= DIRECT_PAYLOAD_BYTES && inbox.gather(len).await.unwrap() == &all[at..at + len];
+                assert!(gathered || len > DIRECT_PAYLOAD_BYTES, "{len} bytes in steps of {step}");
+                let mut first = vec![0; len / 2];
+                inbox.payload_into(&mut first).await.unwrap();
+                let rest = inbox.payload(len - first.len()).await.unwrap();
+                assert!([first, rest.into()].concat() == all[at..at + len], "{len} bytes in steps of {step}");
                 at += len;
             }
             assert!(matches!(inbox.receive().await, Err(Gone::Closed)));
         }
+    }
+
+    #[tokio::test]
+    async fn the_buffer_grows_with_what_is_sent_and_shrinks_in_silence() {
+        let (mut client, server) = tokio::io::duplex(BUFFER_BYTES * 2);
+        let mut inbox = Inbox::new(server, &[], SOON);
+        client.write_all(&vec![7; BUFFER_BYTES + 1]).await.unwrap();
+        while inbox.received().len() < BUFFER_BYTES {
+            inbox.receive().await.unwrap();
+        }
+        assert_eq!(inbox.buffer.len(), BUFFER_BYTES);
+        inbox.shrink();
+        assert!(inbox.received() == vec![7; BUFFER_BYTES], "what was received stays");
+        inbox.take(BUFFER_BYTES);
+        inbox.shrink();
+        assert_eq!(inbox.buffer.len(), SMALL_BUFFER_BYTES);
+        inbox.receive().await.unwrap();
+        assert_eq!(inbox.received(), [7]);
     }
 
     #[tokio::test]
@@ -177,6 +254,7 @@ mod tests {
         assert!(matches!(inbox.receive().await, Err(Gone::Stalled)));
         assert!(matches!(inbox.payload(2).await, Err(Gone::Stalled)));
         assert!(matches!(inbox.payload(DIRECT_PAYLOAD_BYTES + 1).await, Err(Gone::Stalled)));
+        assert!(matches!(inbox.payload_into(&mut [0; 2]).await, Err(Gone::Stalled)));
     }
 
     #[tokio::test]
@@ -186,6 +264,10 @@ mod tests {
             client.write_all(&[1; 50]).await.unwrap();
             drop(client);
             assert!(matches!(Inbox::new(server, &[], SOON).payload(len).await, Err(Gone::Cut)));
+            let (mut client, server) = tokio::io::duplex(1024);
+            client.write_all(&[1; 50]).await.unwrap();
+            drop(client);
+            assert!(matches!(Inbox::new(server, &[], SOON).payload_into(&mut vec![0; len]).await, Err(Gone::Cut)));
         }
     }
 }

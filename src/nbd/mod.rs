@@ -19,6 +19,7 @@ mod inbox;
 pub mod limits;
 pub mod listen;
 mod outbox;
+mod pool;
 pub mod reply;
 pub mod request;
 mod serve;
@@ -38,6 +39,7 @@ use self::limits::Bites;
 pub use self::limits::Limits;
 use self::listen::Client;
 pub use self::listen::{DEFAULT_PORT, ListenAddr, ListenError, Listener, PassedSocket};
+use self::pool::Pool;
 use self::tls::Tls;
 use crate::volume::registry::Registry;
 
@@ -64,6 +66,7 @@ struct Shared {
     tls: Option<Arc<Tls>>,
     /// Payload bytes in flight beyond what each connection has for itself.
     bytes: Arc<Semaphore>,
+    pool: Arc<Pool>,
     bites: Bites,
 }
 
@@ -79,7 +82,7 @@ impl Server {
     pub fn with_tls(registry: Arc<Registry>, limits: Limits, tls: Option<Arc<Tls>>) -> Self {
         let bytes = Arc::new(Semaphore::new(limits.shared_bytes));
         Self {
-            shared: Arc::new(Shared { registry, limits, tls, bytes, bites: Bites::default() }),
+            shared: Arc::new(Shared { registry, limits, tls, bytes, pool: Arc::default(), bites: Bites::default() }),
             connections: Arc::new(Semaphore::new(limits.connections)),
         }
     }

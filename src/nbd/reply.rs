@@ -3,7 +3,7 @@
 //! Promises: one request, one reply: a simple one, or chunks of which the last alone says DONE; READ gets chunks as soon
 //! as structured replies are negotiated, "even for an early EINVAL", and with extended headers everything does; the
 //! data and hole chunks of a READ cover its range exactly once.
-//! Must never: call something a hole that was not read as zeros; copy the data of a READ.
+//! Must never: call something a hole that was not read as zeros; copy the data of a long READ.
 
 use std::borrow::Cow;
 use std::ops::Range;
@@ -61,6 +61,8 @@ impl From<Refusal> for Outcome {
 pub struct Frames {
     heads: Vec<u8>,
     segments: Vec<Segment>,
+    /// The length of what is only referred to.
+    body_bytes: usize,
 }
 
 #[derive(Debug)]
@@ -74,6 +76,7 @@ impl Frames {
     pub fn clear(&mut self) {
         self.heads.clear();
         self.segments.clear();
+        self.body_bytes = 0;
     }
 
     /// The stretches of bytes to send, in order; none is empty.
@@ -84,11 +87,35 @@ impl Frames {
         })
     }
 
+    /// Whether there is nothing to send.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.segments.is_empty()
+    }
+
+    /// How many bytes there are to send.
+    #[must_use]
+    pub fn bytes(&self) -> usize {
+        self.heads.len() + self.body_bytes
+    }
+
+    /// Appends what another has gathered.
+    pub fn append(&mut self, other: Self) {
+        let base = self.heads.len();
+        self.heads.extend_from_slice(&other.heads);
+        self.segments.extend(other.segments.into_iter().map(|segment| match segment {
+            Segment::Head(range) => Segment::Head(base + range.start..base + range.end),
+            body @ Segment::Body(_) => body,
+        }));
+        self.body_bytes += other.body_bytes;
+    }
+
     fn head(&mut self, encode: impl FnOnce(&mut Vec<u8>)) {
         let start = self.heads.len();
         encode(&mut self.heads);
         let end = self.heads.len();
         match self.segments.last_mut() {
+            _ if start == end => {}
             Some(Segment::Head(range)) => range.end = end,
             _ => self.segments.push(Segment::Head(start..end)),
         }
@@ -96,6 +123,7 @@ impl Frames {
 
     fn body(&mut self, bytes: Bytes) {
         if !bytes.is_empty() {
+            self.body_bytes += bytes.len();
             self.segments.push(Segment::Body(bytes));
         }
     }
@@ -142,6 +170,50 @@ impl Asked {
             Outcome::Done | Outcome::Data { .. } if self.in_chunks() => frames.chunk(self, chunk::NONE, true, &[], 0),
             Outcome::Done | Outcome::Data { .. } => frames.head(|out| wire::encode_simple(out, 0, self.cookie)),
         }
+    }
+
+    /// Appends the reply to a READ of `len` bytes, not 0, that `read` puts where they are sent from; `whole`: in one
+    /// content chunk. If it says `false`, nothing is appended. For short reads: holes in them cost a copy.
+    pub fn encode_read(
+        &self,
+        len: usize,
+        whole: bool,
+        frames: &mut Frames,
+        read: impl FnOnce(&mut [u8]) -> bool,
+    ) -> bool {
+        let mut sent_otherwise = None;
+        let mut done = false;
+        frames.head(|out| {
+            let start = out.len();
+            if self.in_chunks() {
+                let follows = u32::try_from(len).unwrap_or(u32::MAX);
+                let header = ChunkHeader {
+                    done: true,
+                    kind: chunk::OFFSET_DATA,
+                    cookie: self.cookie,
+                    offset: self.offset,
+                    len: 8 + follows,
+                };
+                wire::encode_chunk(out, self.mode, header);
+                out.extend_from_slice(&self.offset.to_be_bytes());
+            } else {
+                wire::encode_simple(out, 0, self.cookie);
+            }
+            let at = out.len();
+            out.resize(at + len, 0);
+            done = read(&mut out[at..]);
+            let data = &out[at..];
+            if done && self.in_chunks() && blocks(self.offset, data).any(|block| block.hole) {
+                sent_otherwise = Some(Bytes::copy_from_slice(data));
+            }
+            if !done || sent_otherwise.is_some() {
+                out.truncate(start);
+            }
+        });
+        if let Some(bytes) = sent_otherwise {
+            self.encode_data(&bytes, whole, frames);
+        }
+        done
     }
 
     fn in_chunks(&self) -> bool {
@@ -217,22 +289,31 @@ fn whole_piece(bytes: &[u8]) -> Piece {
 
 /// Cuts what was read at `offset` into data and holes. Holes are whole blocks, aligned in the image.
 fn pieces(offset: u64, bytes: &[u8]) -> Vec<Piece> {
-    let misaligned = usize::try_from(offset % HOLE_BLOCK_BYTES as u64).unwrap_or(0);
     let mut pieces: Vec<Piece> = Vec::with_capacity(1);
-    let mut start = 0;
-    while start < bytes.len() {
-        let block = HOLE_BLOCK_BYTES - (start + misaligned) % HOLE_BLOCK_BYTES;
-        let end = bytes.len().min(start + block);
-        let hole = end - start == HOLE_BLOCK_BYTES && is_zero(&bytes[start..end]);
+    for block in blocks(offset, bytes) {
         match pieces.last_mut() {
-            Some(last) if last.hole == hole && (hole || end - last.at.start <= MAX_DATA_CHUNK_BYTES) => {
-                last.at.end = end;
+            Some(last)
+                if last.hole == block.hole && (block.hole || block.at.end - last.at.start <= MAX_DATA_CHUNK_BYTES) =>
+            {
+                last.at.end = block.at.end;
             }
-            _ => pieces.push(Piece { at: start..end, hole }),
+            _ => pieces.push(block),
         }
-        start = end;
     }
     pieces
+}
+
+/// What was read at `offset`, block by block.
+fn blocks(offset: u64, bytes: &[u8]) -> impl Iterator<Item = Piece> {
+    let misaligned = usize::try_from(offset % HOLE_BLOCK_BYTES as u64).unwrap_or(0);
+    let mut start = 0;
+    std::iter::from_fn(move || {
+        let block = HOLE_BLOCK_BYTES - (start + misaligned) % HOLE_BLOCK_BYTES;
+        let at = start..bytes.len().min(start + block);
+        start = at.end;
+        let hole = at.len() == HOLE_BLOCK_BYTES && is_zero(&bytes[at.clone()]);
+        (!at.is_empty()).then_some(Piece { at, hole })
+    })
 }
 
 fn is_zero(bytes: &[u8]) -> bool {

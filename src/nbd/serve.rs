@@ -13,7 +13,7 @@ use super::errno::{self, Errno};
 use super::reply::{ContextExtents, Outcome};
 use super::request::Command;
 use crate::units::ByteRange;
-use crate::volume::{Extent, Residency, Volume, VolumeError};
+use crate::volume::{Change, Extent, Residency, Volume, VolumeError};
 
 /// The most extents one BLOCK_STATUS looks at; the client asks again for the rest. The protocol suggests at most 2^20.
 pub(super) const MAX_EXTENTS: usize = 8192;
@@ -30,51 +30,65 @@ pub(super) struct Task {
     pub(super) contexts: Vec<Context>,
 }
 
-/// Carries out a task.
-pub(super) async fn serve(volume: &Arc<Volume>, task: Task) -> Outcome {
+/// Takes a task up; `answer` gets its outcome, on whatever thread it comes about. A change has its place in the order of
+/// arrivals when this returns.
+pub(super) fn serve(volume: &Arc<Volume>, task: Task, answer: impl FnOnce(Outcome) + Send + 'static) {
+    let change = match task.command {
+        // "Zero length: success, nothing done."
+        Command::Write { range } | Command::Trim { range } | Command::WriteZeroes { range, .. }
+            if !range.is_empty() =>
+        {
+            Some(volume.change(range))
+        }
+        // Without a task of its own: each change of threads costs as much as a fast disk takes.
+        Command::Flush => return volume.flush_then(|flushed| answer(outcome(flushed.map(|()| Outcome::Done), false))),
+        _ => None,
+    };
+    let volume = Arc::clone(volume);
+    tokio::spawn(async move { answer(serve_in_turn(&volume, task, change).await) });
+}
+
+fn outcome(served: Result<Outcome, VolumeError>, writes: bool) -> Outcome {
+    served.unwrap_or_else(|error| Outcome::Failed { errno: errno::of(&error, writes), text: error.to_string().into() })
+}
+
+async fn serve_in_turn(volume: &Arc<Volume>, task: Task, change: Option<Change>) -> Outcome {
     let writes = matches!(task.command, Command::Write { .. } | Command::WriteZeroes { .. });
     let changes = writes || matches!(task.command, Command::Trim { .. });
     let durable = task.durable && changes;
-    let served = match carry_out(volume, task).await {
+    let served = match carry_out(volume, task, change).await {
         // FUA covers this command; the flush covers it and more. It makes no sense on the others, and is accepted there.
         Ok(Outcome::Done) if durable => volume.flush().await.map(|()| Outcome::Done),
         served => served,
     };
-    served.unwrap_or_else(|error| Outcome::Failed { errno: errno::of(&error, writes), text: error.to_string().into() })
+    outcome(served, writes)
 }
 
-async fn carry_out(volume: &Arc<Volume>, task: Task) -> Result<Outcome, VolumeError> {
+async fn carry_out(volume: &Arc<Volume>, task: Task, change: Option<Change>) -> Result<Outcome, VolumeError> {
     let done = |()| Outcome::Done;
-    match task.command {
-        Command::Read { range, whole } => read(volume, range, whole).await,
-        // "Zero length: success, nothing done."
-        Command::Write { range }
-        | Command::Trim { range }
-        | Command::Cache { range }
-        | Command::WriteZeroes { range, .. }
-            if range.is_empty() =>
-        {
-            Ok(Outcome::Done)
-        }
-        Command::Write { range } => volume.write(range.offset(), task.payload).await.map(done),
-        Command::Flush => volume.flush().await.map(done),
-        Command::Trim { range } => volume.trim(range).await.map(done),
-        Command::Cache { range } => volume.prefetch(range).await.map(done),
-        Command::WriteZeroes { range, fast } => {
+    match (task.command, change) {
+        (Command::Read { range, whole }, _) => read(volume, range, whole).await,
+        (Command::Write { .. }, Some(change)) => change.write(task.payload).await.map(done),
+        (Command::Trim { .. }, Some(change)) => change.trim().await.map(done),
+        (Command::WriteZeroes { range, fast }, Some(change)) => {
             if fast && needs_a_fetch(volume, range).await? {
                 let text = "zeroing a part of a chunk that is not in the cache fetches it first, which is not fast";
                 return Ok(Outcome::Failed { errno: Errno::NotSup, text: text.into() });
             }
-            volume.write_zeroes(range).await.map(done)
+            change.write_zeroes().await.map(done)
         }
-        Command::BlockStatus { range, one } => {
+        (Command::Cache { range }, _) if !range.is_empty() => volume.prefetch(range).await.map(done),
+        (Command::BlockStatus { range, one }, _) => {
             let extents = volume.extents(range, MAX_EXTENTS).await?;
             let of = |context: &Context| (context.id(), statuses(*context, range, one, &extents));
             let contexts: Vec<ContextExtents> = task.contexts.iter().map(of).collect();
             Ok(Outcome::Status(contexts))
         }
-        // Both are dealt with before a task is made of them.
-        Command::BlockStatusPayload { .. } | Command::Disconnect => Ok(Outcome::Done),
+        (Command::Write { .. } | Command::Trim { .. } | Command::WriteZeroes { .. } | Command::Cache { .. }, _) => {
+            Ok(Outcome::Done)
+        }
+        // They are dealt with before it comes to this.
+        (Command::Flush | Command::BlockStatusPayload { .. } | Command::Disconnect, _) => Ok(Outcome::Done),
     }
 }
 

@@ -1,27 +1,40 @@
 //! Transmission: requests in, validated once, served, answered in any order.
 //!
-//! Promises: all requests that one receive brought are taken up before the next; a slow one never holds up those behind
-//! it; everything accepted is answered before an orderly close, also to a client that has shut down its sending side;
+//! Promises: all requests that one receive brought are taken up before the next; what need not wait is served as it is
+//! taken up, without another thread, and a slow request never holds up those behind it; everything accepted is answered before an orderly close, also to a client that has shut down its sending side;
 //! the stream stays in sync after a refused request.
 //! Must never: carry out a request that did not arrive whole, or read on while the client's limits are used up.
 
+use std::future::{Future, poll_fn};
+use std::pin::pin;
 use std::sync::Arc;
+use std::task::Poll;
+use std::time::Duration;
 
 use bytes::Bytes;
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::sync::{mpsc, watch};
+use tokio::sync::watch;
 
 use super::Shared;
 use super::hangup::HangUp;
-use super::inbox::{Gone, Inbox};
+use super::inbox::{DIRECT_PAYLOAD_BYTES, Gone, Inbox};
 use super::limits::{MAX_DRAINED_PAYLOAD_BYTES, MAX_PAYLOAD_BYTES};
-use super::outbox::{self, Budget, Reply, Ticket};
-use super::reply::Asked;
+use super::outbox::{self, Outbox, Slot};
+use super::pool;
+use super::reply::{Asked, Outcome};
 use super::request::{self, Attachment, Command, MAX_BLOCK_STATUS_PAYLOAD_BYTES, Refusal};
 use super::serve::{self, MAX_EXTENTS, Task};
 use super::wire::{self, BadMagic, Request, cflag};
+use crate::units::ByteRange;
 use crate::volume::Volume;
 
+/// The longest READ or WRITE that is served at once, in bytes: copying it takes a fraction of a millisecond, and that is
+/// how long the requests behind it wait.
+const AT_ONCE_BYTES: usize = pool::BUFFER_BYTES;
+/// After this much silence a client's buffers are given back. A receive that it cuts off loses nothing.
+const SILENCE: Duration = Duration::from_secs(5);
+/// A READ up to this many bytes is read into the very memory it is sent from, between the headers.
+const GATHERED_READ_BYTES: usize = 16 << 10;
 /// What a BLOCK_STATUS in flight is charged for, in bytes: its extents as the volume lists them and as they are sent.
 const STATUS_BYTES: usize = MAX_EXTENTS * 64;
 
@@ -56,31 +69,44 @@ pub(super) async fn run<S>(
 {
     let limits = shared.limits;
     let (reader, mut writer) = tokio::io::split(stream);
-    let (outbox, replies) = mpsc::channel(limits.requests);
-    let budget = Budget::new(limits, Arc::clone(&shared.bytes));
+    let outbox = Outbox::new(limits, Arc::clone(&shared.bytes));
     let mut connection = Connection {
         inbox: Inbox::new(reader, early, limits.stalled),
         volume,
         attachment,
-        budget: &budget,
+        outbox: &outbox,
         hang_up,
         shared,
     };
-    // Reader and writer are two halves of one task: what is answered while the reader works is sent when it next waits,
-    // in one write and without waking another thread.
     let sent = {
-        let sending = outbox::send_all(&mut writer, replies, limits.stalled);
-        tokio::pin!(sending);
-        let end = tokio::select! {
-            biased;
-            end = connection.take_requests(outbox) => Ok(end),
-            () = super::stopped(&mut stop) => Ok(End::Stopping),
-            sent = &mut sending => Err(sent),
+        let mut sending = pin!(outbox::send_all(&mut writer, &outbox, limits.stalled));
+        let end = {
+            let mut taking = pin!(connection.take_requests());
+            let mut stopped = pin!(super::stopped(&mut stop));
+            // Reader and writer are two halves of one task: what is answered while the reader works is sent when it next
+            // waits, in one write and without waking another thread.
+            poll_fn(|context| {
+                loop {
+                    if let Poll::Ready(end) = taking.as_mut().poll(context) {
+                        return Poll::Ready(Ok(end));
+                    }
+                    if stopped.as_mut().poll(context).is_ready() {
+                        return Poll::Ready(Ok(End::Stopping));
+                    }
+                    if let Poll::Ready(sent) = sending.as_mut().poll(context) {
+                        return Poll::Ready(Err(sent));
+                    }
+                    if !outbox.reader_let_go_first() {
+                        return Poll::Pending;
+                    }
+                }
+            })
+            .await
         };
         match end {
             Ok(end) => {
                 connection.log_end(&end);
-                // Every request in flight holds a sender; the last reply ends it.
+                outbox.close();
                 sending.await
             }
             Err(sent) => sent,
@@ -96,35 +122,37 @@ pub(super) async fn run<S>(
                 shared.bites.stalled.log("a client did not take its replies: its connection is closed");
             }
             tracing::debug!("replies cannot be sent any more: {error}");
+            outbox.abandon();
         }
     }
-    budget.all_back().await;
+    outbox.all_back().await;
 }
 
 struct Connection<'a, R> {
     inbox: Inbox<R>,
     volume: Arc<Volume>,
     attachment: Attachment,
-    budget: &'a Budget,
+    outbox: &'a Arc<Outbox>,
     hang_up: HangUp,
     shared: &'a Shared,
 }
 
 impl<R: AsyncRead + Unpin> Connection<'_, R> {
-    async fn take_requests(&mut self, outbox: mpsc::Sender<Reply>) -> End {
+    async fn take_requests(&mut self) -> End {
         loop {
             match wire::decode_request(self.attachment.mode, self.inbox.received()) {
                 Err(bad) => return bad.into(),
                 Ok(Some(request)) => {
                     self.inbox.take(self.attachment.mode.request_bytes());
-                    if let Err(end) = self.take_request(request, &outbox).await {
+                    if let Err(end) = self.take_request(request).await {
                         return end;
+                    }
+                    if self.outbox.is_full() {
+                        self.outbox.let_writer_go_first().await;
                     }
                 }
                 Ok(None) => {
-                    // What was answered so far goes out before more is taken in.
-                    tokio::task::yield_now().await;
-                    if let Err(gone) = self.inbox.receive().await {
+                    if let Err(gone) = self.receive().await {
                         return gone.into();
                     }
                 }
@@ -132,7 +160,22 @@ impl<R: AsyncRead + Unpin> Connection<'_, R> {
         }
     }
 
-    async fn take_request(&mut self, request: Request, outbox: &mpsc::Sender<Reply>) -> Result<(), End> {
+    /// Receives once more; a client that is silent for long costs little meanwhile.
+    async fn receive(&mut self) -> Result<(), Gone> {
+        if self.inbox.is_inside_request() {
+            return self.inbox.receive().await;
+        }
+        match tokio::time::timeout(SILENCE, self.inbox.receive()).await {
+            Ok(received) => received,
+            Err(_) => {
+                self.inbox.shrink();
+                self.outbox.shrink();
+                self.inbox.receive().await
+            }
+        }
+    }
+
+    async fn take_request(&mut self, request: Request) -> Result<(), End> {
         let payload_bytes = request::payload(&request, self.attachment.mode);
         if payload_bytes > MAX_DRAINED_PAYLOAD_BYTES {
             return Err(End::Oversize(payload_bytes));
@@ -143,54 +186,101 @@ impl<R: AsyncRead + Unpin> Connection<'_, R> {
         };
         // Paid for before its payload takes memory; refused ones take a place too, since their replies do.
         let price = verdict.as_ref().map_or(0, price);
-        let Some((slot, waited)) = self.budget.slot(price, &self.shared.bites).await else {
+        let Some((slot, waited)) = self.outbox.slot(price, &self.shared.bites).await else {
             return Err(End::Stopping);
         };
         // "A write of a connection that died must not land after a newer connection's."
         if waited.0 && self.hang_up.is_seen() {
             return Err(End::HungUp);
         }
-        let task = match verdict {
-            Ok(command) => self.receive_task(command, &request, payload_bytes).await?,
+        let asked = Asked::new(&request, self.attachment.mode);
+        let command = match verdict {
+            Ok(command) => command,
             Err(refusal) => {
                 if payload_bytes > u64::from(MAX_PAYLOAD_BYTES) {
                     self.shared.bites.payload.log("a client sends payloads over the maximum block size: refused");
                 }
                 // "For WRITE still consume the payload."
                 self.inbox.discard(payload_bytes).await?;
-                Err(refusal)
+                Outbox::answer_at_once(asked, slot, refusal.into());
+                return Ok(());
             }
         };
-        let ticket = Ticket::new(Asked::new(&request, self.attachment.mode), slot, outbox.clone());
-        match task {
-            Err(refusal) => ticket.answer(refusal.into()),
-            // The place to serve at once, without a task of its own, what the volume can serve without waiting: its
-            // reply would be in the outbox before the next request of this receive is looked at.
-            Ok(task) => {
-                let volume = Arc::clone(&self.volume);
-                tokio::spawn(async move { ticket.answer(serve::serve(&volume, task).await) });
+        let slot = match command {
+            Command::Read { range, whole } => match self.read_at_once(asked, slot, range, whole) {
+                Ok(()) => return Ok(()),
+                Err(slot) => slot,
+            },
+            _ => slot,
+        };
+        match self.receive_task(command, &request, payload_bytes).await? {
+            Received::Refused(refusal) => Outbox::answer_at_once(asked, slot, refusal.into()),
+            Received::Done => Outbox::answer_at_once(asked, slot, Outcome::Done),
+            Received::Task(task) => {
+                let ticket = Outbox::ticket(asked, slot);
+                serve::serve(&self.volume, task, move |outcome| ticket.answer(outcome));
             }
         }
         Ok(())
     }
 
-    /// Adds to a command what goes with it.
+    /// Serves a READ without a task of its own, if it need not wait; else gives its slot back.
+    fn read_at_once(&self, asked: Asked, slot: Slot, range: ByteRange, whole: bool) -> Result<(), Slot> {
+        let len = usize::try_from(range.len()).unwrap_or(usize::MAX);
+        // What is gathered is one piece of memory, which shall not grow for a client that takes no replies.
+        let gathered = len <= GATHERED_READ_BYTES;
+        if len == 0 || len > AT_ONCE_BYTES || (gathered && self.outbox.is_full()) {
+            return Err(slot);
+        }
+        if gathered {
+            return Outbox::read_at_once(asked, slot, len, whole, |buf| self.volume.read_at_once(range, buf));
+        }
+        let mut buffer = self.shared.pool.lease(len);
+        if !self.volume.read_at_once(range, &mut buffer) {
+            return Err(slot);
+        }
+        Outbox::answer_at_once(asked, slot, Outcome::Data { bytes: buffer.freeze(), whole });
+        Ok(())
+    }
+
+    /// Receives the payload of a WRITE and writes it, if that need not wait; else returns it.
+    async fn write_at_once(&mut self, range: ByteRange) -> Result<Option<Bytes>, Gone> {
+        let len = usize::try_from(range.len()).unwrap_or(usize::MAX);
+        if len == 0 || len > AT_ONCE_BYTES {
+            return self.inbox.payload(len).await.map(Some);
+        }
+        if len > DIRECT_PAYLOAD_BYTES {
+            let mut payload = self.shared.pool.lease(len);
+            self.inbox.payload_into(&mut payload).await?;
+            let written = self.volume.write_at_once(range.offset(), &payload);
+            return Ok((!written).then(|| payload.freeze()));
+        }
+        let payload = self.inbox.gather(len).await?;
+        let written = self.volume.write_at_once(range.offset(), payload);
+        let left = (!written).then(|| Bytes::copy_from_slice(payload));
+        self.inbox.take(len);
+        Ok(left)
+    }
+
+    /// Adds to a command what goes with it, or does it, if it is a WRITE that need not wait.
     async fn receive_task(
         &mut self,
         command: Command,
         request: &Request,
         payload_bytes: u64,
-    ) -> Result<Result<Task, Refusal>, Gone> {
+    ) -> Result<Received, Gone> {
         let durable = request.flags & cflag::FUA != 0;
         let mut task = Task { command, durable, payload: Bytes::new(), contexts: Vec::new() };
         match command {
-            Command::Write { .. } => {
-                task.payload = self.inbox.payload(usize::try_from(payload_bytes).unwrap_or(usize::MAX)).await?;
-            }
+            Command::Write { range } => match self.write_at_once(range).await? {
+                Some(payload) => task.payload = payload,
+                None if durable => task.command = Command::Flush,
+                None => return Ok(Received::Done),
+            },
             Command::BlockStatus { .. } => task.contexts.clone_from(&self.attachment.contexts),
             Command::BlockStatusPayload { .. } if payload_bytes > MAX_BLOCK_STATUS_PAYLOAD_BYTES => {
                 self.inbox.discard(payload_bytes).await?;
-                return Ok(Err(Refusal::invalid(
+                return Ok(Received::Refused(Refusal::invalid(
                     "a BLOCK_STATUS payload with more context ids than there are contexts",
                 )));
             }
@@ -198,12 +288,12 @@ impl<R: AsyncRead + Unpin> Connection<'_, R> {
                 let payload = self.inbox.payload(usize::try_from(payload_bytes).unwrap_or(usize::MAX)).await?;
                 match request::block_status_payload(offset, one, &payload, &self.attachment) {
                     Ok((command, contexts)) => task = Task { command, contexts, ..task },
-                    Err(refusal) => return Ok(Err(refusal)),
+                    Err(refusal) => return Ok(Received::Refused(refusal)),
                 }
             }
             _ => {}
         }
-        Ok(Ok(task))
+        Ok(Received::Task(task))
     }
 
     fn log_end(&self, end: &End) {
@@ -216,6 +306,16 @@ impl<R: AsyncRead + Unpin> Connection<'_, R> {
         }
         tracing::debug!("export {}: a connection ends: {end}", self.volume.export_id());
     }
+}
+
+/// What became of a command as it was received.
+enum Received {
+    /// It is to be served.
+    Task(Task),
+    /// It was, at once.
+    Done,
+    /// Its payload makes no sense.
+    Refused(Refusal),
 }
 
 /// What a command is charged for in payload bytes, of the request or of the reply.

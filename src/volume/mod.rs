@@ -11,6 +11,8 @@
 //! image first and the states after, so whoever sees a chunk missing finds the image that says what it is.
 
 mod ancestry;
+mod at_once;
+mod change;
 mod fill;
 mod objects;
 mod open;
@@ -25,7 +27,7 @@ use bytes::Bytes;
 use futures_util::stream::{self, StreamExt, TryStreamExt};
 use parking_lot::{Mutex, RwLock};
 
-use crate::cache::{self, Cache, CacheError, Edges, Progress, states::Content};
+use crate::cache::{self, Cache, CacheError, Progress, states::Content};
 use crate::clock::Clock;
 use crate::disk::Disk;
 use crate::manifest::Manifest;
@@ -33,6 +35,7 @@ use crate::store::SharedStore;
 pub use crate::store::health::Outage;
 use crate::store::keys::{ExportKeys, ExportRoot};
 use crate::units::{ByteRange, ChunkIndex, ExportId, Generation, Geometry};
+pub use change::Change;
 use fill::{FillBudget, Fills};
 use order::Order;
 use registry::Operation;
@@ -187,21 +190,18 @@ impl Volume {
         Ok(buf.into())
     }
 
+    /// Takes a change's place in the order of arrivals, here and now; its work may begin later.
+    pub fn change(self: &Arc<Self>, range: ByteRange) -> Change {
+        Change { volume: Arc::clone(self), range, turn: self.order.join(range) }
+    }
+
     /// Writes `data` at `offset`.
     ///
     /// # Errors
     /// Any [`VolumeError`]; then an unknown part of the range has the new content.
     pub async fn write(self: &Arc<Self>, offset: u64, data: Bytes) -> Result<(), VolumeError> {
         let range = self.range(offset, data.len() as u64)?;
-        let _open = self.enter_to_write(range).await?;
-        let _turn = self.order.turn(range).await;
-        let partial = [range.offset(), range.end()].map(|edge| self.chunk_cut_by(edge));
-        self.fill_all(partial.into_iter().flatten()).await?;
-        self.until_done(range, move |cache, volume, rest| {
-            let from = buffer_len_of(rest.offset() - range.offset());
-            cache.write(rest.offset(), &data[from..], |chunk| volume.is_zero(chunk))
-        })
-        .await
+        self.change(range).write(data).await
     }
 
     /// Makes a range read as zeros. Whole chunks cost neither a fetch nor space.
@@ -209,9 +209,7 @@ impl Volume {
     /// # Errors
     /// As [`write`](Self::write).
     pub async fn write_zeroes(self: &Arc<Self>, range: ByteRange) -> Result<(), VolumeError> {
-        let _open = self.enter_to_write(range).await?;
-        let _turn = self.order.turn(range).await;
-        self.until_done(range, |cache, volume, rest| cache.zero(rest, Edges::Zero, |chunk| volume.is_zero(chunk))).await
+        self.change(range).write_zeroes().await
     }
 
     /// Lets go of a range's content: it reads as zeros, except for the edges of chunks that are not here.
@@ -219,9 +217,7 @@ impl Volume {
     /// # Errors
     /// As [`write`](Self::write).
     pub async fn trim(self: &Arc<Self>, range: ByteRange) -> Result<(), VolumeError> {
-        let _open = self.enter_to_write(range).await?;
-        let _turn = self.order.turn(range).await;
-        self.until_done(range, |cache, volume, rest| cache.zero(rest, Edges::Skip, |chunk| volume.is_zero(chunk))).await
+        self.change(range).trim().await
     }
 
     /// Makes every write that was replied to, on any connection, durable on the local disk.
@@ -231,6 +227,21 @@ impl Volume {
     pub async fn flush(self: &Arc<Self>) -> Result<(), VolumeError> {
         let _open = self.still_open().await?;
         cache::blocking(&self.cache, Cache::flush).await.map_err(|e| self.cache_error(e))
+    }
+
+    /// As [`flush`](Self::flush); `done` is called with the result, on the thread that has it. It is dropped uncalled only
+    /// if the runtime ends.
+    pub fn flush_then(self: &Arc<Self>, done: impl FnOnce(Result<(), VolumeError>) + Send + 'static) {
+        let volume = Arc::clone(self);
+        cache::blocking_then(&self.cache, move |cache| {
+            // Not waiting: it is only ever taken by who closes the volume, and that needs a thread like this one.
+            let open = volume.open.try_read();
+            let flushed = match open {
+                Ok(open) if *open => cache.flush(),
+                _ => return done(Err(VolumeError::Closed(volume.export_id.clone()))),
+            };
+            done(flushed.map_err(|e| volume.cache_error(e)));
+        });
     }
 
     /// Fetches what is missing of a range. That a chunk cannot be had now is no error: a read will say so.

@@ -142,6 +142,13 @@ impl DiskFile for HookedFile {
         self.ask("read_at")?;
         self.file.read_at(buf, offset)
     }
+    /// A hook that refuses stands for a disk that would have to be waited for.
+    fn read_at_once(&self, buf: &mut [u8], offset: u64) -> io::Result<bool> {
+        match self.ask("read_at_once") {
+            Ok(()) => self.file.read_at_once(buf, offset),
+            Err(_) => Ok(false),
+        }
+    }
     fn write_at(&self, buf: &[u8], offset: u64) -> io::Result<()> {
         self.ask("write_at")?;
         self.file.write_at(buf, offset)

@@ -18,7 +18,7 @@ use nbd_server::volume::{Residency, Services, Volume, VolumeError};
 use super::sim::crash::Dice;
 use super::sim::faults::Faults;
 use super::sim::{Event, Loss, SECTOR, Sim, SimClock, SimDisk, SimStore, State, Walk};
-use super::volumes::{CHUNK, id, range, read_all, root};
+use super::volumes::{CHUNK, id, range, read_all, read_as_served, root, write_as_served};
 
 pub const CHUNKS: u64 = 4;
 /// The last chunk is short.
@@ -281,7 +281,7 @@ impl Scene {
 
     pub async fn read(&mut self, name: &str, sectors: Range<usize>) -> Step<()> {
         let volume = self.volume(name).await?;
-        let now = self.step(volume.read(span(&sectors)).await)?;
+        let now = self.step(read_as_served(&volume, span(&sectors)).await)?;
         for (sector, bytes) in sectors.zip(now.chunks(SECTOR)) {
             let allowed = self.histories.get(name)?.allowed(sector, self.sim.now(), NEVER);
             let value = bytes[0];
@@ -517,7 +517,7 @@ fn span(sectors: &Range<usize>) -> nbd_server::units::ByteRange {
 }
 
 async fn write(volume: &Arc<Volume>, sectors: &Range<usize>, value: u8) -> Result<(), VolumeError> {
-    volume.write((sectors.start * SECTOR) as u64, vec![value; sectors.len() * SECTOR].into()).await
+    write_as_served(volume, (sectors.start * SECTOR) as u64, vec![value; sectors.len() * SECTOR].into()).await
 }
 
 /// Zeroes sectors, and says which: a trim leaves the edges of missing chunks.
@@ -557,7 +557,7 @@ async fn opened(
 
 async fn check_image(registry: &Arc<Registry>, name: &str, allowed: &Image) -> Result<(), String> {
     let volume = registry.volume(&id(name)).await.map_err(|e| format!("{name} does not open: {e}"))?;
-    let image = volume.read(range(0, SIZE)).await.map_err(|e| format!("{name} does not read: {e}"))?;
+    let image = read_as_served(&volume, range(0, SIZE)).await.map_err(|e| format!("{name} does not read: {e}"))?;
     for (sector, (bytes, allowed)) in image.chunks(SECTOR).zip(allowed).enumerate() {
         if !allowed.contains(&bytes[0]) || bytes.iter().any(|b| *b != bytes[0]) {
             return Err(format!("{name}, sector {sector}: {} instead of {allowed:?}", bytes[0]));

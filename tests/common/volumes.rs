@@ -11,7 +11,7 @@ use nbd_server::store::keys::ExportRoot;
 use nbd_server::store::remote::RemoteStore;
 use nbd_server::units::{ByteRange, ExportId, Geometry};
 use nbd_server::volume::registry::{ExportStatus, Registry};
-use nbd_server::volume::{Services, Volume};
+use nbd_server::volume::{Services, Volume, VolumeError};
 use tempfile::TempDir;
 
 use super::watched::Watched;
@@ -68,7 +68,18 @@ pub async fn create(registry: &Arc<Registry>, name: &str, chunks: u64) -> Arc<Vo
 }
 
 pub async fn read(volume: &Arc<Volume>, offset: u64, len: u64) -> Bytes {
-    volume.read(ByteRange::new(offset, len).unwrap()).await.unwrap()
+    read_as_served(volume, range(offset, len)).await.unwrap()
+}
+
+/// As the front end reads: at once if that is possible.
+pub async fn read_as_served(volume: &Arc<Volume>, range: ByteRange) -> Result<Bytes, VolumeError> {
+    let mut buf = vec![0xEE; usize::try_from(range.len()).unwrap()];
+    if volume.read_at_once(range, &mut buf) { Ok(buf.into()) } else { volume.read(range).await }
+}
+
+/// As the front end writes: at once if that is possible.
+pub async fn write_as_served(volume: &Arc<Volume>, offset: u64, data: Bytes) -> Result<(), VolumeError> {
+    if volume.write_at_once(offset, &data) { Ok(()) } else { volume.write(offset, data).await }
 }
 
 pub async fn read_all(volume: &Arc<Volume>) -> Bytes {
@@ -80,7 +91,7 @@ pub async fn image(registry: &Arc<Registry>, name: &str) -> Bytes {
 }
 
 pub async fn write(volume: &Arc<Volume>, offset: u64, byte: u8, len: u64) {
-    volume.write(offset, vec![byte; usize::try_from(len).unwrap()].into()).await.unwrap();
+    write_as_served(volume, offset, vec![byte; usize::try_from(len).unwrap()].into()).await.unwrap();
 }
 
 pub async fn status(registry: &Arc<Registry>, name: &str) -> ExportStatus {

@@ -1,0 +1,117 @@
+//! Reads and writes on the caller's own thread, which others share: only what is a matter of copying memory.
+//!
+//! A read asks the kernel for what is in the page cache and nothing else. A write cannot be asked so on every file
+//! system: it copies into the page cache, and now and then the kernel makes the writer wait there, 200 ms at most at a
+//! time, when more is dirty than the disk takes. So writes are timed ([`Pace`]): after a slow one they go the way of all
+//! that waits, for [`REST_FACTOR`] times as long as it took. A thread is thus held up for at most that part of its time.
+//! A write that meets a sync may wait for the file system's journal, so beside a flush none is done here at all.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use super::Cache;
+use super::states::Content;
+use crate::units::{ByteRange, ChunkIndex};
+
+/// A write that took longer than this had to wait. Far above what it costs to copy one and to lose the processor
+/// meanwhile, far below the kernel's longest pause.
+const SLOW_WRITE: Duration = Duration::from_millis(20);
+/// How many times as long as a slow write took none is tried again.
+const REST_FACTOR: u32 = 20;
+/// But not longer than this.
+const LONGEST_REST: Duration = Duration::from_secs(4);
+
+/// Whether writes are swift.
+#[derive(Debug)]
+pub(super) struct Pace {
+    begun: Instant,
+    /// Until when writes rest, in microseconds since `begun`.
+    rest_until: AtomicU64,
+}
+
+impl Default for Pace {
+    fn default() -> Self {
+        Self { begun: Instant::now(), rest_until: AtomicU64::new(0) }
+    }
+}
+
+impl Pace {
+    fn at(&self, when: Instant) -> u64 {
+        u64::try_from(when.saturating_duration_since(self.begun).as_micros()).unwrap_or(u64::MAX)
+    }
+
+    /// When the write may begin: now, or not at all.
+    fn start(&self) -> Option<Instant> {
+        let now = Instant::now();
+        (self.at(now) >= self.rest_until.load(Ordering::Relaxed)).then_some(now)
+    }
+
+    /// A write that began at `started` has ended at `now`.
+    fn end(&self, started: Instant, now: Instant) {
+        let took = now.saturating_duration_since(started);
+        if took > SLOW_WRITE {
+            let rest = took.saturating_mul(REST_FACTOR).min(LONGEST_REST);
+            self.rest_until.fetch_max(self.at(now + rest), Ordering::Relaxed);
+        }
+    }
+}
+
+impl Cache {
+    /// As [`read`](Self::read), if all of it is here and in memory; else `false`, and `buf` has any content.
+    pub fn read_at_once(&self, range: ByteRange, buf: &mut [u8], is_zero: impl Fn(ChunkIndex) -> bool) -> bool {
+        let Some(_shared) = self.gate.try_read() else { return false };
+        self.geometry.split(range).all(|(chunk, piece)| {
+            let state = self.states.get(chunk);
+            // After a failed sync neither kind is read from the page cache as it is.
+            if (state.is_dirty() || state.is_resident()) && self.failed.get().is_some() {
+                return false;
+            }
+            let part = super::slice_mut(buf, range, piece);
+            match state.content() {
+                Content::Clean | Content::Dirty => self.raw.read_at_once(part, piece.offset()).unwrap_or(false),
+                Content::Absent if !is_zero(chunk) => false,
+                Content::Absent | Content::Zero => {
+                    part.fill(0);
+                    true
+                }
+            }
+        })
+    }
+
+    /// As [`write`](Self::write), if it needs nothing but its bytes and writes are swift; else `false`, and any part of
+    /// it may have been written.
+    pub fn write_at_once(&self, range: ByteRange, data: &[u8]) -> bool {
+        let Some(_shared) = self.gate.try_read() else { return false };
+        let ours = self.log_is_ours.load(Ordering::Acquire);
+        if !ours || self.failed.get().is_some() || self.flush.is_under_way() {
+            return false;
+        }
+        if !self.geometry.split(range).all(|(chunk, _)| self.states.get(chunk).takes_writes_freely()) {
+            return false;
+        }
+        let Some(started) = self.pace.start() else { return false };
+        let written = self.raw.write_at(data, range.offset()).is_ok();
+        self.pace.end(started, Instant::now());
+        written
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn after_a_slow_write_none_is_tried_for_twenty_times_as_long() {
+        let pace = Pace::default();
+        let started = pace.start().unwrap();
+        pace.end(started, started + SLOW_WRITE);
+        assert!(pace.start().is_some(), "as swift as it may be");
+        let took = Duration::from_millis(100);
+        pace.end(started, started + took);
+        assert!(pace.start().is_none());
+        assert_eq!(pace.rest_until.load(Ordering::Relaxed), pace.at(started + took + took * REST_FACTOR));
+        pace.end(started, started + Duration::from_secs(3600));
+        let longest = pace.at(started + Duration::from_secs(3600) + LONGEST_REST);
+        assert_eq!(pace.rest_until.load(Ordering::Relaxed), longest);
+    }
+}

@@ -1,0 +1,303 @@
+//! What is served at once, on the thread that took it up, and what must not be: the rules are those of all requests.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::cast_possible_truncation, missing_docs)]
+
+mod common;
+
+use std::io::ErrorKind;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use common::hooked::Hooked;
+use common::nbd::{CHUNK as NBD_CHUNK, LAZY_BYTES, Raw, Served};
+use common::volumes::*;
+use nbd_server::disk::RealDisk;
+use nbd_server::nbd::Limits;
+use nbd_server::nbd::wire::{Mode, cmd};
+use nbd_server::units::Geometry;
+use nbd_server::volume::Volume;
+use tokio::sync::watch;
+
+const SOON: Duration = Duration::from_millis(50);
+
+fn reads_at_once(volume: &Arc<Volume>, offset: u64, len: u64) -> Option<Vec<u8>> {
+    let mut buf = vec![0xEE; usize::try_from(len).unwrap()];
+    volume.read_at_once(range(offset, len), &mut buf).then_some(buf)
+}
+
+/// An export whose chunks 0 and 1 are dirty, 2 and 3 zeros, and whose chunks from 4 on are published and missing.
+async fn mixed(site: &mut Site, disk: &Hooked) -> Arc<Volume> {
+    let origin = site.start("origin").await;
+    let volume = create(&origin, "disk", 8).await;
+    write(&volume, 4 * CHUNK, 9, 4 * CHUNK).await;
+    origin.snapshot(&id("disk")).await.unwrap();
+    origin.close().await;
+    let registry = site.start_on("here", Arc::new(disk.clone())).await;
+    let volume = registry.volume(&id("disk")).await.unwrap();
+    write(&volume, 0, 1, 2 * CHUNK).await;
+    volume
+}
+
+#[tokio::test]
+async fn what_is_here_is_read_at_once_and_what_is_missing_is_not() {
+    let (mut site, disk) = (Site::new(), Hooked::new(RealDisk));
+    let volume = mixed(&mut site, &disk).await;
+    assert_eq!(reads_at_once(&volume, CHUNK + 1, 2).unwrap(), [1, 1]);
+    let over_the_edge = reads_at_once(&volume, 2 * CHUNK - 1, 2).unwrap();
+    assert_eq!(over_the_edge, [1, 0], "data, then zeros");
+    assert!(reads_at_once(&volume, 4 * CHUNK - 1, 2).is_none(), "a chunk of it is missing");
+    read(&volume, 4 * CHUNK, 1).await;
+    assert_eq!(reads_at_once(&volume, 4 * CHUNK - 1, 2).unwrap(), [0, 9], "clean now");
+    assert!(reads_at_once(&volume, 8 * CHUNK - 1, 2).is_none(), "beyond the end");
+}
+
+#[tokio::test]
+async fn only_what_needs_no_mark_is_written_at_once() {
+    let (mut site, disk) = (Site::new(), Hooked::new(RealDisk));
+    let volume = mixed(&mut site, &disk).await;
+    for (offset, at_once) in [(0, true), (2 * CHUNK - 2, false), (2 * CHUNK, false), (4 * CHUNK, false)] {
+        assert_eq!(volume.write_at_once(offset, &[7; 4]), at_once, "at {offset}");
+    }
+    assert!(!volume.write_at_once(8 * CHUNK - 1, &[7; 2]), "beyond the end");
+    assert_eq!(reads_at_once(&volume, 0, 5).unwrap(), [7, 7, 7, 7, 1]);
+}
+
+#[tokio::test]
+async fn a_write_at_once_never_passes_an_overlapping_one_that_arrived_earlier() {
+    let (mut site, disk) = (Site::new(), Hooked::new(RealDisk));
+    let volume = mixed(&mut site, &disk).await;
+    let (open, gate) = watch::channel(false);
+    site.store.hold_range_reads_until(gate);
+    // It has arrived, and its work has not even begun.
+    let earlier = volume.change(range(CHUNK, 3 * CHUNK + 1));
+    assert!(!volume.write_at_once(CHUNK, &[7]));
+    assert!(volume.write_at_once(0, &[7]), "beside it");
+    let earlier = tokio::spawn(earlier.write(vec![5; 3 * CHUNK as usize + 1].into()));
+    let later = tokio::spawn({
+        let later = volume.change(range(CHUNK, 1));
+        async move { later.write(vec![7].into()).await }
+    });
+    assert!(
+        tokio::time::timeout(SOON, async {
+            while !later.is_finished() {
+                tokio::task::yield_now().await
+            }
+        })
+        .await
+        .is_err()
+    );
+    open.send(true).unwrap();
+    earlier.await.unwrap().unwrap();
+    later.await.unwrap().unwrap();
+    assert_eq!(read(&volume, CHUNK, 2).await[..], [7, 5]);
+    assert!(volume.write_at_once(CHUNK, &[8]));
+}
+
+#[tokio::test]
+async fn a_chunk_of_the_cut_is_not_written_at_once_and_keeps_its_content_for_the_snapshot() {
+    let (mut site, disk) = (Site::new(), Hooked::new(RealDisk));
+    let volume = mixed(&mut site, &disk).await;
+    let registry = site.start_on("publishing", Arc::new(disk.clone())).await;
+    let published = create(&registry, "other", 2).await;
+    write(&published, 0, 1, 2 * CHUNK).await;
+    assert!(published.write_at_once(0, &[2]), "before the cut");
+    let (tell, mut told) = watch::channel(false);
+    let (open, gate) = watch::channel(false);
+    let gate = std::sync::Mutex::new(gate);
+    // The upload's first read of a chunk is held up.
+    disk.hook(move |operation, path| {
+        if operation == "read_at" && path.ends_with("other/cache.raw") && !*tell.borrow() {
+            tell.send_replace(true);
+            let gate = gate.lock().unwrap();
+            while !*gate.borrow() {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+        }
+        Ok(())
+    });
+    let snapshot = tokio::spawn({
+        let registry = Arc::clone(&registry);
+        async move { registry.snapshot(&id("other")).await }
+    });
+    told.wait_for(|told| *told).await.unwrap();
+    assert!(!published.write_at_once(CHUNK, &[3]));
+    let late = tokio::spawn({
+        let published = Arc::clone(&published);
+        async move { published.write(CHUNK, vec![3].into()).await }
+    });
+    open.send(true).unwrap();
+    late.await.unwrap().unwrap();
+    snapshot.await.unwrap().unwrap();
+    disk.serve_all();
+    assert_eq!(read(&published, CHUNK, 2).await[..], [3, 1]);
+    let elsewhere = site.elsewhere().await;
+    let seen = image(&elsewhere, "other").await;
+    assert_eq!((seen[0], seen[1], seen[CHUNK as usize]), (2, 1, 1));
+    drop(volume);
+}
+
+#[tokio::test]
+async fn nothing_is_written_at_once_beside_a_flush() {
+    let (mut site, disk) = (Site::new(), Hooked::new(RealDisk));
+    let volume = mixed(&mut site, &disk).await;
+    let (tell, mut told) = watch::channel(false);
+    let (open, gate) = std::sync::mpsc::channel::<()>();
+    let gate = std::sync::Mutex::new(gate);
+    disk.hook(move |operation, _| {
+        if operation == "sync" {
+            tell.send_replace(true);
+            let _ = gate.lock().unwrap().recv();
+        }
+        Ok(())
+    });
+    let flush = tokio::spawn({
+        let volume = Arc::clone(&volume);
+        async move { volume.flush().await }
+    });
+    told.wait_for(|told| *told).await.unwrap();
+    assert!(!volume.write_at_once(0, &[7]));
+    assert!(reads_at_once(&volume, 0, 1).is_some());
+    drop(open);
+    flush.await.unwrap().unwrap();
+    assert!(volume.write_at_once(0, &[7]));
+}
+
+#[tokio::test]
+async fn after_a_failed_sync_nothing_dirty_is_served_at_once() {
+    let (mut site, disk) = (Site::new(), Hooked::new(RealDisk));
+    let volume = mixed(&mut site, &disk).await;
+    read(&volume, 4 * CHUNK, 1).await;
+    disk.fail("sync", "cache.raw", ErrorKind::Other);
+    volume.flush().await.unwrap_err();
+    assert!(!volume.write_at_once(0, &[7]));
+    assert!(reads_at_once(&volume, 0, 1).is_none());
+    assert_eq!(reads_at_once(&volume, 4 * CHUNK, 1).unwrap(), [9], "clean chunks are as published");
+}
+
+#[tokio::test]
+async fn after_a_write_that_had_to_wait_none_is_done_at_once_for_a_while() {
+    let (mut site, disk) = (Site::new(), Hooked::new(RealDisk));
+    let volume = mixed(&mut site, &disk).await;
+    disk.hook(|operation, _| {
+        if operation == "write_at" {
+            std::thread::sleep(Duration::from_millis(30));
+        }
+        Ok(())
+    });
+    assert!(volume.write_at_once(0, &[7]));
+    disk.serve_all();
+    assert!(!volume.write_at_once(0, &[8]));
+    write(&volume, 0, 8, 1).await;
+    // 20 times as long as it took, so 0.6 seconds and a little.
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    assert!(!volume.write_at_once(0, &[9]));
+    let again = async {
+        while !volume.write_at_once(0, &[9]) {
+            tokio::time::sleep(SOON).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(30), again).await.unwrap();
+}
+
+/// A server whose export `disk` is on a hooked disk and dirty all over.
+fn served_on(disk: &Hooked) -> Served {
+    let disk = disk.clone();
+    Served::start(Limits::default(), &"127.0.0.1:0".parse().unwrap(), async move |_| {
+        let mut site = Site::new();
+        let registry = site.start_on("served", Arc::new(disk)).await;
+        registry.create(id("disk"), Geometry::new(64 * NBD_CHUNK, NBD_CHUNK).unwrap()).await.unwrap();
+        let volume = registry.volume(&id("disk")).await.unwrap();
+        write(&volume, 0, 1, 64 * NBD_CHUNK).await;
+        (registry, site)
+    })
+}
+
+#[test]
+fn a_read_that_waits_for_the_disk_holds_up_nothing() {
+    let disk = Hooked::new(RealDisk);
+    let served = served_on(&disk);
+    let mut client = Raw::attach(&served, "disk", Mode::Structured);
+    let mut other = Raw::attach(&served, "disk", Mode::Structured);
+    let (open, gate) = std::sync::mpsc::channel::<()>();
+    let (gate, refused) = (std::sync::Mutex::new(gate), AtomicUsize::new(0));
+    // The first read is not in memory, and the disk takes as long as the test wishes.
+    disk.hook(move |operation, path: &Path| {
+        match operation {
+            "read_at_once" if refused.fetch_add(1, Ordering::SeqCst) == 0 => return Err(ErrorKind::WouldBlock.into()),
+            "read_at" if path.ends_with("cache.raw") => drop(gate.lock().unwrap().recv()),
+            _ => {}
+        }
+        Ok(())
+    });
+    let slow = client.encode(0, cmd::READ, 1, 0, 4096);
+    client.send(&slow);
+    for _ in 0..100 {
+        assert_eq!(client.read(4096, 4096), [1; 4096]);
+        assert_eq!(other.read(0, 4096), [1; 4096]);
+        client.write(8192, &[1; 512]);
+    }
+    drop(open);
+    assert_eq!(client.answer(0, 4096).cookie, 1);
+}
+
+#[test]
+fn writes_that_wait_for_the_disk_go_on_side_by_side_with_everything_else() {
+    let disk = Hooked::new(RealDisk);
+    let served = served_on(&disk);
+    let mut client = Raw::attach(&served, "disk", Mode::Structured);
+    let mut other = Raw::attach(&served, "disk", Mode::Structured);
+    let (open, gate) = std::sync::mpsc::channel::<()>();
+    let (gate, seen) = (std::sync::Mutex::new(gate), AtomicUsize::new(0));
+    disk.hook(move |operation, path: &Path| {
+        if operation == "write_at" && path.ends_with("cache.raw") {
+            match seen.fetch_add(1, Ordering::SeqCst) {
+                // The kernel's pause for one who dirties more than the disk takes.
+                0 => std::thread::sleep(Duration::from_millis(100)),
+                // Worse: a disk that does not answer at all.
+                1..8 => drop(gate.lock().unwrap().recv()),
+                _ => {}
+            }
+        }
+        Ok(())
+    });
+    client.write(0, &[2; 4096]);
+    for cookie in 1..8 {
+        let slow = [client.encode(0, cmd::WRITE, cookie, cookie * 4096, 4096), vec![2; 4096]].concat();
+        client.send(&slow);
+    }
+    for _ in 0..100 {
+        assert_eq!(client.read(0, 4096), [2; 4096]);
+        assert_eq!(other.read(0, 4096), [2; 4096]);
+    }
+    other.write(1 << 20, &[3; 4096]);
+    drop(open);
+    let mut answered: Vec<u64> = (1..8).map(|_| client.answer(0, 0).cookie).collect();
+    answered.sort_unstable();
+    assert_eq!(answered, [1, 2, 3, 4, 5, 6, 7]);
+    assert_eq!(other.read(4096, 7 * 4096), [2; 7 * 4096]);
+}
+
+#[test]
+fn an_at_once_write_waits_for_an_older_connections_overlapping_one() {
+    let served = Served::new();
+    let half = LAZY_BYTES / 2;
+    let mut new = Raw::attach(&served, "lazy", Mode::Structured);
+    // Dirty, so that a later write there needs nothing but its bytes.
+    new.write(half - NBD_CHUNK, &vec![1; usize::try_from(NBD_CHUNK).unwrap()]);
+    let mut old = Raw::attach(&served, "lazy", Mode::Structured);
+    // Waits for the fetch of the chunk it ends in.
+    let stalled = [old.encode(0, cmd::WRITE, 1, half - 512, 1024), vec![2; 1024]].concat();
+    old.send(&stalled);
+    // Time for it to arrive: some exchanges on another connection.
+    (0..50).for_each(|_| assert_eq!(new.read(half - 512, 1), [1]));
+    drop(old);
+    let newer = [new.encode(0, cmd::WRITE, 2, half - 512, 512), vec![3; 512]].concat();
+    new.send(&newer);
+    // Behind the old one; what does not overlap goes on.
+    assert_eq!(new.read(0, 1), [0]);
+    served.gate.send(true).unwrap();
+    assert_eq!(new.answer(0, 0).cookie, 2);
+    assert_eq!(new.read(half - 1, 2), [3, 2]);
+}
