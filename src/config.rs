@@ -75,6 +75,11 @@ pub struct Serve {
     #[arg(long, value_name = "PATH", env = "NBD_SERVER_ADMIN_SOCK")]
     admin_sock: Option<PathBuf>,
 
+    /// Address at which Prometheus may collect GET /metrics over HTTP: HOST:PORT or [IPV6]:PORT. The admin socket has
+    /// it in any case [default: none]
+    #[arg(long, value_name = "ADDR", env = "NBD_SERVER_METRICS_LISTEN", value_parser = metrics_addr)]
+    metrics_listen: Option<String>,
+
     /// Chunk size of exports that are created without one: a power of two from 4KiB to 64MiB
     #[arg(long, value_name = "BYTES", env = "NBD_SERVER_CHUNK_SIZE", default_value_t = ChunkBytes(DEFAULT_CHUNK_BYTES))]
     chunk_size: ChunkBytes,
@@ -160,6 +165,8 @@ pub struct Config {
     pub tls: Option<TlsConfig>,
     /// Where the admin API is; short enough for a socket.
     pub admin_sock: PathBuf,
+    /// Where metrics can be collected over TCP.
+    pub metrics_listen: Option<String>,
     /// The chunk size of an export created without one, in bytes.
     pub chunk_bytes: u64,
     /// Where published snapshots live.
@@ -245,6 +252,7 @@ impl Serve {
             listen,
             tls,
             admin_sock,
+            metrics_listen: self.metrics_listen,
             chunk_bytes: self.chunk_size.0,
             store,
             store_timeout: Duration::from_secs(self.store_timeout),
@@ -325,6 +333,14 @@ fn export_root(text: &str) -> Result<ExportRoot, String> {
         ));
     }
     Ok(ExportRoot::new(prefix))
+}
+
+fn metrics_addr(text: &str) -> Result<String, String> {
+    match text.parse::<ListenAddr>() {
+        Ok(ListenAddr::Tcp(addr)) => Ok(addr),
+        Ok(ListenAddr::Unix(_)) => Err("the admin socket serves /metrics already; give HOST:PORT".into()),
+        Err(e) => Err(e.to_string()),
+    }
 }
 
 /// A chunk size: plain bytes, or with a suffix such as `4M` or `64KiB`, always in powers of 1024.

@@ -1,6 +1,6 @@
 //! The composition root: from a configuration to a running server, and back to nothing.
 //!
-//! **Start**, in this order: certificates → NBD sockets → cache root and its lock → admin socket → store and its probe → discovery →
+//! **Start**, in this order: certificates → NBD sockets → address for metrics → cache root and its lock → admin socket → store and its probe → discovery →
 //! the log line that begins with `ready:`. Sockets are bound early, so that a taken port costs nothing, and served only
 //! when every export is known. A start that fails removes the sockets and the empty folders it made.
 //!
@@ -13,6 +13,7 @@
 mod folders;
 mod passed;
 mod ready;
+mod watched;
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -23,22 +24,20 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
-use crate::admin::{self, Api, BindError};
+use crate::admin::{self, Api, BindError, Metrics, ScrapeError, Scrapes};
 use crate::clock::{Clock, SystemClock};
-use crate::config::{Config, StoreConfig};
+use crate::config::Config;
 use crate::disk::RealDisk;
 use crate::nbd::tls::{Tls, TlsError};
 use crate::nbd::{self, ListenError, PassedSocket};
-use crate::store::SharedStore;
-use crate::store::local::LocalStore;
-use crate::store::probe::{ProbeError, probe};
-use crate::store::remote::{RemoteConfigError, RemoteStore};
-use crate::store::retry::{RetryPolicy, Retrying};
+use crate::store::probe::ProbeError;
+use crate::store::remote::RemoteConfigError;
 use crate::volume::Services;
 use crate::volume::registry::{ExportError, Registry};
 pub use passed::{PassedError, sockets as passed_sockets};
 
 use folders::{CacheLock, LockError, NewFolders};
+use watched::{Watched, WatchedStore};
 
 /// How long clients may take to get their last answers when the server stops.
 pub const DRAIN_TIMEOUT: Duration = Duration::from_secs(30);
@@ -69,6 +68,9 @@ pub enum ServerError {
     /// No admin client could connect.
     #[error(transparent)]
     Admin(#[from] BindError),
+    /// No metrics can be collected.
+    #[error(transparent)]
+    Scrapes(#[from] ScrapeError),
     /// The local store cannot be made or written.
     #[error("--local-root {path}: {source}; choose a directory this user may write", path = .path.display())]
     LocalRoot {
@@ -119,6 +121,9 @@ pub async fn run(config: Config, passed: Vec<PassedSocket>) -> Result<(), Server
             return Ok(());
         }
     };
+    if let Some(scrapes) = &server.scrapes {
+        tracing::info!("metrics at http://{}/metrics", scrapes.local_addr());
+    }
     tracing::info!("{}", server.ready());
     server.serve(&mut signals, reloads).await
 }
@@ -127,8 +132,10 @@ pub async fn run(config: Config, passed: Vec<PassedSocket>) -> Result<(), Server
 struct Server {
     listeners: Vec<nbd::Listener>,
     tls: Option<Arc<Tls>>,
+    nbd: Arc<nbd::Server>,
     admin: admin::Socket,
     api: Api,
+    scrapes: Option<Scrapes>,
     // Last, so that everything that touches the cache root is gone when another server may have it.
     lock: CacheLock,
 }
@@ -146,6 +153,10 @@ impl Server {
         for addr in &config.listen {
             listeners.push(nbd::Listener::bind(addr).await?);
         }
+        let scrapes = match &config.metrics_listen {
+            Some(addr) => Some(Scrapes::bind(addr).await?),
+            None => None,
+        };
         // Declared before what lies in them: on a failure they must be empty when their turn comes.
         let (cache_folders, lock) = own_cache_root(&config.cache_root)?;
         let socket_folders = match config.admin_sock.parent() {
@@ -156,15 +167,20 @@ impl Server {
         let admin = admin::Socket::bind(&config.admin_sock).await?;
 
         let clock: Arc<dyn Clock> = Arc::new(SystemClock);
-        let store = build_store(config, &clock).await?;
-        let services = Services::new(store, config.export_root.clone(), Arc::new(RealDisk), clock);
+        let store = WatchedStore::build(config, &clock).await?;
+        let services =
+            Services::new(store.shared(), config.export_root.clone(), Arc::new(RealDisk), Arc::clone(&clock));
         let registry = Registry::discover(Arc::new(services), config.cache_root.clone()).await?;
 
         cache_folders.keep();
         socket_folders.keep();
         let limits = admin::Limits::default();
-        let api = Api { registry, default_chunk_bytes: config.chunk_bytes, limits };
-        Ok(Self { listeners, tls, admin, api, lock })
+        let nbd = nbd::Server::with_tls(Arc::clone(&registry), nbd::Limits::default(), tls.clone());
+        let nbd = Arc::new(nbd);
+        let watched = Watched { registry: Arc::clone(&registry), nbd: Arc::clone(&nbd), store, started: clock.now() };
+        let metrics = Metrics::new(move || watched.page());
+        let api = Api { registry, default_chunk_bytes: config.chunk_bytes, metrics, limits };
+        Ok(Self { listeners, tls, nbd, admin, api, scrapes, lock })
     }
 
     fn ready(&self) -> String {
@@ -174,14 +190,16 @@ impl Server {
     }
 
     async fn serve(self, signals: &mut Signals, mut reloads: Signal) -> Result<(), ServerError> {
-        let Self { listeners, tls, admin, api, lock } = self;
+        let Self { listeners, tls, nbd, admin, api, scrapes, lock } = self;
         let registry = Arc::clone(&api.registry);
         let (stop, stopped) = watch::channel(false);
         let mut fronts = JoinSet::new();
-        let nbd = Arc::new(nbd::Server::with_tls(Arc::clone(&registry), nbd::Limits::default(), tls.clone()));
         for listener in listeners {
             let (nbd, stopped) = (Arc::clone(&nbd), stopped.clone());
             fronts.spawn(async move { nbd.serve(listener, stopped).await });
+        }
+        if let Some(scrapes) = scrapes {
+            fronts.spawn(scrapes.serve(api.metrics.clone(), api.limits, stopped.clone()));
         }
         fronts.spawn(admin::serve(admin, api, stopped));
 
@@ -236,25 +254,6 @@ fn own_cache_root(path: &Path) -> Result<(NewFolders, CacheLock), ServerError> {
         Err(LockError::Taken) => Err(ServerError::CacheLocked(path.to_owned())),
         Err(LockError::Io(source)) => Err(refused(source)),
     }
-}
-
-/// The store of a configuration, found fit for writing.
-async fn build_store(config: &Config, clock: &Arc<dyn Clock>) -> Result<SharedStore, ServerError> {
-    let policy = RetryPolicy { limit: config.store_timeout, ..RetryPolicy::default() };
-    let store: SharedStore = match &config.store {
-        StoreConfig::Local(root) => {
-            let opened = LocalStore::open(root.clone(), Arc::clone(clock));
-            Arc::new(opened.map_err(|source| ServerError::LocalRoot { path: root.clone(), source })?)
-        }
-        StoreConfig::Memory => Arc::new(RemoteStore::memory()),
-        StoreConfig::Remote(remote) => {
-            let environment = |name: &str| std::env::var(name).ok();
-            Arc::new(RemoteStore::connect(remote, &environment, policy, Arc::clone(clock))?)
-        }
-    };
-    // Without retries: somebody who has just started a server wants to hear at once that the store is away.
-    probe(&*store, &config.export_root).await?;
-    Ok(Arc::new(Retrying::new(store, policy, Arc::clone(clock))))
 }
 
 /// The signals that end a server.

@@ -8,7 +8,8 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use common::http::{self, Response};
-use nbd_server::admin::{self, Api, Limits, Socket};
+use nbd_server::admin::{self, Api, Limits, Metrics, Socket};
+use nbd_server::metrics::Page;
 use serde_json::{Value, json};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
@@ -32,7 +33,7 @@ impl Served {
         let socket = dir.path().join("admin.sock");
         let bound = Socket::bind(&socket).await.unwrap();
         let (stop, stopped) = watch::channel(false);
-        let api = Api { registry, default_chunk_bytes: 4 << 20, limits };
+        let api = Api { registry, default_chunk_bytes: 4 << 20, metrics: Metrics::new(Page::default), limits };
         let serving = tokio::spawn(admin::serve(bound, api, stopped));
         Self { _dir: dir, socket, stop, serving }
     }

@@ -21,6 +21,7 @@ const FLOORS: &[(&str, u8)] = &[
     ("store", 1),
     ("disk", 1),
     ("clock", 1),
+    ("metrics", 0),
     ("units", 0),
 ];
 

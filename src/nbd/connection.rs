@@ -70,6 +70,9 @@ where
 {
     let Attached { volume, export, negotiated } = attached;
     let (shared, input) = talk.end();
+    shared.attached.increment();
+    let counted = Arc::clone(&volume);
+    let _present = counted.connections().enter();
     tracing::debug!("export {}: a client attached, {negotiated:?}", export.name);
     let Negotiated { mode, contexts } = negotiated;
     let attachment = Attachment { mode, contexts, size: export.size, read_only: export.read_only };

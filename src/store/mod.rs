@@ -8,10 +8,12 @@
 //! ```text
 //! local   a directory of plain files                     remote  s3, r2, gcs, azure, memory
 //! retry   repeats what may be repeated, within a limit    keys    every key, built and parsed
+//! observed  counts requests, and knows whether the store answers
 //! ```
 
 pub mod keys;
 pub mod local;
+pub mod observed;
 pub mod probe;
 pub mod remote;
 pub mod retry;

@@ -14,6 +14,7 @@ use bytes::Bytes;
 
 use super::{Body, BoxError, Condition, Key, Object, SharedStore, Store, StoreError, Version};
 use crate::clock::Clock;
+use crate::metrics::{Counter, Kind, Page};
 use crate::units::ByteRange;
 
 /// How long a request is repeated that does not set another limit: the default of `--store-timeout`.
@@ -138,13 +139,20 @@ pub struct Retrying {
     inner: SharedStore,
     policy: RetryPolicy,
     clock: Arc<dyn Clock>,
+    retries: Counter,
 }
 
 impl Retrying {
     /// Wraps a store.
     #[must_use]
     pub fn new(inner: SharedStore, policy: RetryPolicy, clock: Arc<dyn Clock>) -> Self {
-        Self { inner, policy, clock }
+        Self { inner, policy, clock, retries: Counter::default() }
+    }
+
+    /// Writes what was counted.
+    pub fn describe(&self, page: &mut Page) {
+        let help = "Further attempts at requests that the object store had not served; parts of uploads not counted.";
+        page.family(Kind::Counter, "nbd_server_store_retries_total", help).sample(&[], self.retries.get());
     }
 
     async fn repeat<T, F>(
@@ -152,12 +160,19 @@ impl Retrying {
         operation: &'static str,
         key: &Key,
         overtime: Overtime,
-        attempt: impl FnMut() -> F,
+        mut attempt: impl FnMut() -> F,
     ) -> Result<T, StoreError>
     where
         F: Future<Output = Result<T, StoreError>>,
     {
-        self.policy.run(&*self.clock, Request { operation, key }, overtime, attempt).await
+        let mut again = false;
+        let counted = || {
+            if std::mem::replace(&mut again, true) {
+                self.retries.increment();
+            }
+            attempt()
+        };
+        self.policy.run(&*self.clock, Request { operation, key }, overtime, counted).await
     }
 }
 

@@ -12,6 +12,7 @@
 //! Clients read and write throughout; they wait only for the cut and the change of states in step 6.
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use bytes::Bytes;
 use futures_util::future;
@@ -71,15 +72,23 @@ impl Volume {
         if base.generation.0 == 0 { None } else { base.snapshot }
     }
 
+    /// As [`publish`](Self::publish), for the watchers.
+    pub(super) async fn publish_counted(self: &Arc<Self>, kind: Kind) -> Result<Published, ExportError> {
+        let started = Instant::now();
+        let result = self.publish(kind).await;
+        self.meter.published(kind, started, &result);
+        result
+    }
+
     /// Publishes what is dirty, or the whole image.
-    pub(super) async fn publish(self: &Arc<Self>, kind: Kind) -> Result<Published, ExportError> {
+    async fn publish(self: &Arc<Self>, kind: Kind) -> Result<Published, ExportError> {
         let _operation = self.begin(match kind {
             Kind::Snapshot => Operation::Snapshotting,
             Kind::Compact => Operation::Compacting,
         })?;
         let _open = self.still_open().await?;
         self.settle_journal().await?;
-        if kind == Kind::Snapshot && self.cache.counts().1 == 0 {
+        if kind == Kind::Snapshot && !self.cache.is_dirty() {
             return Ok(self.nothing_to_publish());
         }
         // Before anything is uploaded: a head that moved makes all of it useless.
