@@ -2,15 +2,18 @@
 //!
 //! A [`Config`] is complete and consistent: every default is filled in, every value has its type, and values that
 //! contradict each other were refused with a text that names the flag, the value and the remedy. Nothing is read or
-//! created outside of the arguments and the environment: what the machine says to the values is for the start to find
-//! out. Credentials are not looked at here.
+//! created outside of the arguments, the environment and the configuration file: what the machine says to the values is
+//! for the start to find out. Credentials are not looked at here.
 
 mod defaults;
+mod file;
+mod layers;
 #[cfg(test)]
 mod tests;
 mod tls;
 
-use std::path::PathBuf;
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::Duration;
 
@@ -23,6 +26,8 @@ use crate::store::keys::{ExportRoot, Key, MAX_KEY_BYTES};
 use crate::store::remote::{RemoteConfig, RemoteKind};
 use crate::units::{DEFAULT_CHUNK_BYTES, Geometry, MAX_EXPORT_ID_BYTES};
 pub use defaults::Surroundings;
+pub use file::{FileError, MAX_FILE_BYTES};
+pub use layers::{Origins, ReadError, read};
 
 /// What follows an export's folder in the longest key: `/snapshots/<32 digits>/manifest.json`.
 const LONGEST_KEY_TAIL_BYTES: usize = "/snapshots//manifest.json".len() + 32;
@@ -44,7 +49,45 @@ pub struct Cli {
 #[derive(Debug, Subcommand)]
 pub enum Command {
     /// Serve exports over NBD until SIGTERM or SIGINT. No flag is needed to try it out.
-    Serve(Serve),
+    Serve(Box<Serve>),
+    /// Look at a configuration without starting anything.
+    #[command(subcommand)]
+    Config(ConfigCommand),
+}
+
+/// What can be done with a configuration.
+#[derive(Debug, Subcommand)]
+pub enum ConfigCommand {
+    /// Say whether serve would take a configuration file, with the environment variables as they are.
+    Check(Check),
+    /// Show every setting that serve would have with the same flags, and where each comes from.
+    Show(Box<Serve>),
+}
+
+/// The flags of `config check`.
+#[derive(Debug, Args)]
+pub struct Check {
+    /// The file
+    #[arg(value_name = "FILE")]
+    pub file: PathBuf,
+}
+
+impl Command {
+    /// The file whose settings lie under those of this command.
+    fn config_file(&self) -> Option<&Path> {
+        match self {
+            Self::Serve(serve) | Self::Config(ConfigCommand::Show(serve)) => serve.config.as_deref(),
+            Self::Config(ConfigCommand::Check(_)) => None,
+        }
+    }
+}
+
+impl Check {
+    /// The arguments of the `serve` that is meant.
+    #[must_use]
+    pub fn serve(&self) -> Vec<OsString> {
+        vec!["nbd-server".into(), "serve".into(), "--config".into(), self.file.clone().into()]
+    }
 }
 
 /// The flags of `serve`, as written.
@@ -52,6 +95,11 @@ pub enum Command {
 #[command(after_help = "Credentials come from the usual environment variables (AWS_ACCESS_KEY_ID, \
     AWS_SECRET_ACCESS_KEY, GOOGLE_APPLICATION_CREDENTIALS, AZURE_STORAGE_ACCOUNT_NAME, ...) and are never logged.")]
 pub struct Serve {
+    /// TOML file with settings, named as these flags without the dashes; flags and variables go before it
+    /// [default: none]
+    #[arg(long, value_name = "FILE", env = "NBD_SERVER_CONFIG")]
+    config: Option<PathBuf>,
+
     /// Directory for the local caches, one folder per export; one server at a time
     /// [default: /var/lib/nbd-server/cache for root, else ~/.local/state/nbd-server/cache]
     #[arg(long, value_name = "DIR", env = "NBD_SERVER_CACHE_ROOT")]

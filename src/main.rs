@@ -3,10 +3,11 @@
 use std::io::Write;
 use std::process::ExitCode;
 
-use clap::Parser;
-use nbd_server::config::{Cli, Command, Config, LogLevel, Surroundings};
+use nbd_server::config::{
+    self, Command, Config, ConfigCommand, ConfigError, FileError, LogLevel, ReadError, Serve, Surroundings,
+};
 use nbd_server::nbd::PassedSocket;
-use nbd_server::server;
+use nbd_server::server::{self, PassedError};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tracing::level_filters::LevelFilter;
 use tracing_subscriber::Layer;
@@ -18,25 +19,69 @@ const FAILURE: u8 = 1;
 const USAGE: u8 = 2;
 
 fn main() -> ExitCode {
-    let cli = match Cli::try_parse() {
-        Ok(cli) => cli,
-        Err(refused) => {
+    match run() {
+        Ok(status) => status,
+        Err(Refused::Arguments(refused)) => {
             // Help and version come this way too, with status 0; nothing helps if the terminal is gone.
             let _ = refused.print();
-            return ExitCode::from(u8::try_from(refused.exit_code()).unwrap_or(USAGE));
+            ExitCode::from(u8::try_from(refused.exit_code()).unwrap_or(USAGE))
         }
-    };
-    let Command::Serve(flags) = cli.command;
-    let variable = |name: &str| std::env::var(name).ok();
-    let root = rustix::process::geteuid().is_root();
-    let passed = match server::passed_sockets() {
-        Ok(passed) => passed,
-        Err(refused) => return complain(&refused, USAGE),
-    };
-    match flags.check(&Surroundings { root, variable: &variable, sockets_passed: !passed.is_empty() }) {
-        Ok(config) => serve(config, passed),
         Err(refused) => complain(&refused, USAGE),
     }
+}
+
+/// What the user has to write otherwise.
+#[derive(Debug, thiserror::Error)]
+enum Refused {
+    #[error(transparent)]
+    Arguments(Box<clap::Error>),
+    #[error(transparent)]
+    File(FileError),
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    #[error(transparent)]
+    Passed(#[from] PassedError),
+}
+
+impl From<ReadError> for Refused {
+    fn from(e: ReadError) -> Self {
+        match e {
+            ReadError::Arguments(e) => Self::Arguments(e),
+            ReadError::File(e) => Self::File(e),
+        }
+    }
+}
+
+fn run() -> Result<ExitCode, Refused> {
+    let (cli, origins) = config::read(std::env::args_os().collect::<Vec<_>>())?;
+    match cli.command {
+        Command::Serve(flags) => {
+            let passed = server::passed_sockets()?;
+            let config = checked(flags, !passed.is_empty())?;
+            Ok(serve(config, passed))
+        }
+        Command::Config(ConfigCommand::Check(check)) => {
+            let (meant, _) = config::read(check.serve())?;
+            if let Command::Serve(flags) = meant.command {
+                checked(flags, false)?;
+            }
+            Ok(print(&format!("{} can be used\n", check.file.display())))
+        }
+        Command::Config(ConfigCommand::Show(flags)) => Ok(print(&origins.show(&checked(flags, false)?))),
+    }
+}
+
+fn print(text: &str) -> ExitCode {
+    match std::io::stdout().write_all(text.as_bytes()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(_) => ExitCode::from(FAILURE),
+    }
+}
+
+fn checked(flags: Box<Serve>, sockets_passed: bool) -> Result<Config, ConfigError> {
+    let variable = |name: &str| std::env::var(name).ok();
+    let root = rustix::process::geteuid().is_root();
+    flags.check(&Surroundings { root, variable: &variable, sockets_passed })
 }
 
 fn serve(config: Config, passed: Vec<PassedSocket>) -> ExitCode {

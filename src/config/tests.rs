@@ -1,9 +1,10 @@
 use super::*;
 
-fn parse(args: &[&str]) -> Result<Serve, clap::Error> {
+fn parse(args: &[&str]) -> Result<Box<Serve>, clap::Error> {
     let all = ["nbd-server", "serve"].iter().chain(args);
     Cli::try_parse_from(all).map(|cli| match cli.command {
         Command::Serve(serve) => serve,
+        other => panic!("{other:?}"),
     })
 }
 
