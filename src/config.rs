@@ -167,9 +167,13 @@ pub struct Serve {
     )]
     store_timeout: u64,
 
-    /// What is logged to stderr
+    /// What is logged to stderr; read again on SIGHUP
     #[arg(long, value_name = "LEVEL", env = "NBD_SERVER_LOG_LEVEL", default_value = "info")]
     log_level: LogLevel,
+
+    /// How it is logged
+    #[arg(long, value_name = "FORMAT", env = "NBD_SERVER_LOG_FORMAT", default_value = "text")]
+    log_format: LogFormat,
 }
 
 /// The kinds of object storage.
@@ -200,6 +204,15 @@ pub enum LogLevel {
     Trace,
 }
 
+/// How a line of the log looks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum LogFormat {
+    /// For people
+    Text,
+    /// One JSON object per line
+    Json,
+}
+
 /// Everything a server needs to know to start.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Config {
@@ -223,6 +236,8 @@ pub struct Config {
     pub store_timeout: Duration,
     /// How much is logged.
     pub log_level: LogLevel,
+    /// How it is logged.
+    pub log_format: LogFormat,
 }
 
 /// The object storage to use.
@@ -234,6 +249,23 @@ pub enum StoreConfig {
     Memory,
     /// A bucket.
     Remote(RemoteConfig),
+}
+
+impl StoreConfig {
+    /// The backend as the flag names it.
+    #[must_use]
+    pub fn backend(&self) -> &'static str {
+        match self {
+            Self::Local(_) => Backend::Local.as_str(),
+            Self::Memory => Backend::Memory.as_str(),
+            Self::Remote(remote) => match remote.kind {
+                RemoteKind::S3 => Backend::S3.as_str(),
+                RemoteKind::R2 => Backend::R2.as_str(),
+                RemoteKind::Gcs => Backend::Gcs.as_str(),
+                RemoteKind::Azure => Backend::Azure.as_str(),
+            },
+        }
+    }
 }
 
 /// Why the flags do not make a configuration; each text names flag, value and remedy.
@@ -305,7 +337,14 @@ impl Serve {
             store,
             store_timeout: Duration::from_secs(self.store_timeout),
             log_level: self.log_level,
+            log_format: self.log_format,
         })
+    }
+
+    /// How much is logged.
+    #[must_use]
+    pub fn log_level(&self) -> LogLevel {
+        self.log_level
     }
 
     fn store(&self, surroundings: &Surroundings<'_>) -> Result<StoreConfig, ConfigError> {
@@ -358,17 +397,20 @@ fn given(value: Option<&String>) -> Option<String> {
 }
 
 impl Backend {
-    /// As it was written.
-    fn choice(self) -> String {
-        let name = match self {
+    fn as_str(self) -> &'static str {
+        match self {
             Self::Local => "local",
             Self::S3 => "s3",
             Self::R2 => "r2",
             Self::Gcs => "gcs",
             Self::Azure => "azure",
             Self::Memory => "memory",
-        };
-        format!("--storage-backend {name}")
+        }
+    }
+
+    /// As it was written.
+    fn choice(self) -> String {
+        format!("--storage-backend {}", self.as_str())
     }
 }
 

@@ -1,19 +1,15 @@
 //! Arguments → configuration → run; the only exit. Status 0: a clean stop. 1: the machine said no. 2: the user did.
 
+use std::ffi::OsString;
 use std::io::Write;
 use std::process::ExitCode;
 
 use nbd_server::config::{
-    self, Command, Config, ConfigCommand, ConfigError, FileError, LogLevel, ReadError, Serve, Surroundings,
+    self, Command, Config, ConfigCommand, ConfigError, FileError, ReadError, Serve, Surroundings,
 };
 use nbd_server::nbd::PassedSocket;
-use nbd_server::server::{self, PassedError};
+use nbd_server::server::{self, Logging, PassedError};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-use tracing::level_filters::LevelFilter;
-use tracing_subscriber::Layer;
-use tracing_subscriber::filter::Targets;
-use tracing_subscriber::layer::SubscriberExt;
-use tracing_subscriber::util::SubscriberInitExt;
 
 const FAILURE: u8 = 1;
 const USAGE: u8 = 2;
@@ -53,12 +49,13 @@ impl From<ReadError> for Refused {
 }
 
 fn run() -> Result<ExitCode, Refused> {
-    let (cli, origins) = config::read(std::env::args_os().collect::<Vec<_>>())?;
+    let args: Vec<_> = std::env::args_os().collect();
+    let (cli, origins) = config::read(args.clone())?;
     match cli.command {
         Command::Serve(flags) => {
             let passed = server::passed_sockets()?;
             let config = checked(flags, !passed.is_empty())?;
-            Ok(serve(config, passed))
+            Ok(serve(config, passed, args))
         }
         Command::Config(ConfigCommand::Check(check)) => {
             let (meant, _) = config::read(check.serve())?;
@@ -84,14 +81,14 @@ fn checked(flags: Box<Serve>, sockets_passed: bool) -> Result<Config, ConfigErro
     flags.check(&Surroundings { root, variable: &variable, sockets_passed })
 }
 
-fn serve(config: Config, passed: Vec<PassedSocket>) -> ExitCode {
-    start_logging(config.log_level);
+fn serve(config: Config, passed: Vec<PassedSocket>, args: Vec<OsString>) -> ExitCode {
+    let logging = Logging::start(config.log_level, config.log_format, args);
     allow_many_connections();
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(e) => return complain(&format!("cannot start the runtime: {e}"), FAILURE),
     };
-    let ended = runtime.block_on(server::run(config, passed));
+    let ended = runtime.block_on(server::run(config, passed, logging));
     // Blocking work that a second signal overtook is not waited for.
     runtime.shutdown_background();
     match ended {
@@ -114,18 +111,4 @@ fn complain(what: &dyn std::fmt::Display, status: u8) -> ExitCode {
     let line = what.to_string().split_whitespace().collect::<Vec<_>>().join(" ");
     let _ = writeln!(std::io::stderr(), "error: {line}");
     ExitCode::from(status)
-}
-
-fn start_logging(level: LogLevel) {
-    let level = match level {
-        LogLevel::Error => LevelFilter::ERROR,
-        LogLevel::Warn => LevelFilter::WARN,
-        LogLevel::Info => LevelFilter::INFO,
-        LogLevel::Debug => LevelFilter::DEBUG,
-        LogLevel::Trace => LevelFilter::TRACE,
-    };
-    // The libraries below speak only when something is wrong.
-    let filter = Targets::new().with_default(level.min(LevelFilter::WARN)).with_target("nbd_server", level);
-    let lines = tracing_subscriber::fmt::layer().with_writer(std::io::stderr).with_ansi(false).with_target(false);
-    tracing_subscriber::registry().with(lines.with_filter(filter)).init();
 }

@@ -8,9 +8,10 @@
 //! volume is flushed and sealed, however long that takes → the lock goes, last of all. A second signal ends the process
 //! at once, which is safe but leaves the caches unsealed.
 //!
-//! **SIGHUP** reads the certificates again, and nothing else.
+//! **SIGHUP** reads again what can change while clients are served: the certificates and the log's level.
 
 mod folders;
+mod logging;
 mod passed;
 mod ready;
 mod watched;
@@ -24,7 +25,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
-use crate::admin::{self, Api, BindError, Metrics, ScrapeError, Scrapes};
+use crate::admin::{self, Api, BindError, ScrapeError, Scrapes, Watch};
 use crate::clock::{Clock, SystemClock};
 use crate::config::Config;
 use crate::disk::RealDisk;
@@ -34,6 +35,7 @@ use crate::store::probe::ProbeError;
 use crate::store::remote::RemoteConfigError;
 use crate::volume::Services;
 use crate::volume::registry::{ExportError, Registry};
+pub use logging::Logging;
 pub use passed::{PassedError, sockets as passed_sockets};
 
 use folders::{CacheLock, LockError, NewFolders};
@@ -111,7 +113,7 @@ impl ServerError {
 ///
 /// # Errors
 /// [`ServerError`]; nothing half-made is left behind.
-pub async fn run(config: Config, passed: Vec<PassedSocket>) -> Result<(), ServerError> {
+pub async fn run(config: Config, passed: Vec<PassedSocket>, mut logging: Logging) -> Result<(), ServerError> {
     let mut signals = Signals::new().map_err(ServerError::Signals)?;
     let reloads = signal(SignalKind::hangup()).map_err(ServerError::Signals)?;
     let server = tokio::select! {
@@ -125,7 +127,7 @@ pub async fn run(config: Config, passed: Vec<PassedSocket>) -> Result<(), Server
         tracing::info!("metrics at http://{}/metrics", scrapes.local_addr());
     }
     tracing::info!("{}", server.ready());
-    server.serve(&mut signals, reloads).await
+    server.serve(&mut signals, reloads, &mut logging).await
 }
 
 /// Bound, discovered, and not serving yet.
@@ -136,6 +138,7 @@ struct Server {
     admin: admin::Socket,
     api: Api,
     scrapes: Option<Scrapes>,
+    stop: watch::Sender<bool>,
     // Last, so that everything that touches the cache root is gone when another server may have it.
     lock: CacheLock,
 }
@@ -177,10 +180,13 @@ impl Server {
         let limits = admin::Limits::default();
         let nbd = nbd::Server::with_tls(Arc::clone(&registry), nbd::Limits::default(), tls.clone());
         let nbd = Arc::new(nbd);
-        let watched = Watched { registry: Arc::clone(&registry), nbd: Arc::clone(&nbd), store, started: clock.now() };
-        let metrics = Metrics::new(move || watched.page());
-        let api = Api { registry, default_chunk_bytes: config.chunk_bytes, metrics, limits };
-        Ok(Self { listeners, tls, nbd, admin, api, scrapes, lock })
+        let (stop, stopped) = watch::channel(false);
+        let (exports, clients, started) = (Arc::clone(&registry), Arc::clone(&nbd), clock.now());
+        let watched = Arc::new(Watched { registry: exports, nbd: clients, store, started, stopped });
+        let looked_at = Arc::clone(&watched);
+        let watch = Watch::new(move || watched.page(), move || looked_at.health());
+        let api = Api { registry, default_chunk_bytes: config.chunk_bytes, watch, limits };
+        Ok(Self { listeners, tls, nbd, admin, api, scrapes, stop, lock })
     }
 
     fn ready(&self) -> String {
@@ -189,17 +195,17 @@ impl Server {
         ready::line(&self.api.registry.list(), &addresses, tls_required, self.admin.path())
     }
 
-    async fn serve(self, signals: &mut Signals, mut reloads: Signal) -> Result<(), ServerError> {
-        let Self { listeners, tls, nbd, admin, api, scrapes, lock } = self;
+    async fn serve(self, signals: &mut Signals, mut reloads: Signal, logging: &mut Logging) -> Result<(), ServerError> {
+        let Self { listeners, tls, nbd, admin, api, scrapes, stop, lock } = self;
         let registry = Arc::clone(&api.registry);
-        let (stop, stopped) = watch::channel(false);
+        let stopped = stop.subscribe();
         let mut fronts = JoinSet::new();
         for listener in listeners {
             let (nbd, stopped) = (Arc::clone(&nbd), stopped.clone());
             fronts.spawn(async move { nbd.serve(listener, stopped).await });
         }
         if let Some(scrapes) = scrapes {
-            fronts.spawn(scrapes.serve(api.metrics.clone(), api.limits, stopped.clone()));
+            fronts.spawn(scrapes.serve(api.watch.clone(), api.limits, stopped.clone()));
         }
         fronts.spawn(admin::serve(admin, api, stopped));
 
@@ -207,7 +213,7 @@ impl Server {
             tokio::select! {
                 name = signals.next() => break Ok(name),
                 ended = fronts.join_next() => break Err(ended),
-                _ = reloads.recv() => reload(tls.as_deref()).await,
+                _ = reloads.recv() => reload(tls.as_deref(), logging).await,
             }
         };
         match &cause {
@@ -236,10 +242,12 @@ impl Server {
 }
 
 /// What SIGHUP asks for.
-async fn reload(tls: Option<&Tls>) {
-    let Some(tls) = tls else {
-        return tracing::info!("SIGHUP: without TLS there is nothing to read again");
-    };
+async fn reload(tls: Option<&Tls>, logging: &mut Logging) {
+    if let Err(error) = logging.reload() {
+        let line = error.to_string().split_whitespace().collect::<Vec<_>>().join(" ");
+        tracing::error!("SIGHUP: the log's level stays: {line}; then send SIGHUP again");
+    }
+    let Some(tls) = tls else { return tracing::info!("SIGHUP: without TLS there are no certificates to read again") };
     match tls.reload().await {
         Ok(()) => tracing::info!("SIGHUP: new clients get the certificate in {}", tls.config().cert.display()),
         Err(error) => tracing::error!("SIGHUP: the TLS certificates in use stay: {error}; then send SIGHUP again"),

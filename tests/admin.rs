@@ -8,11 +8,17 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use common::http::{self, Response};
-use nbd_server::admin::{self, Api, Limits, Metrics, Socket};
+use nbd_server::admin::{self, Api, Health, Limits, Socket, StoreHealth, Watch};
 use nbd_server::metrics::Page;
 use serde_json::{Value, json};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
+
+/// There is nothing around the API to watch.
+fn watch_nothing() -> Watch {
+    let store = StoreHealth { backend: "memory", reachable: true, since: std::time::UNIX_EPOCH, last_error: None };
+    Watch::new(Page::default, move || Health { live: true, ready: true, store: store.clone() })
+}
 
 /// A served API; the calls block, so tests run it on a runtime with threads of its own.
 struct Served {
@@ -33,7 +39,7 @@ impl Served {
         let socket = dir.path().join("admin.sock");
         let bound = Socket::bind(&socket).await.unwrap();
         let (stop, stopped) = watch::channel(false);
-        let api = Api { registry, default_chunk_bytes: 4 << 20, metrics: Metrics::new(Page::default), limits };
+        let api = Api { registry, default_chunk_bytes: 4 << 20, watch: watch_nothing(), limits };
         let serving = tokio::spawn(admin::serve(bound, api, stopped));
         Self { _dir: dir, socket, stop, serving }
     }

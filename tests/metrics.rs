@@ -149,6 +149,28 @@ fn an_outage_of_the_store_is_counted_and_its_end_is_seen() {
     assert_eq!(Page::of(&server).get("nbd_server_store_up", &[]), 1.0);
 }
 
+#[test]
+fn health_says_whether_the_store_answers_and_what_was_wrong() {
+    let server = TestServer::start(&["--store-timeout=1"], &[]);
+    let health = server.ok("GET", "/v1/health", Value::Null);
+    assert_eq!((&health["live"], &health["ready"]), (&json!(true), &json!(true)), "{health}");
+    let store = &health["store"];
+    assert_eq!((&store["backend"], &store["reachable"]), (&json!("local"), &json!(true)));
+    assert!(store["since"].as_str().unwrap().ends_with('Z') && store["last_error"].is_null(), "{health}");
+    // Where the export's head would be is a folder.
+    fs::create_dir_all(server.local_root().join("exports/vm/volume.json")).unwrap();
+    let (status, _) = server.api("POST", "/v1/exports/open", json!({"export_id": "vm"}));
+    assert_ne!(status, 200);
+    let (status, health) = server.api("GET", "/v1/health", Value::Null);
+    assert_eq!(status, 200, "what is in the caches is served: {health}");
+    assert_eq!(health["store"]["reachable"], false, "{health}");
+    assert!(health["store"]["last_error"]["reason"].as_str().unwrap().contains("exports/vm/volume.json"), "{health}");
+    server.ok("POST", "/v1/exports/create", json!({"export_id": "other", "size": 4096}));
+    let health = server.ok("GET", "/v1/health", Value::Null);
+    assert_eq!(health["store"]["reachable"], true);
+    assert!(health["store"]["last_error"]["at"].as_str().unwrap().ends_with('Z'), "{health}");
+}
+
 fn walk(dir: &std::path::Path, name: &str) -> std::path::PathBuf {
     let mut left = vec![dir.to_owned()];
     while let Some(next) = left.pop() {

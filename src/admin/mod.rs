@@ -7,6 +7,7 @@
 
 mod body;
 mod exports;
+mod health;
 mod problem;
 mod scrape;
 mod socket;
@@ -24,9 +25,11 @@ use tokio::net::UnixStream;
 use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinSet;
 
+use crate::metrics::Page;
 use crate::volume::registry::Registry;
+pub use health::{Health, StoreFailure, StoreHealth};
 use problem::{Code, Problem};
-pub use scrape::{MAX_SCRAPES, Metrics, ScrapeError, Scrapes};
+pub use scrape::{MAX_SCRAPES, ScrapeError, Scrapes};
 pub use socket::{BindError, MAX_PATH_BYTES, Socket};
 
 /// How long a client may take for a request's head; also how long a connection may idle.
@@ -75,15 +78,48 @@ pub struct Api {
     pub registry: Arc<Registry>,
     /// The chunk size of an export whose creator names none, in bytes.
     pub default_chunk_bytes: u64,
-    /// What `GET /metrics` shows.
-    pub metrics: Metrics,
+    /// What is shown to watchers.
+    pub watch: Watch,
     /// What a client may ask of the server's patience.
     pub limits: Limits,
+}
+
+/// What this front end shows but does not know: it sees volumes alone. The composition root, which knows every part, gives
+/// it functions that look.
+#[derive(Clone)]
+pub struct Watch {
+    metrics: Arc<dyn Fn() -> Page + Send + Sync>,
+    health: Arc<dyn Fn() -> Health + Send + Sync>,
+}
+
+impl Watch {
+    /// What `GET /metrics` and `GET /v1/health` show.
+    pub fn new(
+        metrics: impl Fn() -> Page + Send + Sync + 'static,
+        health: impl Fn() -> Health + Send + Sync + 'static,
+    ) -> Self {
+        Self { metrics: Arc::new(metrics), health: Arc::new(health) }
+    }
+
+    fn metrics(&self) -> Page {
+        (self.metrics)()
+    }
+
+    fn health(&self) -> Health {
+        (self.health)()
+    }
+}
+
+impl std::fmt::Debug for Watch {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Watch")
+    }
 }
 
 fn router(api: Api) -> Router {
     exports::routes()
         .merge(scrape::routes())
+        .merge(health::routes())
         .fallback(unknown_path)
         .method_not_allowed_fallback(method_not_allowed)
         .with_state(api)

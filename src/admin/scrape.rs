@@ -18,35 +18,18 @@ use tokio::net::TcpListener;
 use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinSet;
 
-use super::{ACCEPT_PAUSE, Api, Limits, attend, http, stopped};
+use super::{ACCEPT_PAUSE, Api, Limits, Watch, attend, http, stopped};
 use crate::metrics::Page;
 
 /// How many collectors are served at once; the next ones are closed.
 pub const MAX_SCRAPES: usize = 16;
 
-/// The page as it is now. Only the composition root knows all that is counted, so this front end is given it.
-#[derive(Clone)]
-pub struct Metrics(Arc<dyn Fn() -> Page + Send + Sync>);
-
-impl Metrics {
-    /// Metrics that `page` collects at every call.
-    pub fn new(page: impl Fn() -> Page + Send + Sync + 'static) -> Self {
-        Self(Arc::new(page))
-    }
-}
-
-impl std::fmt::Debug for Metrics {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("Metrics")
-    }
-}
-
-pub(super) async fn metrics(State(metrics): State<Metrics>) -> impl IntoResponse {
-    ([(CONTENT_TYPE, Page::CONTENT_TYPE)], (metrics.0)().into_text())
+pub(super) async fn metrics(State(watch): State<Watch>) -> impl IntoResponse {
+    ([(CONTENT_TYPE, Page::CONTENT_TYPE)], watch.metrics().into_text())
 }
 
 pub(super) fn routes() -> Router<Api> {
-    Router::new().route("/metrics", get(|State(api): State<Api>| metrics(State(api.metrics))))
+    Router::new().route("/metrics", get(|State(api): State<Api>| metrics(State(api.watch))))
 }
 
 /// Nobody can collect there.
@@ -85,10 +68,10 @@ impl Scrapes {
     }
 
     /// Serves until `stop` is true; then takes no more collectors and returns once those there are answered.
-    pub async fn serve(self, metrics: Metrics, limits: Limits, mut stop: watch::Receiver<bool>) {
+    pub async fn serve(self, watch: Watch, limits: Limits, mut stop: watch::Receiver<bool>) {
         let slots = Arc::new(Semaphore::new(MAX_SCRAPES));
         let http = http(&limits);
-        let router = Router::new().route("/metrics", get(self::metrics)).with_state(metrics);
+        let router = Router::new().route("/metrics", get(self::metrics)).with_state(watch);
         let service = TowerToHyperService::new(router);
         let mut connections = JoinSet::new();
         loop {

@@ -38,6 +38,7 @@ fn no_flag_at_all_is_a_complete_configuration_for_root() {
         store: StoreConfig::Local("/var/lib/nbd-server/store".into()),
         store_timeout: Duration::from_secs(60),
         log_level: LogLevel::Info,
+        log_format: LogFormat::Text,
     };
     assert_eq!(config, expected);
 }

@@ -73,10 +73,13 @@ where
     shared.attached.increment();
     let counted = Arc::clone(&volume);
     let _present = counted.connections().enter();
-    tracing::debug!("export {}: a client attached, {negotiated:?}", export.name);
+    tracing::Span::current().record("export", export.name.as_str());
+    tracing::info!("a client attached");
+    tracing::debug!("it negotiated {negotiated:?}");
     let Negotiated { mode, contexts } = negotiated;
     let attachment = Attachment { mode, contexts, size: export.size, read_only: export.read_only };
     transmission::run(stream, hang_up, &input, volume, attachment, shared, stop).await;
+    tracing::info!("a client is gone");
 }
 
 async fn leave<S>(stream: S, why: &Left)

@@ -33,6 +33,7 @@ use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio::task::JoinSet;
+use tracing::Instrument;
 
 use self::limits::Bites;
 pub use self::limits::Limits;
@@ -145,11 +146,16 @@ impl Server {
             self.shared.bites.connections.log("as many clients are connected as are allowed: new ones are closed");
             return;
         };
-        self.shared.accepted.increment();
+        let id = self.shared.accepted.increment() + 1;
         let (shared, stop) = (Arc::clone(&self.shared), stop.clone());
+        // Around everything that is logged of this client; the export is filled in once it is known.
+        let span = |peer: &str| tracing::info_span!("connection", id, peer, export = tracing::field::Empty);
         match client {
-            Client::Tcp(stream) => clients.spawn(client_task(stream, shared, stop, place)),
-            Client::Unix(stream) => clients.spawn(client_task(stream, shared, stop, place)),
+            Client::Tcp(stream) => {
+                let peer = stream.peer_addr().map_or_else(|_| "gone".to_owned(), |peer| peer.to_string());
+                clients.spawn(client_task(stream, shared, stop, place).instrument(span(&peer)))
+            }
+            Client::Unix(stream) => clients.spawn(client_task(stream, shared, stop, place).instrument(span("unix"))),
         };
     }
 }

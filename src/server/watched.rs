@@ -3,14 +3,17 @@
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use tokio::sync::watch;
+
 use super::ServerError;
+use crate::admin::{Health, StoreFailure, StoreHealth};
 use crate::clock::Clock;
 use crate::config::{Config, StoreConfig};
 use crate::metrics::{Kind, Page};
 use crate::nbd;
 use crate::store::SharedStore;
 use crate::store::local::LocalStore;
-use crate::store::observed::Observed;
+use crate::store::observed::{Observed, Reachability};
 use crate::store::probe::probe;
 use crate::store::remote::RemoteStore;
 use crate::store::retry::{RetryPolicy, Retrying};
@@ -22,6 +25,8 @@ pub(super) struct Watched {
     pub(super) nbd: Arc<nbd::Server>,
     pub(super) store: WatchedStore,
     pub(super) started: SystemTime,
+    /// Whether the server stops.
+    pub(super) stopped: watch::Receiver<bool>,
 }
 
 impl Watched {
@@ -39,10 +44,19 @@ impl Watched {
         self.registry.describe(&mut page);
         page
     }
+
+    /// How the server is now.
+    pub(super) fn health(&self) -> Health {
+        let Reachability { up, since, last_error } = self.store.observed.reachability();
+        let last_error = last_error.map(|(reason, at)| StoreFailure { at, reason });
+        let store = StoreHealth { backend: self.store.backend, reachable: up, since, last_error };
+        Health { live: true, ready: !*self.stopped.borrow(), store }
+    }
 }
 
 /// The store, with the two of its wrappers that count.
 pub(super) struct WatchedStore {
+    backend: &'static str,
     observed: Arc<Observed>,
     retrying: Arc<Retrying>,
 }
@@ -66,7 +80,7 @@ impl WatchedStore {
         probe(&*store, &config.export_root).await?;
         let observed = Arc::new(Observed::new(store, Arc::clone(clock)));
         let retrying = Retrying::new(Arc::clone(&observed) as SharedStore, policy, Arc::clone(clock));
-        Ok(Self { observed, retrying: Arc::new(retrying) })
+        Ok(Self { backend: config.store.backend(), observed, retrying: Arc::new(retrying) })
     }
 
     /// As the volumes use it.

@@ -73,7 +73,7 @@ impl PublishEnding {
     }
 }
 
-const PUBLISH_KINDS: [(Kind, &str); 2] = [(Kind::Snapshot, "snapshot"), (Kind::Compact, "compact")];
+const PUBLISH_KINDS: [Kind; 2] = [Kind::Snapshot, Kind::Compact];
 
 #[derive(Debug)]
 struct RequestMeter {

@@ -18,6 +18,7 @@ use bytes::Bytes;
 use futures_util::future;
 use futures_util::stream::{self, StreamExt};
 use parking_lot::Mutex;
+use tracing::Instrument;
 
 use super::ancestry::Ancestry;
 use super::fill::Remote;
@@ -72,12 +73,26 @@ impl Volume {
         if base.generation.0 == 0 { None } else { base.snapshot }
     }
 
-    /// As [`publish`](Self::publish), for the watchers.
+    /// As [`publish`](Self::publish), counted and logged.
     pub(super) async fn publish_counted(self: &Arc<Self>, kind: Kind) -> Result<Published, ExportError> {
         let started = Instant::now();
-        let result = self.publish(kind).await;
-        self.meter.published(kind, started, &result);
-        result
+        let operation = kind.as_str();
+        let span = tracing::info_span!("operation", export = %self.export_id, operation);
+        async {
+            let result = self.publish(kind).await;
+            self.meter.published(kind, started, &result);
+            match &result {
+                Ok(Published { created: true, generation, snapshot_id: Some(snapshot) }) => {
+                    let seconds = started.elapsed().as_secs_f64();
+                    tracing::info!(%snapshot, generation = generation.0, seconds, "published");
+                }
+                Ok(_) => tracing::info!("nothing is dirty, so nothing was published"),
+                Err(e) => tracing::warn!("not published: {e}"),
+            }
+            result
+        }
+        .instrument(span)
+        .await
     }
 
     /// Publishes what is dirty, or the whole image.

@@ -388,6 +388,7 @@ impl Registry {
         match self.open_export(&id, &export).await {
             Ok(volume) => {
                 self.exports.write().insert(id.clone(), export);
+                tracing::info!(export = %id, "created");
                 Ok(volume.status())
             }
             Err(e) => {
@@ -420,6 +421,7 @@ impl Registry {
         };
         let export = Export::new(Ok(head), read_only);
         let volume = self.open_export(&id, &export).await?;
+        tracing::info!(export = %id, read_only, "loaded");
         self.exports.write().insert(id, export);
         Ok(volume.status())
     }
@@ -480,6 +482,7 @@ impl Registry {
             }
         }
         self.exports.write().remove(id);
+        tracing::info!(export = %id, "unloaded");
         Ok(())
     }
 

@@ -112,19 +112,19 @@ fn requests(page: &mut Page, volumes: &[Arc<Volume>]) {
 }
 
 fn publishes(page: &mut Page, volumes: &[Arc<Volume>]) {
-    let all = || volumes.iter().flat_map(|volume| PUBLISH_KINDS.map(|(kind, name)| (volume, kind, name)));
+    let all = || volumes.iter().flat_map(|volume| PUBLISH_KINDS.map(|kind| (volume, kind)));
     let help = "Snapshots and compactions, by how they ended.";
     let mut family = page.family(Kind::Counter, "nbd_server_export_publishes_total", help);
-    for (volume, kind, name) in all() {
+    for (volume, kind) in all() {
         for ending in PublishEnding::ALL {
-            let labels = [("export", volume.export_id.as_str()), ("kind", name), ("outcome", ending.as_str())];
+            let labels = [("export", volume.export_id.as_str()), ("kind", kind.as_str()), ("outcome", ending.as_str())];
             family.sample(&labels, volume.meter.publishes[kind as usize].endings[ending as usize].get());
         }
     }
     let help = "Time that snapshots and compactions took, failed ones included.";
     let mut family = page.family(Kind::Histogram, "nbd_server_export_publish_duration_seconds", help);
-    for (volume, kind, name) in all() {
-        let labels = [("export", volume.export_id.as_str()), ("kind", name)];
+    for (volume, kind) in all() {
+        let labels = [("export", volume.export_id.as_str()), ("kind", kind.as_str())];
         family.histogram(&labels, &volume.meter.publishes[kind as usize].durations);
     }
 }
