@@ -123,6 +123,10 @@ pub struct Serve {
     #[arg(long, value_name = "PATH", env = "NBD_SERVER_ADMIN_SOCK")]
     admin_sock: Option<PathBuf>,
 
+    /// Group whose members may use the admin API too, by name or number [default: none, the owner alone]
+    #[arg(long, value_name = "NAME", env = "NBD_SERVER_ADMIN_GROUP")]
+    admin_group: Option<String>,
+
     /// Address at which Prometheus may collect GET /metrics over HTTP: HOST:PORT or [IPV6]:PORT. The admin socket has
     /// it in any case [default: none]
     #[arg(long, value_name = "ADDR", env = "NBD_SERVER_METRICS_LISTEN", value_parser = metrics_addr)]
@@ -226,6 +230,8 @@ pub struct Config {
     pub tls: Option<TlsConfig>,
     /// Where the admin API is; short enough for a socket.
     pub admin_sock: PathBuf,
+    /// The group that may use the admin API beside the owner.
+    pub admin_group: Option<String>,
     /// Where metrics can be collected over TCP.
     pub metrics_listen: Option<String>,
     /// The chunk size of an export created without one, in bytes.
@@ -332,6 +338,7 @@ impl Serve {
             listen,
             tls,
             admin_sock,
+            admin_group: given(self.admin_group.as_ref()),
             metrics_listen: self.metrics_listen,
             chunk_bytes: self.chunk_size.0,
             store,

@@ -12,6 +12,7 @@
 
 mod folders;
 mod logging;
+mod notify;
 mod passed;
 mod ready;
 mod watched;
@@ -167,7 +168,11 @@ impl Server {
                 .map_err(|source| BindError::Io { path: config.admin_sock.clone(), source })?,
             _ => NewFolders::default(),
         };
-        let admin = admin::Socket::bind(&config.admin_sock).await?;
+        let group = config.admin_group.as_deref().map(admin::Group::find).transpose()?;
+        if let Some(group) = &group {
+            socket_folders.made().iter().try_for_each(|folder| group.let_through(folder))?;
+        }
+        let admin = admin::Socket::bind(&config.admin_sock, group.as_ref()).await?;
 
         let clock: Arc<dyn Clock> = Arc::new(SystemClock);
         let store = WatchedStore::build(config, &clock).await?;
@@ -208,6 +213,7 @@ impl Server {
             fronts.spawn(scrapes.serve(api.watch.clone(), api.limits, stopped.clone()));
         }
         fronts.spawn(admin::serve(admin, api, stopped));
+        notify::ready();
 
         let cause = loop {
             tokio::select! {
@@ -222,6 +228,7 @@ impl Server {
             }
             Err(ended) => tracing::error!("a front end broke off, stopping: {ended:?}"),
         }
+        notify::stopping();
         stop.send_replace(true);
         let closing = async {
             if tokio::time::timeout(DRAIN_TIMEOUT, async { while fronts.join_next().await.is_some() {} }).await.is_err()

@@ -37,7 +37,7 @@ impl Served {
         let dir = tempfile::tempdir().unwrap();
         let registry = common::registry(&dir.path().join("cache")).await;
         let socket = dir.path().join("admin.sock");
-        let bound = Socket::bind(&socket).await.unwrap();
+        let bound = Socket::bind(&socket, None).await.unwrap();
         let (stop, stopped) = watch::channel(false);
         let api = Api { registry, default_chunk_bytes: 4 << 20, watch: watch_nothing(), limits };
         let serving = tokio::spawn(admin::serve(bound, api, stopped));

@@ -30,7 +30,7 @@ use crate::volume::registry::Registry;
 pub use health::{Health, StoreFailure, StoreHealth};
 use problem::{Code, Problem};
 pub use scrape::{MAX_SCRAPES, ScrapeError, Scrapes};
-pub use socket::{BindError, MAX_PATH_BYTES, Socket};
+pub use socket::{BindError, Group, MAX_PATH_BYTES, Socket};
 
 /// How long a client may take for a request's head; also how long a connection may idle.
 pub const HEADER_TIMEOUT: Duration = Duration::from_secs(10);

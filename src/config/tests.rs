@@ -33,6 +33,7 @@ fn no_flag_at_all_is_a_complete_configuration_for_root() {
         listen: vec!["127.0.0.1:10809".parse().unwrap()],
         tls: None,
         admin_sock: "/run/nbd-server/nbd-server.sock".into(),
+        admin_group: None,
         metrics_listen: None,
         chunk_bytes: 4 << 20,
         store: StoreConfig::Local("/var/lib/nbd-server/store".into()),
