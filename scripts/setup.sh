@@ -29,6 +29,9 @@ need nbd-client nbd-client
 need curl curl
 need openssl openssl
 need jq jq
+need prometheus promtool
+need systemd systemd-analyze
+need dpkg dpkg-deb
 need python3 $python
 $python -c 'import ensurepip' 2>/dev/null || missing+=(python3-venv)
 $python -c 'import nbd' 2>/dev/null || missing+=(python3-libnbd)

@@ -9,7 +9,7 @@
 //! A failure prints the command that repeats it. `NBD_TEST_FAULT_SEEDS=N` (default 2) adds N random scenarios to the fixed
 //! one.
 
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::print_stdout, missing_docs)]
 
 mod common;
 
@@ -69,7 +69,7 @@ fn run(seed: u64, plan: impl FnOnce(&mut Faults), struck: impl FnOnce(&Faults) -
             struck(faults)
         });
         // Half of what comes late comes before the restart, half of it after.
-        if seed % 2 == 0 {
+        if seed.is_multiple_of(2) {
             scene.store.land_late_puts();
         }
         scene.settles(sim.sync_failed()).await?;

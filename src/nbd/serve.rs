@@ -5,6 +5,7 @@
 //! Must never: check what [`request`](super::request) has checked, or answer a client (the transmission does).
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use bytes::Bytes;
 
@@ -13,7 +14,7 @@ use super::errno::{self, Errno};
 use super::reply::{ContextExtents, Outcome};
 use super::request::Command;
 use crate::units::ByteRange;
-use crate::volume::{Extent, Residency, Volume, VolumeError};
+use crate::volume::{Extent, RequestKind, Residency, Volume, VolumeError};
 
 /// The most extents one BLOCK_STATUS looks at; the client asks again for the rest. The protocol suggests at most 2^20.
 pub(super) const MAX_EXTENTS: usize = 8192;
@@ -32,6 +33,29 @@ pub(super) struct Task {
 
 /// Carries out a task.
 pub(super) async fn serve(volume: &Arc<Volume>, task: Task) -> Outcome {
+    let (counted_as, started) = (counted_as(&task.command), Instant::now());
+    let outcome = serve_uncounted(volume, task).await;
+    if let Some((kind, bytes)) = counted_as {
+        volume.observe(kind, bytes, started.elapsed(), !matches!(outcome, Outcome::Failed { .. }));
+    }
+    outcome
+}
+
+/// What a command counts as, and the bytes it moves.
+fn counted_as(command: &Command) -> Option<(RequestKind, u64)> {
+    Some(match command {
+        Command::Read { range, .. } => (RequestKind::Read, range.len()),
+        Command::Write { range } => (RequestKind::Write, range.len()),
+        Command::Flush => (RequestKind::Flush, 0),
+        Command::Trim { range } => (RequestKind::Trim, range.len()),
+        Command::Cache { range } => (RequestKind::Cache, range.len()),
+        Command::WriteZeroes { range, .. } => (RequestKind::WriteZeroes, range.len()),
+        Command::BlockStatus { .. } => (RequestKind::BlockStatus, 0),
+        Command::BlockStatusPayload { .. } | Command::Disconnect => return None,
+    })
+}
+
+async fn serve_uncounted(volume: &Arc<Volume>, task: Task) -> Outcome {
     let writes = matches!(task.command, Command::Write { .. } | Command::WriteZeroes { .. });
     let changes = writes || matches!(task.command, Command::Trim { .. });
     let durable = task.durable && changes;
