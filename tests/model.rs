@@ -1,5 +1,9 @@
 //! Random operations on two exports that share blobs, against plain byte arrays. Sectors of 512 bytes, chunks of 4 KiB.
-//! A failing case is kept in `proptest-regressions/` and repeated first from then on.
+//!
+//! The exports live on a simulated host, so that it may lose its power: then each sector may have fallen back, but not
+//! behind the last flush. `NBD_TEST_MODEL_CASES=N` (default 250) tries N cases. A failing case is shrunk, printed, and
+//! kept in `tests/model.proptest-regressions`, whose cases are repeated first from then on; `PROPTEST_RNG_SEED=N` repeats
+//! a whole run.
 
 #![allow(clippy::unwrap_used, clippy::cast_possible_truncation, missing_docs)]
 
@@ -8,11 +12,14 @@ mod common;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use common::scene::{runtime, start};
+use common::sim::{Loss, Sim, SimStore, State};
 use common::volumes::*;
-use nbd_server::units::SnapshotId;
+use nbd_server::units::{Geometry, SnapshotId};
 use nbd_server::volume::Volume;
 use nbd_server::volume::registry::Registry;
 use proptest::prelude::*;
+use proptest::test_runner::FileFailurePersistence;
 
 const CHUNKS: u64 = 6;
 /// Not a multiple of the chunk size: the last chunk is short.
@@ -45,7 +52,13 @@ enum Step {
     /// The process dies; the kernel lives.
     Kill,
     Restart,
-    /// The second export is made anew from a snapshot of the first.
+    /// The host dies and comes up again.
+    Crash {
+        kept: u64,
+        torn: u64,
+    },
+    Create,
+    /// The export is made anew from a snapshot of the first.
     Clone {
         which: prop::sample::Index,
     },
@@ -59,12 +72,14 @@ fn steps() -> impl Strategy<Value = Vec<(bool, Step)>> {
         3 => place.clone().prop_map(|(at, sectors)| Step::Zero { at, sectors }),
         3 => place.clone().prop_map(|(at, sectors)| Step::Trim { at, sectors }),
         4 => place.prop_map(|(at, sectors)| Step::Read { at, sectors }),
-        2 => Just(Step::Flush),
+        3 => Just(Step::Flush),
         3 => Just(Step::Snapshot),
         1 => Just(Step::Compact),
         1 => Just(Step::Reset),
         2 => Just(Step::Kill),
         1 => Just(Step::Restart),
+        2 => any::<(u64, u64)>().prop_map(|(kept, torn)| Step::Crash { kept, torn }),
+        1 => Just(Step::Create),
         1 => any::<prop::sample::Index>().prop_map(|which| Step::Clone { which }),
     ];
     prop::collection::vec((any::<bool>(), step), 1..60)
@@ -75,10 +90,48 @@ fn steps() -> impl Strategy<Value = Vec<(bool, Step)>> {
 struct Model {
     image: Vec<u8>,
     published: Vec<u8>,
+    /// What each sector may be after a power loss: what was flushed, and what came after.
+    after_crash: Vec<Vec<u8>>,
+}
+
+impl Model {
+    fn new(image: Vec<u8>) -> Self {
+        let mut model = Self { published: image.clone(), image, after_crash: Vec::new() };
+        model.flushed();
+        model
+    }
+
+    fn flushed(&mut self) {
+        self.after_crash = self.image.chunks(SECTOR as usize).map(|sector| vec![sector[0]]).collect();
+    }
+
+    fn change(&mut self, at: u64, new: &[u8]) {
+        let from = (at * SECTOR) as usize;
+        self.image[from..from + new.len()].copy_from_slice(new);
+        for (sector, new) in (at as usize..).zip(new.chunks(SECTOR as usize)) {
+            self.after_crash[sector].push(new[0]);
+        }
+    }
+
+    /// The host went down, and this is what came back.
+    fn crashed(&mut self, image: &[u8]) {
+        for (sector, bytes) in image.chunks(SECTOR as usize).enumerate() {
+            let allowed = &self.after_crash[sector];
+            assert!(bytes.iter().all(|b| *b == bytes[0]), "sector {sector} is torn");
+            assert!(
+                allowed.contains(&bytes[0]),
+                "sector {sector} is {} after a power loss, not of {allowed:?}",
+                bytes[0]
+            );
+        }
+        self.image = image.to_vec();
+        self.flushed();
+    }
 }
 
 struct Run {
-    site: Site,
+    sim: Arc<Sim>,
+    store: SimStore,
     registry: Arc<Registry>,
     models: BTreeMap<&'static str, Model>,
     snapshots: Vec<(SnapshotId, Vec<u8>)>,
@@ -88,16 +141,21 @@ const NAMES: [&str; 2] = ["first", "second"];
 
 impl Run {
     async fn new() -> Self {
-        let mut site = Site::new();
-        let registry = site.start("a").await;
-        let mut run = Self { site, registry, models: BTreeMap::new(), snapshots: Vec::new() };
-        let zeros = vec![0; SIZE as usize];
-        for name in NAMES {
-            let geometry = nbd_server::units::Geometry::new(SIZE, CHUNK).unwrap();
-            run.registry.create(id(name), geometry).await.unwrap();
-            run.models.insert(name, Model { image: zeros.clone(), published: zeros.clone() });
-        }
+        let sim = Sim::new(State::default(), 1);
+        let store = SimStore::new(Arc::clone(&sim));
+        let registry = start(&sim, &store, "/cache").await.unwrap();
+        let mut run = Self { sim, store, registry, models: BTreeMap::new(), snapshots: Vec::new() };
+        run.create(NAMES[0]).await;
         run
+    }
+
+    async fn start(&mut self) {
+        self.registry = start(&self.sim, &self.store, "/cache").await.unwrap();
+    }
+
+    async fn create(&mut self, name: &'static str) {
+        self.registry.create(id(name), Geometry::new(SIZE, CHUNK).unwrap()).await.unwrap();
+        self.models.insert(name, Model::new(vec![0; SIZE as usize]));
     }
 
     async fn volume(&self, name: &str) -> Arc<Volume> {
@@ -105,32 +163,83 @@ impl Run {
     }
 
     async fn take(&mut self, name: &'static str, step: Step) {
+        match step {
+            Step::Kill => self.start().await,
+            Step::Restart => {
+                // An export that nobody used since the last start is left as it is by a stop.
+                for name in self.models.keys() {
+                    self.volume(name).await;
+                }
+                self.registry.close().await;
+                self.start().await;
+                self.models.values_mut().for_each(Model::flushed);
+            }
+            Step::Crash { kept, torn } => {
+                self.sim.reboot(self.sim.walk().power_loss(Loss::Some { kept, names: usize::MAX, torn: Some(torn) }));
+                self.start().await;
+                for (name, model) in &mut self.models {
+                    model.crashed(&image(&self.registry, name).await);
+                }
+            }
+            Step::Create if !self.models.contains_key(name) => self.create(name).await,
+            Step::Clone { which } if !self.snapshots.is_empty() => {
+                let (snapshot, image) = which.get(&self.snapshots).clone();
+                self.remove(NAMES[1]).await;
+                self.registry.clone_export(id(NAMES[1]), id(NAMES[0]), Some(snapshot)).await.unwrap();
+                self.models.insert(NAMES[1], Model::new(image));
+            }
+            Step::Create | Step::Clone { .. } => {}
+            step if self.models.contains_key(name) => self.take_on(name, step).await,
+            _ => {}
+        }
+    }
+
+    /// A user deletes an export: here, its cache, and in the store.
+    async fn remove(&mut self, name: &'static str) {
+        use nbd_server::disk::Disk as _;
+        use nbd_server::store::Store as _;
+        if self.models.remove(name).is_none() {
+            return;
+        }
+        self.registry.unload(&id(name)).await.unwrap();
+        let (disk, dir) = (common::sim::SimDisk(Arc::clone(&self.sim)), std::path::Path::new("/cache").join(name));
+        for file in disk.list_dir(&dir).unwrap() {
+            disk.remove(&dir.join(file)).unwrap();
+        }
+        disk.sync_dir(&dir).unwrap();
+        self.store.delete(&root().export(&id(name)).head()).await.unwrap();
+    }
+
+    async fn take_on(&mut self, name: &'static str, step: Step) {
         let volume = self.volume(name).await;
         let model = self.models.get_mut(name).unwrap();
         let span = |at: u64, sectors: u64| (at * SECTOR) as usize..((at + sectors) * SECTOR) as usize;
         match step {
             Step::Write { at, sectors, byte } => {
                 write(&volume, at * SECTOR, byte, sectors * SECTOR).await;
-                model.image[span(at, sectors)].fill(byte);
+                model.change(at, &vec![byte; (sectors * SECTOR) as usize]);
             }
             Step::Zero { at, sectors } => {
                 volume.write_zeroes(range(at * SECTOR, sectors * SECTOR)).await.unwrap();
-                model.image[span(at, sectors)].fill(0);
+                model.change(at, &vec![0; (sectors * SECTOR) as usize]);
             }
             Step::Trim { at, sectors } => {
                 volume.trim(range(at * SECTOR, sectors * SECTOR)).await.unwrap();
                 // What a trim leaves of each sector is its business: the old content or zeros.
                 let now = read(&volume, at * SECTOR, sectors * SECTOR).await;
-                let old = &mut model.image[span(at, sectors)];
-                for (old, now) in old.chunks_mut(SECTOR as usize).zip(now.chunks(SECTOR as usize)) {
+                let old = &model.image[span(at, sectors)];
+                for (old, now) in old.chunks(SECTOR as usize).zip(now.chunks(SECTOR as usize)) {
                     assert!(now == old || now.iter().all(|b| *b == 0));
-                    old.copy_from_slice(now);
                 }
+                model.change(at, &now);
             }
             Step::Read { at, sectors } => {
                 assert_eq!(read(&volume, at * SECTOR, sectors * SECTOR).await, model.image[span(at, sectors)]);
             }
-            Step::Flush => volume.flush().await.unwrap(),
+            Step::Flush => {
+                volume.flush().await.unwrap();
+                model.flushed();
+            }
             Step::Snapshot | Step::Compact => {
                 let published = match step {
                     Step::Snapshot => self.registry.snapshot(&id(name)).await.unwrap(),
@@ -147,32 +256,19 @@ impl Run {
             Step::Reset => {
                 self.registry.reset(&id(name)).await.unwrap();
                 model.image = model.published.clone();
+                model.flushed();
             }
-            Step::Kill => self.registry = self.site.start("a").await,
-            Step::Restart => {
-                self.registry.close().await;
-                self.registry = self.site.start("a").await;
-            }
-            Step::Clone { which } if !self.snapshots.is_empty() => {
-                let (snapshot, image) = which.get(&self.snapshots).clone();
-                self.registry.unload(&id(NAMES[1])).await.unwrap();
-                std::fs::remove_dir_all(self.site.cache_root("a").join(NAMES[1])).unwrap();
-                use nbd_server::store::Store as _;
-                self.site.store.delete(&root().export(&id(NAMES[1])).head()).await.unwrap();
-                self.registry.clone_export(id(NAMES[1]), id(NAMES[0]), Some(snapshot)).await.unwrap();
-                self.models.insert(NAMES[1], Model { image: image.clone(), published: image });
-            }
-            Step::Clone { .. } => {}
+            Step::Kill | Step::Restart | Step::Crash { .. } | Step::Create | Step::Clone { .. } => unreachable!(),
         }
     }
 
     async fn check(&mut self) {
-        for name in NAMES {
-            assert_eq!(image(&self.registry, name).await, self.models[name].image, "{name}");
+        for (name, model) in &self.models {
+            assert_eq!(image(&self.registry, name).await, model.image, "{name}");
         }
-        let elsewhere = self.site.elsewhere().await;
-        for name in NAMES {
-            assert_eq!(image(&elsewhere, name).await, self.models[name].published, "{name} as published");
+        let elsewhere = start(&self.sim, &self.store, "/elsewhere").await.unwrap();
+        for (name, model) in &self.models {
+            assert_eq!(image(&elsewhere, name).await, model.published, "{name} as published");
         }
         for (i, (snapshot, expected)) in self.snapshots.iter().enumerate() {
             let name = format!("check-{i}");
@@ -184,15 +280,15 @@ impl Run {
 
 proptest! {
     #![proptest_config(ProptestConfig {
-        cases: std::env::var("NBD_TEST_MODEL_CASES").ok().and_then(|n| n.parse().ok()).unwrap_or(150),
+        cases: std::env::var("NBD_TEST_MODEL_CASES").ok().and_then(|n| n.parse().ok()).unwrap_or(250),
         max_shrink_iters: 2000,
+        failure_persistence: Some(Box::new(FileFailurePersistence::WithSource("proptest-regressions"))),
         ..ProptestConfig::default()
     })]
 
     #[test]
     fn two_exports_behave_as_plain_byte_arrays_whatever_happens(steps in steps()) {
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-        runtime.block_on(async {
+        runtime().block_on(async {
             let mut run = Run::new().await;
             for (second, step) in steps {
                 run.take(NAMES[usize::from(second)], step).await;

@@ -130,6 +130,8 @@ pub struct Cache {
     gate: RwLock<()>,
     stripes: [Mutex<()>; STRIPES],
     log: Mutex<Log>,
+    /// Whether the log is [`LogFile::Open`]: a look at it without the lock.
+    log_is_ours: AtomicBool,
     flush: FlushBarrier,
     syncing: Mutex<()>,
     aside: Mutex<publish::Aside>,
@@ -262,6 +264,8 @@ impl Cache {
         is_zero: impl Fn(ChunkIndex) -> bool,
     ) -> Result<Progress, CacheError> {
         let Some(range) = ByteRange::new(offset, data.len() as u64) else { return Ok(Progress::Done) };
+        // Also before a write that needs no mark: as long as the seal of a clean stop stands, no stop would sync it.
+        self.ensure_log_is_ours()?;
         {
             let _shared = self.gate.read();
             self.check_not_failed()?;
@@ -270,7 +274,6 @@ impl Cache {
                 return Ok(Progress::Done);
             }
         }
-        self.ensure_log_is_ours()?;
         for (chunk, piece) in self.geometry.split(range) {
             let _shared = self.gate.read();
             let _stripe = self.stripe(chunk);

@@ -14,7 +14,7 @@ use super::states::{ChunkState, ChunkStates, Content};
 use super::{Base, Cache, CacheError, Log, LogFile, RAW_FILE, STRIPES, disk_error};
 use crate::disk::{self, Disk, DiskFile};
 use crate::sabotage::{Rule, breaks};
-use crate::sync::{AtomicBool, Mutex, OnceLock, RwLock};
+use crate::sync::{AtomicBool, Mutex, OnceLock, Ordering, RwLock};
 use crate::units::{ByteRange, ExportId, Geometry};
 
 /// Where the note of a clone's seed is written before it takes its place.
@@ -184,6 +184,7 @@ impl Opening {
             checkpointing: Mutex::new(()),
             gate: RwLock::new(()),
             stripes: [const { Mutex::new(()) }; STRIPES],
+            log_is_ours: AtomicBool::new(matches!(file, LogFile::Open(_))),
             log: Mutex::new(Log { base: self.base, file }),
             flush: FlushBarrier::default(),
             syncing: Mutex::new(()),
@@ -239,6 +240,9 @@ impl Cache {
     /// Before the first change of this life: a checkpoint of our own, which clears the clean-stop seal (L4).
     pub(super) fn ensure_log_is_ours(&self) -> Result<(), CacheError> {
         self.check_not_failed()?;
+        if self.log_is_ours.load(Ordering::Acquire) {
+            return Ok(());
+        }
         let mut log = self.log.lock();
         let LogFile::Sealed { next_seq, file: old } = &log.file else { return Ok(()) };
         let (next_seq, old) = (*next_seq, old.clone());
@@ -248,6 +252,7 @@ impl Cache {
         let ours =
             staged.install(&*self.disk, &self.dir, Some(old)).map_err(|e| self.latch("renewal of cache.meta", &e))?;
         log.file = LogFile::Open(ours);
+        self.log_is_ours.store(true, Ordering::Release);
         Ok(())
     }
 
@@ -351,6 +356,7 @@ impl Cache {
         file.sync().map_err(|e| self.fail("sync of cache.meta", &e))?;
         // Whatever comes after starts a file of its own.
         log.file = LogFile::Sealed { next_seq: file.next_seq(), file: file.file() };
+        self.log_is_ours.store(false, Ordering::Release);
         Ok(())
     }
 }
