@@ -36,6 +36,9 @@ if [ "${1:-}" = bench ]; then
     # Debian's server of the same name as ours; its service needs a configuration, and has none.
     need nbd-server nbd-server
 fi
+need prometheus promtool
+need systemd systemd-analyze
+need dpkg dpkg-deb
 need python3 $python
 $python -c 'import ensurepip' 2>/dev/null || missing+=(python3-venv)
 $python -c 'import nbd' 2>/dev/null || missing+=(python3-libnbd)

@@ -2,15 +2,18 @@
 //!
 //! A [`Config`] is complete and consistent: every default is filled in, every value has its type, and values that
 //! contradict each other were refused with a text that names the flag, the value and the remedy. Nothing is read or
-//! created outside of the arguments and the environment: what the machine says to the values is for the start to find
-//! out. Credentials are not looked at here.
+//! created outside of the arguments, the environment and the configuration file: what the machine says to the values is
+//! for the start to find out. Credentials are not looked at here.
 
 mod defaults;
+mod file;
+mod layers;
 #[cfg(test)]
 mod tests;
 mod tls;
 
-use std::path::PathBuf;
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::Duration;
 
@@ -24,6 +27,8 @@ use crate::store::keys::{ExportRoot, Key, MAX_KEY_BYTES};
 use crate::store::remote::{RemoteConfig, RemoteKind};
 use crate::units::{DEFAULT_CHUNK_BYTES, Geometry, MAX_EXPORT_ID_BYTES};
 pub use defaults::Surroundings;
+pub use file::{FileError, MAX_FILE_BYTES};
+pub use layers::{Origins, ReadError, read};
 
 /// What follows an export's folder in the longest key: `/snapshots/<32 digits>/manifest.json`.
 const LONGEST_KEY_TAIL_BYTES: usize = "/snapshots//manifest.json".len() + 32;
@@ -45,7 +50,45 @@ pub struct Cli {
 #[derive(Debug, Subcommand)]
 pub enum Command {
     /// Serve exports over NBD until SIGTERM or SIGINT. No flag is needed to try it out.
-    Serve(Serve),
+    Serve(Box<Serve>),
+    /// Look at a configuration without starting anything.
+    #[command(subcommand)]
+    Config(ConfigCommand),
+}
+
+/// What can be done with a configuration.
+#[derive(Debug, Subcommand)]
+pub enum ConfigCommand {
+    /// Say whether serve would take a configuration file, with the environment variables as they are.
+    Check(Check),
+    /// Show every setting that serve would have with the same flags, and where each comes from.
+    Show(Box<Serve>),
+}
+
+/// The flags of `config check`.
+#[derive(Debug, Args)]
+pub struct Check {
+    /// The file
+    #[arg(value_name = "FILE")]
+    pub file: PathBuf,
+}
+
+impl Command {
+    /// The file whose settings lie under those of this command.
+    fn config_file(&self) -> Option<&Path> {
+        match self {
+            Self::Serve(serve) | Self::Config(ConfigCommand::Show(serve)) => serve.config.as_deref(),
+            Self::Config(ConfigCommand::Check(_)) => None,
+        }
+    }
+}
+
+impl Check {
+    /// The arguments of the `serve` that is meant.
+    #[must_use]
+    pub fn serve(&self) -> Vec<OsString> {
+        vec!["nbd-server".into(), "serve".into(), "--config".into(), self.file.clone().into()]
+    }
 }
 
 /// The flags of `serve`, as written.
@@ -53,6 +96,11 @@ pub enum Command {
 #[command(after_help = "Credentials come from the usual environment variables (AWS_ACCESS_KEY_ID, \
     AWS_SECRET_ACCESS_KEY, GOOGLE_APPLICATION_CREDENTIALS, AZURE_STORAGE_ACCOUNT_NAME, ...) and are never logged.")]
 pub struct Serve {
+    /// TOML file with settings, named as these flags without the dashes; flags and variables go before it
+    /// [default: none]
+    #[arg(long, value_name = "FILE", env = "NBD_SERVER_CONFIG")]
+    config: Option<PathBuf>,
+
     /// Directory for the local caches, one folder per export; one server at a time
     /// [default: /var/lib/nbd-server/cache for root, else ~/.local/state/nbd-server/cache]
     #[arg(long, value_name = "DIR", env = "NBD_SERVER_CACHE_ROOT")]
@@ -75,6 +123,15 @@ pub struct Serve {
     /// [default: /run/nbd-server/nbd-server.sock for root, else $XDG_RUNTIME_DIR/nbd-server.sock]
     #[arg(long, value_name = "PATH", env = "NBD_SERVER_ADMIN_SOCK")]
     admin_sock: Option<PathBuf>,
+
+    /// Group whose members may use the admin API too, by name or number [default: none, the owner alone]
+    #[arg(long, value_name = "NAME", env = "NBD_SERVER_ADMIN_GROUP")]
+    admin_group: Option<String>,
+
+    /// Address at which Prometheus may collect GET /metrics over HTTP: HOST:PORT or [IPV6]:PORT. The admin socket has
+    /// it in any case [default: none]
+    #[arg(long, value_name = "ADDR", env = "NBD_SERVER_METRICS_LISTEN", value_parser = metrics_addr)]
+    metrics_listen: Option<String>,
 
     /// Chunk size of exports that are created without one: a power of two from 4KiB to 64MiB
     #[arg(long, value_name = "BYTES", env = "NBD_SERVER_CHUNK_SIZE", default_value_t = ChunkBytes(DEFAULT_CHUNK_BYTES))]
@@ -120,9 +177,13 @@ pub struct Serve {
     #[arg(long, env = "NBD_SERVER_ALLOW_UNSAFE_STORE", value_parser = BoolishValueParser::new())]
     allow_unsafe_store: bool,
 
-    /// What is logged to stderr
+    /// What is logged to stderr; read again on SIGHUP
     #[arg(long, value_name = "LEVEL", env = "NBD_SERVER_LOG_LEVEL", default_value = "info")]
     log_level: LogLevel,
+
+    /// How it is logged
+    #[arg(long, value_name = "FORMAT", env = "NBD_SERVER_LOG_FORMAT", default_value = "text")]
+    log_format: LogFormat,
 }
 
 /// The kinds of object storage.
@@ -153,6 +214,15 @@ pub enum LogLevel {
     Trace,
 }
 
+/// How a line of the log looks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum LogFormat {
+    /// For people
+    Text,
+    /// One JSON object per line
+    Json,
+}
+
 /// Everything a server needs to know to start.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Config {
@@ -166,6 +236,10 @@ pub struct Config {
     pub tls: Option<TlsConfig>,
     /// Where the admin API is; short enough for a socket.
     pub admin_sock: PathBuf,
+    /// The group that may use the admin API beside the owner.
+    pub admin_group: Option<String>,
+    /// Where metrics can be collected over TCP.
+    pub metrics_listen: Option<String>,
     /// The chunk size of an export created without one, in bytes.
     pub chunk_bytes: u64,
     /// Where published snapshots live.
@@ -176,6 +250,8 @@ pub struct Config {
     pub allow_unsafe_store: bool,
     /// How much is logged.
     pub log_level: LogLevel,
+    /// How it is logged.
+    pub log_format: LogFormat,
 }
 
 /// The object storage to use.
@@ -187,6 +263,23 @@ pub enum StoreConfig {
     Memory,
     /// A bucket.
     Remote(RemoteConfig),
+}
+
+impl StoreConfig {
+    /// The backend as the flag names it.
+    #[must_use]
+    pub fn backend(&self) -> &'static str {
+        match self {
+            Self::Local(_) => Backend::Local.as_str(),
+            Self::Memory => Backend::Memory.as_str(),
+            Self::Remote(remote) => match remote.kind {
+                RemoteKind::S3 => Backend::S3.as_str(),
+                RemoteKind::R2 => Backend::R2.as_str(),
+                RemoteKind::Gcs => Backend::Gcs.as_str(),
+                RemoteKind::Azure => Backend::Azure.as_str(),
+            },
+        }
+    }
 }
 
 /// Why the flags do not make a configuration; each text names flag, value and remedy.
@@ -253,12 +346,21 @@ impl Serve {
             listen,
             tls,
             admin_sock,
+            admin_group: given(self.admin_group.as_ref()),
+            metrics_listen: self.metrics_listen,
             chunk_bytes: self.chunk_size.0,
             store,
             store_timeout: Duration::from_secs(self.store_timeout),
             allow_unsafe_store: self.allow_unsafe_store,
             log_level: self.log_level,
+            log_format: self.log_format,
         })
+    }
+
+    /// How much is logged.
+    #[must_use]
+    pub fn log_level(&self) -> LogLevel {
+        self.log_level
     }
 
     fn store(&self, surroundings: &Surroundings<'_>) -> Result<StoreConfig, ConfigError> {
@@ -311,17 +413,20 @@ fn given(value: Option<&String>) -> Option<String> {
 }
 
 impl Backend {
-    /// As it was written.
-    fn choice(self) -> String {
-        let name = match self {
+    fn as_str(self) -> &'static str {
+        match self {
             Self::Local => "local",
             Self::S3 => "s3",
             Self::R2 => "r2",
             Self::Gcs => "gcs",
             Self::Azure => "azure",
             Self::Memory => "memory",
-        };
-        format!("--storage-backend {name}")
+        }
+    }
+
+    /// As it was written.
+    fn choice(self) -> String {
+        format!("--storage-backend {}", self.as_str())
     }
 }
 
@@ -334,6 +439,14 @@ fn export_root(text: &str) -> Result<ExportRoot, String> {
         ));
     }
     Ok(ExportRoot::new(prefix))
+}
+
+fn metrics_addr(text: &str) -> Result<String, String> {
+    match text.parse::<ListenAddr>() {
+        Ok(ListenAddr::Tcp(addr)) => Ok(addr),
+        Ok(ListenAddr::Unix(_)) => Err("the admin socket serves /metrics already; give HOST:PORT".into()),
+        Err(e) => Err(e.to_string()),
+    }
 }
 
 /// A chunk size: plain bytes, or with a suffix such as `4M` or `64KiB`, always in powers of 1024.

@@ -9,6 +9,7 @@ pub mod clock;
 pub mod config;
 pub mod disk;
 pub mod manifest;
+pub mod metrics;
 pub mod nbd;
 pub mod sabotage;
 pub mod server;

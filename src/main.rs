@@ -1,52 +1,94 @@
 //! Arguments → configuration → run; the only exit. Status 0: a clean stop. 1: the machine said no. 2: the user did.
 
+use std::ffi::OsString;
 use std::io::Write;
 use std::process::ExitCode;
 
-use clap::Parser;
-use nbd_server::config::{Cli, Command, Config, LogLevel, Surroundings};
+use nbd_server::config::{
+    self, Command, Config, ConfigCommand, ConfigError, FileError, ReadError, Serve, Surroundings,
+};
 use nbd_server::nbd::PassedSocket;
-use nbd_server::server;
+use nbd_server::server::{self, Logging, PassedError};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-use tracing::level_filters::LevelFilter;
-use tracing_subscriber::Layer;
-use tracing_subscriber::filter::Targets;
-use tracing_subscriber::layer::SubscriberExt;
-use tracing_subscriber::util::SubscriberInitExt;
 
 const FAILURE: u8 = 1;
 const USAGE: u8 = 2;
 
 fn main() -> ExitCode {
-    let cli = match Cli::try_parse() {
-        Ok(cli) => cli,
-        Err(refused) => {
+    match run() {
+        Ok(status) => status,
+        Err(Refused::Arguments(refused)) => {
             // Help and version come this way too, with status 0; nothing helps if the terminal is gone.
             let _ = refused.print();
-            return ExitCode::from(u8::try_from(refused.exit_code()).unwrap_or(USAGE));
+            ExitCode::from(u8::try_from(refused.exit_code()).unwrap_or(USAGE))
         }
-    };
-    let Command::Serve(flags) = cli.command;
-    let variable = |name: &str| std::env::var(name).ok();
-    let root = rustix::process::geteuid().is_root();
-    let passed = match server::passed_sockets() {
-        Ok(passed) => passed,
-        Err(refused) => return complain(&refused, USAGE),
-    };
-    match flags.check(&Surroundings { root, variable: &variable, sockets_passed: !passed.is_empty() }) {
-        Ok(config) => serve(config, passed),
         Err(refused) => complain(&refused, USAGE),
     }
 }
 
-fn serve(config: Config, passed: Vec<PassedSocket>) -> ExitCode {
-    start_logging(config.log_level);
+/// What the user has to write otherwise.
+#[derive(Debug, thiserror::Error)]
+enum Refused {
+    #[error(transparent)]
+    Arguments(Box<clap::Error>),
+    #[error(transparent)]
+    File(FileError),
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    #[error(transparent)]
+    Passed(#[from] PassedError),
+}
+
+impl From<ReadError> for Refused {
+    fn from(e: ReadError) -> Self {
+        match e {
+            ReadError::Arguments(e) => Self::Arguments(e),
+            ReadError::File(e) => Self::File(e),
+        }
+    }
+}
+
+fn run() -> Result<ExitCode, Refused> {
+    let args: Vec<_> = std::env::args_os().collect();
+    let (cli, origins) = config::read(args.clone())?;
+    match cli.command {
+        Command::Serve(flags) => {
+            let passed = server::passed_sockets()?;
+            let config = checked(flags, !passed.is_empty())?;
+            Ok(serve(config, passed, args))
+        }
+        Command::Config(ConfigCommand::Check(check)) => {
+            let (meant, _) = config::read(check.serve())?;
+            if let Command::Serve(flags) = meant.command {
+                checked(flags, false)?;
+            }
+            Ok(print(&format!("{} can be used\n", check.file.display())))
+        }
+        Command::Config(ConfigCommand::Show(flags)) => Ok(print(&origins.show(&checked(flags, false)?))),
+    }
+}
+
+fn print(text: &str) -> ExitCode {
+    match std::io::stdout().write_all(text.as_bytes()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(_) => ExitCode::from(FAILURE),
+    }
+}
+
+fn checked(flags: Box<Serve>, sockets_passed: bool) -> Result<Config, ConfigError> {
+    let variable = |name: &str| std::env::var(name).ok();
+    let root = rustix::process::geteuid().is_root();
+    flags.check(&Surroundings { root, variable: &variable, sockets_passed })
+}
+
+fn serve(config: Config, passed: Vec<PassedSocket>, args: Vec<OsString>) -> ExitCode {
+    let logging = Logging::start(config.log_level, config.log_format, args);
     allow_many_connections();
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(e) => return complain(&format!("cannot start the runtime: {e}"), FAILURE),
     };
-    let ended = runtime.block_on(server::run(config, passed));
+    let ended = runtime.block_on(server::run(config, passed, logging));
     // Blocking work that a second signal overtook is not waited for.
     runtime.shutdown_background();
     match ended {
@@ -69,18 +111,4 @@ fn complain(what: &dyn std::fmt::Display, status: u8) -> ExitCode {
     let line = what.to_string().split_whitespace().collect::<Vec<_>>().join(" ");
     let _ = writeln!(std::io::stderr(), "error: {line}");
     ExitCode::from(status)
-}
-
-fn start_logging(level: LogLevel) {
-    let level = match level {
-        LogLevel::Error => LevelFilter::ERROR,
-        LogLevel::Warn => LevelFilter::WARN,
-        LogLevel::Info => LevelFilter::INFO,
-        LogLevel::Debug => LevelFilter::DEBUG,
-        LogLevel::Trace => LevelFilter::TRACE,
-    };
-    // The libraries below speak only when something is wrong.
-    let filter = Targets::new().with_default(level.min(LevelFilter::WARN)).with_target("nbd_server", level);
-    let lines = tracing_subscriber::fmt::layer().with_writer(std::io::stderr).with_ansi(false).with_target(false);
-    tracing_subscriber::registry().with(lines.with_filter(filter)).init();
 }

@@ -1,6 +1,6 @@
 //! The composition root: from a configuration to a running server, and back to nothing.
 //!
-//! **Start**, in this order: certificates → NBD sockets → cache root and its lock → admin socket → store and its probe → discovery →
+//! **Start**, in this order: certificates → NBD sockets → address for metrics → cache root and its lock → admin socket → store and its probe → discovery →
 //! the log line that begins with `ready:`. Sockets are bound early, so that a taken port costs nothing, and served only
 //! when every export is known. A start that fails removes the sockets and the empty folders it made.
 //!
@@ -8,11 +8,14 @@
 //! volume is flushed and sealed, however long that takes → the lock goes, last of all. A second signal ends the process
 //! at once, which is safe but leaves the caches unsealed.
 //!
-//! **SIGHUP** reads the certificates again, and nothing else.
+//! **SIGHUP** reads again what can change while clients are served: the certificates and the log's level.
 
 mod folders;
+mod logging;
+mod notify;
 mod passed;
 mod ready;
+mod watched;
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -23,23 +26,21 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
-use crate::admin::{self, Api, BindError};
+use crate::admin::{self, Api, BindError, ScrapeError, Scrapes, Watch};
 use crate::clock::{Clock, SystemClock};
-use crate::config::{Config, StoreConfig};
+use crate::config::Config;
 use crate::disk::RealDisk;
 use crate::nbd::tls::{Tls, TlsError};
 use crate::nbd::{self, ListenError, PassedSocket};
-use crate::store::SharedStore;
-use crate::store::health::Health;
-use crate::store::local::LocalStore;
 use crate::store::probe::ProbeError;
-use crate::store::remote::{RemoteConfigError, RemoteStore};
-use crate::store::retry::{RetryPolicy, Retrying};
+use crate::store::remote::RemoteConfigError;
 use crate::volume::Services;
 use crate::volume::registry::{ExportError, Registry};
+pub use logging::Logging;
 pub use passed::{PassedError, sockets as passed_sockets};
 
 use folders::{CacheLock, LockError, NewFolders};
+use watched::{Watched, WatchedStore};
 
 /// How long clients may take to get their last answers when the server stops.
 pub const DRAIN_TIMEOUT: Duration = Duration::from_secs(30);
@@ -70,6 +71,9 @@ pub enum ServerError {
     /// No admin client could connect.
     #[error(transparent)]
     Admin(#[from] BindError),
+    /// No metrics can be collected.
+    #[error(transparent)]
+    Scrapes(#[from] ScrapeError),
     /// The local store cannot be made or written.
     #[error("--local-root {path}: {source}; choose a directory this user may write", path = .path.display())]
     LocalRoot {
@@ -110,7 +114,7 @@ impl ServerError {
 ///
 /// # Errors
 /// [`ServerError`]; nothing half-made is left behind.
-pub async fn run(config: Config, passed: Vec<PassedSocket>) -> Result<(), ServerError> {
+pub async fn run(config: Config, passed: Vec<PassedSocket>, mut logging: Logging) -> Result<(), ServerError> {
     let mut signals = Signals::new().map_err(ServerError::Signals)?;
     let reloads = signal(SignalKind::hangup()).map_err(ServerError::Signals)?;
     let server = tokio::select! {
@@ -120,16 +124,22 @@ pub async fn run(config: Config, passed: Vec<PassedSocket>) -> Result<(), Server
             return Ok(());
         }
     };
+    if let Some(scrapes) = &server.scrapes {
+        tracing::info!("metrics at http://{}/metrics", scrapes.local_addr());
+    }
     tracing::info!("{}", server.ready());
-    server.serve(&mut signals, reloads).await
+    server.serve(&mut signals, reloads, &mut logging).await
 }
 
 /// Bound, discovered, and not serving yet.
 struct Server {
     listeners: Vec<nbd::Listener>,
     tls: Option<Arc<Tls>>,
+    nbd: Arc<nbd::Server>,
     admin: admin::Socket,
     api: Api,
+    scrapes: Option<Scrapes>,
+    stop: watch::Sender<bool>,
     // Last, so that everything that touches the cache root is gone when another server may have it.
     lock: CacheLock,
 }
@@ -147,6 +157,10 @@ impl Server {
         for addr in &config.listen {
             listeners.push(nbd::Listener::bind(addr).await?);
         }
+        let scrapes = match &config.metrics_listen {
+            Some(addr) => Some(Scrapes::bind(addr).await?),
+            None => None,
+        };
         // Declared before what lies in them: on a failure they must be empty when their turn comes.
         let (cache_folders, lock) = own_cache_root(&config.cache_root)?;
         let socket_folders = match config.admin_sock.parent() {
@@ -154,18 +168,30 @@ impl Server {
                 .map_err(|source| BindError::Io { path: config.admin_sock.clone(), source })?,
             _ => NewFolders::default(),
         };
-        let admin = admin::Socket::bind(&config.admin_sock).await?;
+        let group = config.admin_group.as_deref().map(admin::Group::find).transpose()?;
+        if let Some(group) = &group {
+            socket_folders.made().iter().try_for_each(|folder| group.let_through(folder))?;
+        }
+        let admin = admin::Socket::bind(&config.admin_sock, group.as_ref()).await?;
 
         let clock: Arc<dyn Clock> = Arc::new(SystemClock);
-        let store = build_store(config, &clock).await?;
-        let services = Services::new(store, config.export_root.clone(), Arc::new(RealDisk), clock);
+        let store = WatchedStore::build(config, &clock).await?;
+        let services =
+            Services::new(store.shared(), config.export_root.clone(), Arc::new(RealDisk), Arc::clone(&clock));
         let registry = Registry::discover(Arc::new(services), config.cache_root.clone()).await?;
 
         cache_folders.keep();
         socket_folders.keep();
         let limits = admin::Limits::default();
-        let api = Api { registry, default_chunk_bytes: config.chunk_bytes, limits };
-        Ok(Self { listeners, tls, admin, api, lock })
+        let nbd = nbd::Server::with_tls(Arc::clone(&registry), nbd::Limits::default(), tls.clone());
+        let nbd = Arc::new(nbd);
+        let (stop, stopped) = watch::channel(false);
+        let (exports, clients, started) = (Arc::clone(&registry), Arc::clone(&nbd), clock.now());
+        let watched = Arc::new(Watched { registry: exports, nbd: clients, store, started, stopped });
+        let looked_at = Arc::clone(&watched);
+        let watch = Watch::new(move || watched.page(), move || looked_at.health());
+        let api = Api { registry, default_chunk_bytes: config.chunk_bytes, watch, limits };
+        Ok(Self { listeners, tls, nbd, admin, api, scrapes, stop, lock })
     }
 
     fn ready(&self) -> String {
@@ -174,23 +200,26 @@ impl Server {
         ready::line(&self.api.registry.list(), &addresses, tls_required, self.admin.path())
     }
 
-    async fn serve(self, signals: &mut Signals, mut reloads: Signal) -> Result<(), ServerError> {
-        let Self { listeners, tls, admin, api, lock } = self;
+    async fn serve(self, signals: &mut Signals, mut reloads: Signal, logging: &mut Logging) -> Result<(), ServerError> {
+        let Self { listeners, tls, nbd, admin, api, scrapes, stop, lock } = self;
         let registry = Arc::clone(&api.registry);
-        let (stop, stopped) = watch::channel(false);
+        let stopped = stop.subscribe();
         let mut fronts = JoinSet::new();
-        let nbd = Arc::new(nbd::Server::with_tls(Arc::clone(&registry), nbd::Limits::default(), tls.clone()));
         for listener in listeners {
             let (nbd, stopped) = (Arc::clone(&nbd), stopped.clone());
             fronts.spawn(async move { nbd.serve(listener, stopped).await });
         }
+        if let Some(scrapes) = scrapes {
+            fronts.spawn(scrapes.serve(api.watch.clone(), api.limits, stopped.clone()));
+        }
         fronts.spawn(admin::serve(admin, api, stopped));
+        notify::ready();
 
         let cause = loop {
             tokio::select! {
                 name = signals.next() => break Ok(name),
                 ended = fronts.join_next() => break Err(ended),
-                _ = reloads.recv() => reload(tls.as_deref()).await,
+                _ = reloads.recv() => reload(tls.as_deref(), logging).await,
             }
         };
         match &cause {
@@ -199,6 +228,7 @@ impl Server {
             }
             Err(ended) => tracing::error!("a front end broke off, stopping: {ended:?}"),
         }
+        notify::stopping();
         stop.send_replace(true);
         let closing = async {
             if tokio::time::timeout(DRAIN_TIMEOUT, async { while fronts.join_next().await.is_some() {} }).await.is_err()
@@ -219,10 +249,12 @@ impl Server {
 }
 
 /// What SIGHUP asks for.
-async fn reload(tls: Option<&Tls>) {
-    let Some(tls) = tls else {
-        return tracing::info!("SIGHUP: without TLS there is nothing to read again");
-    };
+async fn reload(tls: Option<&Tls>, logging: &mut Logging) {
+    if let Err(error) = logging.reload() {
+        let line = error.to_string().split_whitespace().collect::<Vec<_>>().join(" ");
+        tracing::error!("SIGHUP: the log's level stays: {line}; then send SIGHUP again");
+    }
+    let Some(tls) = tls else { return tracing::info!("SIGHUP: without TLS there are no certificates to read again") };
     match tls.reload().await {
         Ok(()) => tracing::info!("SIGHUP: new clients get the certificate in {}", tls.config().cert.display()),
         Err(error) => tracing::error!("SIGHUP: the TLS certificates in use stay: {error}; then send SIGHUP again"),
@@ -237,33 +269,6 @@ fn own_cache_root(path: &Path) -> Result<(NewFolders, CacheLock), ServerError> {
         Err(LockError::Taken) => Err(ServerError::CacheLocked(path.to_owned())),
         Err(LockError::Io(source)) => Err(refused(source)),
     }
-}
-
-/// The store of a configuration, found fit for writing.
-async fn build_store(config: &Config, clock: &Arc<dyn Clock>) -> Result<SharedStore, ServerError> {
-    let policy = RetryPolicy { limit: config.store_timeout, ..RetryPolicy::default() };
-    let health = Arc::new(Health::default());
-    let store: SharedStore = match &config.store {
-        StoreConfig::Local(root) => {
-            let opened = LocalStore::open(root.clone(), Arc::clone(clock));
-            Arc::new(opened.map_err(|source| ServerError::LocalRoot { path: root.clone(), source })?)
-        }
-        StoreConfig::Memory => Arc::new(RemoteStore::memory()),
-        StoreConfig::Remote(remote) => {
-            let environment = |name: &str| std::env::var(name).ok();
-            let store = RemoteStore::connect(remote, &environment, policy, Arc::clone(clock))?;
-            Arc::new(store.reporting_to(Arc::clone(&health)))
-        }
-    };
-    let store = Retrying::new(store, policy, Arc::clone(clock)).reporting_to(health);
-    match store.probe(&config.export_root).await {
-        Err(unfit @ ProbeError::Unfit { .. }) if config.allow_unsafe_store => tracing::warn!(
-            "UNSAFE: {unfit}. --allow-unsafe-store is given, so the server starts nevertheless: as soon as a second \
-             server publishes an export of this one, images are lost without a word"
-        ),
-        judged => judged?,
-    }
-    Ok(Arc::new(store))
 }
 
 /// The signals that end a server.

@@ -10,7 +10,7 @@
 #[cfg(not(feature = "shuttle"))]
 mod primitives {
     pub use std::sync::OnceLock;
-    pub use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
+    pub use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 
     pub use parking_lot::{Condvar, Mutex, MutexGuard, RwLock};
 }
@@ -19,7 +19,7 @@ mod primitives {
 mod primitives {
     use std::sync::PoisonError;
 
-    pub use shuttle::sync::atomic::{AtomicBool, AtomicU8, Ordering};
+    pub use shuttle::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
     pub use shuttle_parking_lot::{Mutex, MutexGuard, RwLock};
 
     /// A condition variable with the calls of `parking_lot`'s, which the checker's crate leaves out.

@@ -202,6 +202,16 @@ impl Geometry {
         range.end() <= self.image_size
     }
 
+    /// How many chunks a range inside the image touches.
+    #[must_use]
+    pub fn chunks_in(self, range: ByteRange) -> u64 {
+        if range.is_empty() {
+            0
+        } else {
+            u64::from(self.chunk_at(range.end() - 1).0 - self.chunk_at(range.offset).0) + 1
+        }
+    }
+
     /// Cuts a range inside the image at chunk boundaries, in order; nothing for an empty range.
     pub fn split(self, range: ByteRange) -> impl Iterator<Item = (ChunkIndex, ByteRange)> {
         debug_assert!(self.contains(range));
@@ -326,5 +336,20 @@ impl fmt::Display for SnapshotId {
 impl fmt::Debug for SnapshotId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         fmt::Display::fmt(self, f)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_chunks_that_a_range_touches_are_those_it_is_cut_into() {
+        let geometry = Geometry::new(4 * 4096 + 1, 4096).unwrap();
+        for (offset, len) in [(0, 0), (0, 1), (0, 4096), (0, 4097), (4095, 2), (1, 4096 * 4), (4 * 4096, 1), (4096, 0)]
+        {
+            let range = ByteRange::new(offset, len).unwrap();
+            assert_eq!(geometry.chunks_in(range), geometry.split(range).count() as u64, "{range}");
+        }
     }
 }

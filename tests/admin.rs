@@ -11,13 +11,20 @@ use std::time::{Duration, Instant};
 use common::hooked::Hooked;
 use common::http::{self, Response};
 use common::volumes::{self, Site};
-use nbd_server::admin::{self, Api, Limits, Socket};
+use nbd_server::admin::{self, Api, Health, Limits, Socket, StoreHealth, Watch};
 use nbd_server::disk::RealDisk;
+use nbd_server::metrics::Page;
 use nbd_server::volume::registry::Registry;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
+
+/// There is nothing around the API to watch.
+fn watch_nothing() -> Watch {
+    let store = StoreHealth { backend: "memory", reachable: true, since: std::time::UNIX_EPOCH, last_error: None };
+    Watch::new(Page::default, move || Health { live: true, ready: true, store: store.clone() })
+}
 
 /// A served API; the calls block, so tests run it on a runtime with threads of its own.
 struct Served {
@@ -40,9 +47,9 @@ impl Served {
 
     async fn over(registry: Arc<Registry>, dir: TempDir, limits: Limits) -> Self {
         let socket = dir.path().join("admin.sock");
-        let bound = Socket::bind(&socket).await.unwrap();
+        let bound = Socket::bind(&socket, None).await.unwrap();
         let (stop, stopped) = watch::channel(false);
-        let api = Api { registry, default_chunk_bytes: 4 << 20, limits };
+        let api = Api { registry, default_chunk_bytes: 4 << 20, watch: watch_nothing(), limits };
         let serving = tokio::spawn(admin::serve(bound, api, stopped));
         Self { _dir: dir, socket, stop, serving }
     }

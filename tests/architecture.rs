@@ -22,6 +22,7 @@ const FLOORS: &[(&str, u8)] = &[
     ("disk", 1),
     ("clock", 1),
     ("sabotage", 0),
+    ("metrics", 0),
     ("units", 0),
     ("sync", 0),
 ];

@@ -165,7 +165,7 @@ async fn nothing_is_written_at_once_beside_a_flush() {
 }
 
 #[tokio::test]
-async fn after_a_failed_sync_nothing_dirty_is_served_at_once() {
+async fn after_a_failed_sync_nothing_of_the_page_cache_is_served_at_once() {
     let (mut site, disk) = (Site::new(), Hooked::new(RealDisk));
     let volume = mixed(&mut site, &disk).await;
     read(&volume, 4 * CHUNK, 1).await;
@@ -173,7 +173,7 @@ async fn after_a_failed_sync_nothing_dirty_is_served_at_once() {
     volume.flush().await.unwrap_err();
     assert!(!volume.write_at_once(0, &[7]));
     assert!(reads_at_once(&volume, 0, 1).is_none());
-    assert_eq!(reads_at_once(&volume, 4 * CHUNK, 1).unwrap(), [9], "clean chunks are as published");
+    assert!(reads_at_once(&volume, 4 * CHUNK, 1).is_none(), "clean chunks may have been dropped, too");
 }
 
 #[tokio::test]

@@ -4,9 +4,9 @@
 mod common;
 
 use std::fs;
-use std::io::{BufReader, Read, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -343,4 +343,85 @@ fn errors_alone_are_logged_at_level_error() {
     assert!(status.success());
     let output = child.wait_with_output().unwrap();
     assert_eq!((output.status.code(), String::from_utf8(output.stderr).unwrap()), (Some(0), String::new()));
+}
+
+fn mode_and_group(path: &Path) -> (u32, u32) {
+    let found = fs::metadata(path).unwrap();
+    (found.permissions().mode() & 0o777, found.gid())
+}
+
+#[test]
+fn the_admin_socket_is_for_a_group_only_if_one_is_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let socket = dir.path().join("run/deep/admin.sock");
+    let flag = format!("--admin-sock={}", socket.display());
+    let own = fs::metadata(dir.path()).unwrap().gid();
+    // As root any group will do; everybody else has one of their own to give.
+    let gid = if own == 0 { 7 } else { own };
+    for (group, socket_mode, folder_mode) in [(None, 0o600, 0o700), (Some(gid), 0o660, 0o750)] {
+        let named = group.map(|gid| format!("--admin-group={gid}"));
+        let args: Vec<_> = [Some(flag.as_str()), named.as_deref()].into_iter().flatten().collect();
+        let mut child = serve(dir.path(), &args).stderr(std::process::Stdio::null()).spawn().unwrap();
+        while UnixStream::connect(&socket).is_err() {
+            assert!(child.try_wait().unwrap().is_none());
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        let expected_group = group.unwrap_or(own);
+        assert_eq!(mode_and_group(&socket), (socket_mode, expected_group));
+        for folder in ["run", "run/deep"] {
+            assert_eq!(mode_and_group(&dir.path().join(folder)), (folder_mode, expected_group), "{folder}");
+        }
+        child.kill().unwrap();
+        child.wait().unwrap();
+        fs::remove_dir_all(dir.path().join("run")).unwrap();
+    }
+    // By name, too.
+    let name = fs::read_to_string("/etc/group").unwrap();
+    let of_root = name.lines().find(|line| line.split(':').nth(2) == Some("0")).unwrap().split(':').next().unwrap();
+    if own == 0 {
+        let server = TestServer::start(&[&format!("--admin-group={of_root}")], &[]);
+        assert_eq!(mode_and_group(&server.socket()), (0o660, 0));
+    }
+    let empty = tempfile::tempdir().unwrap();
+    refused_by_the_machine(empty.path(), &["--admin-group=nobody-knows-it"], &["nobody-knows-it", "getent group"]);
+}
+
+#[test]
+fn a_group_that_cannot_pass_through_the_folder_is_warned_of() {
+    let dir = tempfile::tempdir().unwrap();
+    let gid = fs::metadata(dir.path()).unwrap().gid();
+    fs::create_dir(dir.path().join("run")).unwrap();
+    fs::set_permissions(dir.path().join("run"), fs::Permissions::from_mode(0o700)).unwrap();
+    let mut command = serve(dir.path(), &[&format!("--admin-group={gid}")]);
+    let mut child = command.stderr(std::process::Stdio::piped()).spawn().unwrap();
+    let mut lines = BufReader::new(child.stderr.take().unwrap()).lines().map(Result::unwrap);
+    let said: Vec<_> = lines.by_ref().take_while(|line| !line.contains("ready: ")).collect();
+    child.kill().unwrap();
+    child.wait().unwrap();
+    assert!(said.iter().any(|line| line.contains("cannot pass through") && line.contains("chmod g+x")), "{said:?}");
+    assert_eq!(mode_and_group(&dir.path().join("run")).0, 0o700, "what was there stays as it is");
+}
+
+#[test]
+fn systemd_is_told_that_the_server_is_ready_lives_and_stops() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("notify");
+    let told = std::os::unix::net::UnixDatagram::bind(&path).unwrap();
+    told.set_read_timeout(Some(Duration::from_secs(30))).unwrap();
+    let env = [("NOTIFY_SOCKET", path.to_str().unwrap()), ("WATCHDOG_USEC", "100000")];
+    let mut server = TestServer::start(&[], &env);
+    let next = || {
+        let mut buf = [0; 256];
+        let len = told.recv(&mut buf).unwrap();
+        String::from_utf8(buf[..len].to_vec()).unwrap().trim().to_owned()
+    };
+    assert_eq!(next(), "READY=1");
+    let started = Instant::now();
+    for _ in 0..4 {
+        assert_eq!(next(), "WATCHDOG=1");
+    }
+    assert!(started.elapsed() >= Duration::from_millis(100), "a beat at half of the time, not all at once");
+    server.signal(15);
+    while next() != "STOPPING=1" {}
+    assert_eq!(server.wait().code(), Some(0));
 }

@@ -9,13 +9,14 @@
 //! A failure prints the command that repeats it. `NBD_TEST_FAULT_SEEDS=N` (default 2) adds N random scenarios to the fixed
 //! one.
 
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::print_stdout, missing_docs)]
 
 mod common;
 
-use common::scene::{Meanwhile, Scene, random_steps, runtime};
+use common::scene::{Meanwhile, Scene, random_steps, runtime, start};
 use common::sim::faults::{DiskFault, Faults, Plan, StoreFault};
-use common::sim::{Sim, State};
+use common::sim::{Loss, Sim, SimStore, State};
+use common::volumes::{CHUNK, create, id, image, write};
 
 /// The steps of a random scenario.
 const STEPS: usize = 25;
@@ -69,7 +70,7 @@ fn run(seed: u64, plan: impl FnOnce(&mut Faults), struck: impl FnOnce(&Faults) -
             struck(faults)
         });
         // Half of what comes late comes before the restart, half of it after.
-        if seed % 2 == 0 {
+        if seed.is_multiple_of(2) {
             scene.store.land_late_puts();
         }
         scene.settles(sim.sync_failed()).await?;
@@ -209,5 +210,38 @@ fn a_start_on_a_full_disk_reads_and_flushes_what_was_written() {
             scene.works_on_a_full_disk().await?;
             Ok(struck)
         })
+    });
+}
+
+/// Marks that need no space for bytes are refused before they take the space of what depends on them (L7).
+#[test]
+fn marks_on_a_full_disk_leave_room_for_their_seal_and_their_recovery() {
+    const CHUNKS: u64 = 1000;
+    runtime().block_on(async {
+        let sim = Sim::new(State::default(), 1);
+        let store = SimStore::new(std::sync::Arc::clone(&sim));
+        let registry = start(&sim, &store, "/cache").await.unwrap();
+        let volume = create(&registry, "disk", CHUNKS).await;
+        write(&volume, 0, 1, CHUNKS * CHUNK).await;
+        registry.snapshot(&id("disk")).await.unwrap();
+        sim.faults(|f| f.disk = Some(Plan { at: f.disk_calls, fault: DiskFault::Full, sticky: true }));
+        let mut marked = 0;
+        // Each of these chunks is clean and has its bytes' space.
+        while volume.write(marked * CHUNK, vec![2; 10].into()).await.is_ok() {
+            marked += 1;
+        }
+        assert!(marked > 100 && marked < CHUNKS, "{marked} marks");
+        volume.flush().await.expect("the seal has its room");
+        drop((volume, registry));
+        let registry = start(&sim, &store, "/cache").await.unwrap();
+        let volume = registry.volume(&id("disk")).await.expect("recovery has its room");
+        volume.flush().await.unwrap();
+        drop((volume, registry));
+        sim.faults(Faults::end);
+        sim.reboot(sim.walk().power_loss(Loss::Everything));
+        let all = image(&start(&sim, &store, "/cache").await.unwrap(), "disk").await;
+        let firsts: Vec<u8> = all.chunks(usize::try_from(CHUNK).unwrap()).map(|chunk| chunk[0]).collect();
+        let marked = usize::try_from(marked).unwrap();
+        assert!(firsts[..marked].iter().all(|b| *b == 2) && firsts[marked..].iter().all(|b| *b == 1));
     });
 }

@@ -397,6 +397,6 @@ fn sighup_brings_new_certificates_and_a_broken_one_keeps_the_old() {
 fn sighup_without_tls_ends_nothing() {
     let mut server = TestServer::start(&[], &[]);
     server.signal(1);
-    server.wait_for_log("nothing to read again");
+    server.wait_for_log("no certificates to read again");
     server.stop();
 }

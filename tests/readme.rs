@@ -15,7 +15,9 @@ use serde_json::{Value, json};
 /// What stands behind the three backquotes of a block that is run.
 const RUN: [&str; 2] = ["sh api", "sh client"];
 /// Every call of the API, as a URL below the admin socket has it.
-const CALLS: [&str; 9] = [
+const CALLS: [&str; 11] = [
+    "/metrics",
+    "/v1/health",
     "/v1/exports",
     "/v1/exports/create",
     "/v1/exports/open",

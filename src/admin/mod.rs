@@ -1,4 +1,4 @@
-//! The admin API: HTTP/1.1 and JSON over a Unix socket.
+//! The admin API: HTTP/1.1 and JSON over a Unix socket; and the metrics, which may have an address of their own.
 //!
 //! Promises: every request is answered or its connection closed within bounded time and memory, however malformed or
 //! slow it is; every refusal that follows a readable request head is `application/problem+json` with a stable code.
@@ -8,7 +8,9 @@
 mod answer;
 mod body;
 mod exports;
+mod health;
 mod problem;
+mod scrape;
 mod socket;
 
 use std::sync::Arc;
@@ -19,14 +21,17 @@ use axum::http::{Method, Uri};
 use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
-use tokio::io::AsyncWriteExt;
+use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
 use tokio::net::UnixStream;
 use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinSet;
 
+use crate::metrics::Page;
 use crate::volume::registry::Registry;
+pub use health::{Health, StoreFailure, StoreHealth};
 use problem::{Code, Problem};
-pub use socket::{BindError, MAX_PATH_BYTES, Socket};
+pub use scrape::{MAX_SCRAPES, ScrapeError, Scrapes};
+pub use socket::{BindError, Group, MAX_PATH_BYTES, Socket};
 
 /// How long a client may take for a request's head; also how long a connection may idle.
 pub const HEADER_TIMEOUT: Duration = Duration::from_secs(10);
@@ -74,12 +79,51 @@ pub struct Api {
     pub registry: Arc<Registry>,
     /// The chunk size of an export whose creator names none, in bytes.
     pub default_chunk_bytes: u64,
+    /// What is shown to watchers.
+    pub watch: Watch,
     /// What a client may ask of the server's patience.
     pub limits: Limits,
 }
 
+/// What this front end shows but does not know: it sees volumes alone. The composition root, which knows every part, gives
+/// it functions that look.
+#[derive(Clone)]
+pub struct Watch {
+    metrics: Arc<dyn Fn() -> Page + Send + Sync>,
+    health: Arc<dyn Fn() -> Health + Send + Sync>,
+}
+
+impl Watch {
+    /// What `GET /metrics` and `GET /v1/health` show.
+    pub fn new(
+        metrics: impl Fn() -> Page + Send + Sync + 'static,
+        health: impl Fn() -> Health + Send + Sync + 'static,
+    ) -> Self {
+        Self { metrics: Arc::new(metrics), health: Arc::new(health) }
+    }
+
+    fn metrics(&self) -> Page {
+        (self.metrics)()
+    }
+
+    fn health(&self) -> Health {
+        (self.health)()
+    }
+}
+
+impl std::fmt::Debug for Watch {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Watch")
+    }
+}
+
 fn router(api: Api) -> Router {
-    exports::routes().fallback(unknown_path).method_not_allowed_fallback(method_not_allowed).with_state(api)
+    exports::routes()
+        .merge(scrape::routes())
+        .merge(health::routes())
+        .fallback(unknown_path)
+        .method_not_allowed_fallback(method_not_allowed)
+        .with_state(api)
 }
 
 async fn unknown_path(method: Method, uri: Uri) -> Problem {
@@ -102,12 +146,7 @@ const MAX_ECHOED_CHARS: usize = 256;
 /// are answered. Dropping the future ends the connections at once; operations they started go on.
 pub async fn serve(socket: Socket, api: Api, mut stop: watch::Receiver<bool>) {
     let slots = Arc::new(Semaphore::new(api.limits.max_connections));
-    let mut http = http1::Builder::new();
-    http.timer(TokioTimer::new())
-        .header_read_timeout(api.limits.header_timeout)
-        .max_buf_size(MAX_HEAD_BYTES)
-        // A client may close its sending side after the request and still wait for the answer.
-        .half_close(true);
+    let http = http(&api.limits);
     let service = TowerToHyperService::new(router(api.clone()));
     let mut connections = JoinSet::new();
     loop {
@@ -136,14 +175,27 @@ pub async fn serve(socket: Socket, api: Api, mut stop: watch::Receiver<bool>) {
     while connections.join_next().await.is_some() {}
 }
 
+fn http(limits: &Limits) -> http1::Builder {
+    let mut http = http1::Builder::new();
+    http.timer(TokioTimer::new())
+        .header_read_timeout(limits.header_timeout)
+        .max_buf_size(MAX_HEAD_BYTES)
+        // A client may close its sending side after the request and still wait for the answer.
+        .half_close(true);
+    http
+}
+
 /// Returns once `stop` is true, or nobody is left who could make it true.
 async fn stopped(stop: &mut watch::Receiver<bool>) {
     let _ = stop.wait_for(|stop| *stop).await;
 }
 
-type Connection = http1::Connection<TokioIo<UnixStream>, TowerToHyperService<Router>>;
+type Connection<S> = http1::Connection<TokioIo<S>, TowerToHyperService<Router>>;
 
-async fn attend(connection: Connection, mut stop: watch::Receiver<bool>) {
+async fn attend<S>(connection: Connection<S>, mut stop: watch::Receiver<bool>)
+where
+    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
     let mut connection = std::pin::pin!(connection);
     let ended = tokio::select! {
         ended = connection.as_mut() => ended,
@@ -153,7 +205,7 @@ async fn attend(connection: Connection, mut stop: watch::Receiver<bool>) {
         }
     };
     if let Err(e) = ended {
-        tracing::debug!("an admin connection ended early: {e}");
+        tracing::debug!("an HTTP connection ended early: {e}");
     }
 }
 

@@ -1,12 +1,12 @@
 //! The admin socket's place in the file system.
 //!
-//! Whoever can connect rules every export, so the socket is never open to others, not even for the moment between its
-//! creation and a `chmod`. A stale socket of a crashed server is replaced; one that somebody serves, and anything that
+//! Whoever can connect rules every export, so the socket is for its owner, and for a group only if one is named; it is
+//! never open to others, not even for the moment between its creation and a `chmod`. A stale socket of a crashed server is replaced; one that somebody serves, and anything that
 //! is no socket, is left alone. The file is removed on drop, if it is still ours.
 
 use std::fs;
 use std::io;
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt, lchown};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{Mode, fchmod};
@@ -18,6 +18,10 @@ pub const MAX_PATH_BYTES: usize = 107;
 const BACKLOG: u32 = 128;
 /// For the owner alone.
 const SOCKET_MODE: u32 = 0o600;
+/// For the owner and the group that was named.
+const GROUP_SOCKET_MODE: u32 = 0o660;
+/// A folder that the group may pass through.
+const GROUP_FOLDER_MODE: u32 = 0o750;
 
 /// Why there is no admin socket. Each text names the path and the remedy.
 #[derive(Debug, thiserror::Error)]
@@ -35,6 +39,19 @@ pub enum BindError {
         bytes = .0.as_os_str().len()
     )]
     TooLong(PathBuf),
+    /// There is no such group.
+    #[error("--admin-group {0} is no group of this system: name one that getent group lists, or give its number")]
+    UnknownGroup(String),
+    /// The socket or its folder cannot be given to the group.
+    #[error("--admin-group {group} cannot be given {path} ({source}): run as root, or as a member of the group", path = .path.display())]
+    Group {
+        /// The socket or its folder.
+        path: PathBuf,
+        /// The group.
+        group: String,
+        /// What the system said.
+        source: io::Error,
+    },
     /// The folder or the socket cannot be made.
     #[error("--admin-sock {path} cannot be created ({source}): choose a path in a folder this user may write", path = .path.display())]
     Io {
@@ -43,6 +60,52 @@ pub enum BindError {
         /// What the system said.
         source: io::Error,
     },
+}
+
+/// A group whose members may use the admin socket as its owner may.
+#[derive(Debug, Clone)]
+pub struct Group {
+    name: String,
+    gid: u32,
+}
+
+impl Group {
+    /// Looks a group up by its name, or its number.
+    ///
+    /// # Errors
+    /// [`BindError::UnknownGroup`].
+    pub fn find(name: &str) -> Result<Self, BindError> {
+        let gid = match name.parse() {
+            Ok(gid) => Some(gid),
+            Err(_) => nix::unistd::Group::from_name(name).ok().flatten().map(|group| group.gid.as_raw()),
+        };
+        let gid = gid.ok_or_else(|| BindError::UnknownGroup(name.to_owned()))?;
+        Ok(Self { name: name.to_owned(), gid })
+    }
+
+    /// Lets the group pass through a folder that was made for the socket.
+    ///
+    /// # Errors
+    /// [`BindError::Group`].
+    pub fn let_through(&self, folder: &Path) -> Result<(), BindError> {
+        self.give(folder, GROUP_FOLDER_MODE)
+    }
+
+    fn give(&self, path: &Path, mode: u32) -> Result<(), BindError> {
+        let given = lchown(path, None, Some(self.gid));
+        let given = given.and_then(|()| fs::set_permissions(path, fs::Permissions::from_mode(mode)));
+        given.map_err(|source| BindError::Group { path: path.to_owned(), group: self.name.clone(), source })
+    }
+
+    /// A group that cannot get to the socket has no use of it; most likely somebody forgot the folder.
+    fn warn_if_kept_out(&self, socket: &Path) {
+        let Some(Ok(folder)) = socket.parent().map(fs::metadata) else { return };
+        let way = if folder.gid() == self.gid { 0o010 } else { 0o001 };
+        if folder.mode() & way == 0 {
+            let folder = socket.parent().unwrap_or(socket).display();
+            tracing::warn!("--admin-group {} cannot pass through {folder}: chgrp and chmod g+x it", self.name);
+        }
+    }
 }
 
 /// A bound admin socket.
@@ -54,11 +117,11 @@ pub struct Socket {
 }
 
 impl Socket {
-    /// Listens at `path`, whose folder must exist.
+    /// Listens at `path`, whose folder must exist; for its owner, and a group if there is one.
     ///
     /// # Errors
     /// [`BindError`]; nothing is left behind then.
-    pub async fn bind(path: &Path) -> Result<Self, BindError> {
+    pub async fn bind(path: &Path, group: Option<&Group>) -> Result<Self, BindError> {
         if path.as_os_str().len() > MAX_PATH_BYTES {
             return Err(BindError::TooLong(path.to_owned()));
         }
@@ -69,6 +132,10 @@ impl Socket {
         fchmod(&socket, Mode::from_raw_mode(SOCKET_MODE)).map_err(|e| io(e.into()))?;
         socket.bind(path).map_err(io)?;
         let file = SocketFile::of(path).map_err(io)?;
+        if let Some(group) = group {
+            group.give(path, GROUP_SOCKET_MODE)?;
+            group.warn_if_kept_out(path);
+        }
         let listener = socket.listen(BACKLOG).map_err(io)?;
         Ok(Self { listener, file })
     }
@@ -130,7 +197,6 @@ impl Drop for SocketFile {
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::PermissionsExt;
     use std::os::unix::net::UnixListener as StdListener;
 
     use super::*;
@@ -143,7 +209,7 @@ mod tests {
     async fn the_socket_is_for_the_owner_alone_and_is_removed() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("admin.sock");
-        let socket = Socket::bind(&path).await.unwrap();
+        let socket = Socket::bind(&path, None).await.unwrap();
         assert_eq!(mode(&path), 0o600);
         drop(socket);
         assert!(!path.exists());
@@ -155,8 +221,8 @@ mod tests {
         let path = dir.path().join("admin.sock");
         drop(StdListener::bind(&path).unwrap());
         assert!(path.exists(), "std leaves the file behind as a crash does");
-        let first = Socket::bind(&path).await.unwrap();
-        let refused = Socket::bind(&path).await.unwrap_err();
+        let first = Socket::bind(&path, None).await.unwrap();
+        let refused = Socket::bind(&path, None).await.unwrap_err();
         assert!(matches!(refused, BindError::Live(_)), "{refused}");
         assert!(refused.to_string().contains(path.to_str().unwrap()));
         assert!(UnixStream::connect(&path).await.is_ok(), "the refused one did no harm");
@@ -168,7 +234,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("notes.txt");
         fs::write(&path, "mine").unwrap();
-        assert!(matches!(Socket::bind(&path).await, Err(BindError::NoSocket(_))));
+        assert!(matches!(Socket::bind(&path, None).await, Err(BindError::NoSocket(_))));
         assert_eq!(fs::read_to_string(&path).unwrap(), "mine");
     }
 
@@ -176,8 +242,8 @@ mod tests {
     async fn the_longest_path_binds_and_one_byte_more_is_refused() {
         let dir = tempfile::tempdir().unwrap();
         let fill = MAX_PATH_BYTES - dir.path().as_os_str().len() - 1;
-        Socket::bind(&dir.path().join("s".repeat(fill))).await.unwrap();
-        let refused = Socket::bind(&dir.path().join("s".repeat(fill + 1))).await.unwrap_err();
+        Socket::bind(&dir.path().join("s".repeat(fill)), None).await.unwrap();
+        let refused = Socket::bind(&dir.path().join("s".repeat(fill + 1)), None).await.unwrap_err();
         assert!(matches!(refused, BindError::TooLong(_)), "{refused}");
         assert!(refused.to_string().contains("108 bytes"), "{refused}");
     }
@@ -186,7 +252,7 @@ mod tests {
     async fn a_socket_that_took_the_place_of_ours_is_not_removed() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("admin.sock");
-        let socket = Socket::bind(&path).await.unwrap();
+        let socket = Socket::bind(&path, None).await.unwrap();
         fs::rename(&path, dir.path().join("aside")).unwrap();
         fs::write(&path, "another's").unwrap();
         drop(socket);

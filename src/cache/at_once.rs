@@ -6,11 +6,11 @@
 //! that waits, for [`REST_FACTOR`] times as long as it took. A thread is thus held up for at most that part of its time.
 //! A write that meets a sync may wait for the file system's journal, so beside a flush none is done here at all.
 
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use super::Cache;
 use super::states::Content;
+use crate::sync::{AtomicU64, Ordering};
 use crate::units::{ByteRange, ChunkIndex};
 
 /// A write that took longer than this had to wait. Far above what it costs to copy one and to lose the processor

@@ -41,6 +41,17 @@ pub enum Kind {
     Compact,
 }
 
+impl Kind {
+    /// As the API names it.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Snapshot => "snapshot",
+            Self::Compact => "compact",
+        }
+    }
+}
+
 /// A publish under way.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Journal {

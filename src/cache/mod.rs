@@ -196,12 +196,17 @@ impl Cache {
         self.states.get(chunk)
     }
 
-    /// How many chunks are resident, and how many dirty.
+    /// Whether there is anything that is not published. Looks at the states themselves: what is to be published or
+    /// thrown away is never decided by a count beside them.
+    #[must_use]
+    pub fn is_dirty(&self) -> bool {
+        self.states.iter().any(|(_, state)| state.is_dirty())
+    }
+
+    /// How many chunks are resident, and how many dirty; for watching.
     #[must_use]
     pub fn counts(&self) -> (u64, u64) {
-        self.states.iter().fold((0, 0), |(resident, dirty), (_, state)| {
-            (resident + u64::from(state.is_resident()), dirty + u64::from(state.is_dirty()))
-        })
+        self.states.counts()
     }
 
     /// Why the cache takes no more writes, if it does not.

@@ -4,7 +4,7 @@
 //! (or the whole gate), and only after `cache.meta` has the mark, so that what is seen here is never ahead of what a
 //! crash would find.
 
-use crate::sync::{AtomicU8, Ordering};
+use crate::sync::{AtomicU8, AtomicU64, Ordering};
 use crate::units::ChunkIndex;
 
 /// What the cache holds of a chunk.
@@ -155,29 +155,78 @@ impl ChunkState {
 
 /// The states of all chunks of an image.
 #[derive(Debug)]
-pub struct ChunkStates(Box<[AtomicU8]>);
+pub struct ChunkStates {
+    states: Box<[AtomicU8]>,
+    resident: AtomicU64,
+    dirty: AtomicU64,
+}
 
 impl ChunkStates {
     /// The states as recovered, in the order of the chunks.
     #[must_use]
     pub fn new(states: &[ChunkState]) -> Self {
-        Self(states.iter().map(|s| AtomicU8::new(s.0)).collect())
+        let count = |is: fn(ChunkState) -> bool| AtomicU64::new(states.iter().filter(|s| is(**s)).count() as u64);
+        Self {
+            states: states.iter().map(|s| AtomicU8::new(s.0)).collect(),
+            resident: count(ChunkState::is_resident),
+            dirty: count(ChunkState::is_dirty),
+        }
     }
 
     /// A chunk's state now.
     #[must_use]
     pub fn get(&self, chunk: ChunkIndex) -> ChunkState {
         // Acquire pairs with the Release of `set`: who sees a chunk resident sees its bytes, too.
-        ChunkState(self.0[chunk.slot()].load(Ordering::Acquire))
+        ChunkState(self.states[chunk.slot()].load(Ordering::Acquire))
     }
 
     /// Sets a chunk's state; the caller holds its stripe lock or the gate.
     pub fn set(&self, chunk: ChunkIndex, state: ChunkState) {
-        self.0[chunk.slot()].store(state.0, Ordering::Release);
+        let before = ChunkState(self.states[chunk.slot()].swap(state.0, Ordering::AcqRel));
+        recount(&self.resident, before.is_resident(), state.is_resident());
+        recount(&self.dirty, before.is_dirty(), state.is_dirty());
+    }
+
+    /// How many chunks are resident, and how many dirty; for watching, since a change and its count are two steps.
+    #[must_use]
+    pub fn counts(&self) -> (u64, u64) {
+        (self.resident.load(Ordering::Relaxed), self.dirty.load(Ordering::Relaxed))
     }
 
     /// Every chunk with its state, in order.
     pub fn iter(&self) -> impl Iterator<Item = (ChunkIndex, ChunkState)> + '_ {
-        (0..).map(ChunkIndex).zip(self.0.iter().map(|s| ChunkState(s.load(Ordering::Acquire))))
+        (0..).map(ChunkIndex).zip(self.states.iter().map(|s| ChunkState(s.load(Ordering::Acquire))))
+    }
+}
+
+fn recount(count: &AtomicU64, before: bool, now: bool) {
+    match (before, now) {
+        (false, true) => count.fetch_add(1, Ordering::Relaxed),
+        (true, false) => count.fetch_sub(1, Ordering::Relaxed),
+        _ => return,
+    };
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_counts_are_those_of_a_scan_after_any_change() {
+        let contents = [Content::Absent, Content::Clean, Content::Dirty, Content::Zero].map(ChunkState::new);
+        let cut = contents.map(ChunkState::cut);
+        let every: Vec<_> = contents.into_iter().chain(cut).collect();
+        let states = ChunkStates::new(&every);
+        let scan = || {
+            let count = |is: fn(ChunkState) -> bool| states.iter().filter(|(_, state)| is(*state)).count() as u64;
+            (count(ChunkState::is_resident), count(ChunkState::is_dirty))
+        };
+        assert_eq!(states.counts(), (4, 4));
+        for (i, _) in every.iter().enumerate() {
+            for state in &every {
+                states.set(ChunkIndex(u32::try_from(i).unwrap()), *state);
+                assert_eq!(states.counts(), scan());
+            }
+        }
     }
 }

@@ -1,9 +1,10 @@
 use super::*;
 
-fn parse(args: &[&str]) -> Result<Serve, clap::Error> {
+fn parse(args: &[&str]) -> Result<Box<Serve>, clap::Error> {
     let all = ["nbd-server", "serve"].iter().chain(args);
     Cli::try_parse_from(all).map(|cli| match cli.command {
         Command::Serve(serve) => serve,
+        other => panic!("{other:?}"),
     })
 }
 
@@ -32,11 +33,14 @@ fn no_flag_at_all_is_a_complete_configuration_for_root() {
         listen: vec!["127.0.0.1:10809".parse().unwrap()],
         tls: None,
         admin_sock: "/run/nbd-server/nbd-server.sock".into(),
+        admin_group: None,
+        metrics_listen: None,
         chunk_bytes: 4 << 20,
         store: StoreConfig::Local("/var/lib/nbd-server/store".into()),
         store_timeout: Duration::from_secs(60),
         allow_unsafe_store: false,
         log_level: LogLevel::Info,
+        log_format: LogFormat::Text,
     };
     assert_eq!(config, expected);
 }

@@ -70,10 +70,16 @@ where
 {
     let Attached { volume, export, negotiated } = attached;
     let (shared, input) = talk.end();
-    tracing::debug!("export {}: a client attached, {negotiated:?}", export.name);
+    shared.attached.increment();
+    let counted = Arc::clone(&volume);
+    let _present = counted.connections().enter();
+    tracing::Span::current().record("export", export.name.as_str());
+    tracing::info!("a client attached");
+    tracing::debug!("it negotiated {negotiated:?}");
     let Negotiated { mode, contexts } = negotiated;
     let attachment = Attachment { mode, contexts, size: export.size, read_only: export.read_only };
     transmission::run(stream, hang_up, &input, volume, attachment, shared, stop).await;
+    tracing::info!("a client is gone");
 }
 
 async fn leave<S>(stream: S, why: &Left)

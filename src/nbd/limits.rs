@@ -1,7 +1,8 @@
 //! What one client, and all of them together, may cost. Every wait and every buffer of this floor is bounded here.
 
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
+
+use crate::metrics::Counter;
 
 /// The longest payload that is served, in bytes; also the maximum block size that clients are told.
 pub const MAX_PAYLOAD_BYTES: u32 = 32 << 20;
@@ -78,15 +79,32 @@ pub(super) struct Bites {
     pub(super) drain: Bite,
 }
 
+impl Bites {
+    /// How often each limit has bitten.
+    pub(super) fn counts(&self) -> [(&'static str, u64); 8] {
+        let Self { connections, handshake, options, requests, bytes, payload, stalled, drain } = self;
+        [
+            ("connections", connections.0.get()),
+            ("handshake", handshake.0.get()),
+            ("options", options.0.get()),
+            ("requests", requests.0.get()),
+            ("bytes", bytes.0.get()),
+            ("payload", payload.0.get()),
+            ("stalled", stalled.0.get()),
+            ("drain", drain.0.get()),
+        ]
+    }
+}
+
 /// One limit's memory of having bitten.
 #[derive(Debug, Default)]
-pub(super) struct Bite(AtomicBool);
+pub(super) struct Bite(Counter);
 
 impl Bite {
-    /// Logs `text` the first time.
+    /// Counts, and logs `text` the first time.
     pub(super) fn log(&self, text: &str) {
-        if !self.0.swap(true, Ordering::Relaxed) {
-            tracing::warn!("{text} (further cases are not logged)");
+        if self.0.increment() == 0 {
+            tracing::warn!("{text} (further cases are counted, but not logged)");
         }
     }
 }

@@ -34,6 +34,7 @@ use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio::task::JoinSet;
+use tracing::Instrument;
 
 use self::limits::Bites;
 pub use self::limits::Limits;
@@ -41,6 +42,7 @@ use self::listen::Client;
 pub use self::listen::{DEFAULT_PORT, ListenAddr, ListenError, Listener, PassedSocket};
 use self::pool::Pool;
 use self::tls::Tls;
+use crate::metrics::{Counter, Kind, Page};
 use crate::volume::registry::Registry;
 
 /// How long to wait before accepting again when the system has no more descriptors.
@@ -68,6 +70,9 @@ struct Shared {
     bytes: Arc<Semaphore>,
     pool: Arc<Pool>,
     bites: Bites,
+    /// Clients that were let in; and of these, those that attached an export.
+    accepted: Counter,
+    attached: Counter,
 }
 
 impl Server {
@@ -82,7 +87,16 @@ impl Server {
     pub fn with_tls(registry: Arc<Registry>, limits: Limits, tls: Option<Arc<Tls>>) -> Self {
         let bytes = Arc::new(Semaphore::new(limits.shared_bytes));
         Self {
-            shared: Arc::new(Shared { registry, limits, tls, bytes, pool: Arc::default(), bites: Bites::default() }),
+            shared: Arc::new(Shared {
+                registry,
+                limits,
+                tls,
+                bytes,
+                pool: Arc::default(),
+                bites: Bites::default(),
+                accepted: Counter::default(),
+                attached: Counter::default(),
+            }),
             connections: Arc::new(Semaphore::new(limits.connections)),
         }
     }
@@ -115,15 +129,37 @@ impl Server {
         }
     }
 
+    /// Writes what was counted.
+    pub fn describe(&self, page: &mut Page) {
+        let Shared { limits, bites, accepted, attached, .. } = &*self.shared;
+        let now = limits.connections - self.connections.available_permits();
+        page.family(Kind::Gauge, "nbd_server_connections", "NBD clients now.").sample(&[], now);
+        page.family(Kind::Counter, "nbd_server_connections_total", "NBD clients that were let in.")
+            .sample(&[], accepted.get());
+        page.family(Kind::Counter, "nbd_server_attached_total", "NBD clients that attached an export.")
+            .sample(&[], attached.get());
+        let help = "How often a client met a limit: it was refused, cut off or made to wait.";
+        let mut family = page.family(Kind::Counter, "nbd_server_limit_hits_total", help);
+        for (limit, count) in bites.counts() {
+            family.sample(&[("limit", limit)], count);
+        }
+    }
+
     fn welcome(&self, client: Client, clients: &mut JoinSet<()>, stop: &watch::Receiver<bool>) {
         let Ok(place) = Arc::clone(&self.connections).try_acquire_owned() else {
             self.shared.bites.connections.log("as many clients are connected as are allowed: new ones are closed");
             return;
         };
+        let id = self.shared.accepted.increment() + 1;
         let (shared, stop) = (Arc::clone(&self.shared), stop.clone());
+        // Around everything that is logged of this client; the export is filled in once it is known.
+        let span = |peer: &str| tracing::info_span!("connection", id, peer, export = tracing::field::Empty);
         match client {
-            Client::Tcp(stream) => clients.spawn(client_task(stream, shared, stop, place)),
-            Client::Unix(stream) => clients.spawn(client_task(stream, shared, stop, place)),
+            Client::Tcp(stream) => {
+                let peer = stream.peer_addr().map_or_else(|_| "gone".to_owned(), |peer| peer.to_string());
+                clients.spawn(client_task(stream, shared, stop, place).instrument(span(&peer)))
+            }
+            Client::Unix(stream) => clients.spawn(client_task(stream, shared, stop, place).instrument(span("unix"))),
         };
     }
 }

@@ -5,6 +5,7 @@
 //! Must never: check what [`request`](super::request) has checked, or answer a client (the transmission does).
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use bytes::Bytes;
 
@@ -13,7 +14,7 @@ use super::errno::{self, Errno};
 use super::reply::{ContextExtents, Outcome};
 use super::request::Command;
 use crate::units::ByteRange;
-use crate::volume::{Change, Extent, Residency, Volume, VolumeError};
+use crate::volume::{Change, Extent, RequestKind, Residency, Volume, VolumeError};
 
 /// The most extents one BLOCK_STATUS looks at; the client asks again for the rest. The protocol suggests at most 2^20.
 pub(super) const MAX_EXTENTS: usize = 8192;
@@ -33,6 +34,7 @@ pub(super) struct Task {
 /// Takes a task up; `answer` gets its outcome, on whatever thread it comes about. A change has its place in the order of
 /// arrivals when this returns.
 pub(super) fn serve(volume: &Arc<Volume>, task: Task, answer: impl FnOnce(Outcome) + Send + 'static) {
+    let answer = counted(volume, &task.command, answer);
     let change = match task.command {
         // "Zero length: success, nothing done."
         Command::Write { range } | Command::Trim { range } | Command::WriteZeroes { range, .. }
@@ -46,6 +48,35 @@ pub(super) fn serve(volume: &Arc<Volume>, task: Task, answer: impl FnOnce(Outcom
     };
     let volume = Arc::clone(volume);
     tokio::spawn(async move { answer(serve_in_turn(&volume, task, change).await) });
+}
+
+/// The answer, and before it what the volume counts of it.
+fn counted(
+    volume: &Arc<Volume>,
+    command: &Command,
+    answer: impl FnOnce(Outcome) + Send + 'static,
+) -> impl FnOnce(Outcome) + Send + 'static {
+    let (counted_as, started, volume) = (counted_as(command), Instant::now(), Arc::clone(volume));
+    move |outcome| {
+        if let Some((kind, bytes)) = counted_as {
+            volume.observe(kind, bytes, started.elapsed(), !matches!(outcome, Outcome::Failed { .. }));
+        }
+        answer(outcome);
+    }
+}
+
+/// What a command counts as, and the bytes it moves.
+fn counted_as(command: &Command) -> Option<(RequestKind, u64)> {
+    Some(match command {
+        Command::Read { range, .. } => (RequestKind::Read, range.len()),
+        Command::Write { range } => (RequestKind::Write, range.len()),
+        Command::Flush => (RequestKind::Flush, 0),
+        Command::Trim { range } => (RequestKind::Trim, range.len()),
+        Command::Cache { range } => (RequestKind::Cache, range.len()),
+        Command::WriteZeroes { range, .. } => (RequestKind::WriteZeroes, range.len()),
+        Command::BlockStatus { .. } => (RequestKind::BlockStatus, 0),
+        Command::BlockStatusPayload { .. } | Command::Disconnect => return None,
+    })
 }
 
 fn outcome(served: Result<Outcome, VolumeError>, writes: bool) -> Outcome {

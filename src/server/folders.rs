@@ -33,6 +33,11 @@ impl NewFolders {
         if path.is_dir() { Ok(made) } else { Err(io::ErrorKind::NotADirectory.into()) }
     }
 
+    /// Those that were made, outermost first.
+    pub(super) fn made(&self) -> &[PathBuf] {
+        &self.0
+    }
+
     /// The start came to its end: the folders stay.
     pub(super) fn keep(mut self) {
         self.0.clear();

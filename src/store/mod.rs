@@ -8,12 +8,13 @@
 //! ```text
 //! local   a directory of plain files                     remote  s3, r2, gcs, azure, memory
 //! retry   repeats what may be repeated, within a limit    keys    every key, built and parsed
-//! health  whether the store answers
+//! health  whether the store answers                       observed  counts requests
 //! ```
 
 pub mod health;
 pub mod keys;
 pub mod local;
+pub mod observed;
 pub mod probe;
 pub mod remote;
 pub mod retry;

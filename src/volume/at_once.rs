@@ -1,18 +1,27 @@
 //! What a volume does on the caller's own thread, because nothing has to be waited for: most of what a warm cache is
-//! asked.
+//! asked. It is a client's request that is served here, and counted as one.
 //!
 //! Promises: the same as the methods that wait, or nothing at all happened that a caller can see; then the caller asks
 //! those. No fetch, no sync, no other thread, no allocation, and no lock that is held across more than a page copy.
 //! Must never: pass an overlapping change that arrived earlier, or report an error: the methods that wait find it again.
 
-use super::Volume;
+use std::time::Instant;
+
+use super::{RequestKind, Volume};
 use crate::units::ByteRange;
 
 impl Volume {
     /// Reads a range into `buf`, which is as long; `false` if that would have to wait, or would fail.
     pub fn read_at_once(&self, range: ByteRange, buf: &mut [u8]) -> bool {
         let Ok(open) = self.open.try_read() else { return false };
-        *open && self.geometry.contains(range) && self.cache.read_at_once(range, buf, |chunk| self.is_zero(chunk))
+        let started = Instant::now();
+        let done =
+            *open && self.geometry.contains(range) && self.cache.read_at_once(range, buf, |chunk| self.is_zero(chunk));
+        if done {
+            self.meter.read(self.geometry.chunks_in(range), 0);
+            self.observe(RequestKind::Read, range.len(), started.elapsed(), true);
+        }
+        done
     }
 
     /// Writes `data` at `offset`; `false` if that would have to wait, or would fail, in which case any part of it may
@@ -27,6 +36,11 @@ impl Volume {
             return false;
         }
         let Some(_turn) = self.order.turn_at_once(range) else { return false };
-        self.cache.write_at_once(range, data)
+        let started = Instant::now();
+        let done = self.cache.write_at_once(range, data);
+        if done {
+            self.observe(RequestKind::Write, range.len(), started.elapsed(), true);
+        }
+        done
     }
 }

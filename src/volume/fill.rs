@@ -7,6 +7,7 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Instant;
 
 use bytes::Bytes;
 use parking_lot::Mutex;
@@ -120,6 +121,13 @@ impl Volume {
 
     /// The chunk's bytes from the store, their hash checked; what does not match is fetched once more, then refused.
     pub(super) async fn fetch(&self, chunk: ChunkIndex, source: &Remote) -> Result<Bytes, VolumeError> {
+        let started = Instant::now();
+        let fetched = self.fetch_checked(chunk, source).await;
+        self.meter.fetched(started, fetched.as_ref().ok().map(Bytes::len));
+        fetched
+    }
+
+    async fn fetch_checked(&self, chunk: ChunkIndex, source: &Remote) -> Result<Bytes, VolumeError> {
         for attempt in [1, 2] {
             let bytes = source.get(&self.services.store).await.map_err(|e| {
                 let text = format!("export {}: chunk {chunk} could not be fetched: {e}", self.export_id);

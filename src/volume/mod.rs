@@ -14,6 +14,7 @@ mod ancestry;
 mod at_once;
 mod change;
 mod fill;
+mod meter;
 mod objects;
 mod open;
 pub mod order;
@@ -37,6 +38,8 @@ use crate::store::keys::{ExportKeys, ExportRoot};
 use crate::units::{ByteRange, ChunkIndex, ExportId, Generation, Geometry};
 pub use change::Change;
 use fill::{FillBudget, Fills};
+use meter::Meter;
+pub use meter::RequestKind;
 use order::Order;
 use registry::Operation;
 
@@ -134,6 +137,7 @@ pub struct Volume {
     head_seen: Mutex<Generation>,
     fills: Fills,
     order: Order,
+    meter: Meter,
     /// Held by every request and every fill; `false` once closed. Taken exclusively to close.
     open: tokio::sync::RwLock<bool>,
     /// Set once the server stops: a publish gives up.
@@ -175,6 +179,7 @@ impl Volume {
         })
         .await
         .map_err(|e| self.cache_error(e))?;
+        self.meter.read(self.geometry.chunks_in(range), missing.len());
         let fetches = missing.into_iter().map(|(chunk, piece)| async move {
             let filled = self.fill(chunk).await?;
             Ok::<_, VolumeError>((chunk, piece, filled.bytes))

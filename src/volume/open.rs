@@ -7,6 +7,7 @@ use std::sync::atomic::Ordering;
 use parking_lot::{Mutex, RwLock};
 
 use super::fill::Fills;
+use super::meter::Meter;
 use super::order::Order;
 use super::registry::{ExportError, ExportStatus, Operation};
 use super::{Services, Volume, VolumeError};
@@ -88,6 +89,7 @@ impl Volume {
             head_seen: Mutex::new(head_base.generation),
             fills: Fills::default(),
             order: Order::default(),
+            meter: Meter::default(),
             open: tokio::sync::RwLock::new(true),
             stopping: tokio::sync::watch::Sender::new(false),
             operation: Mutex::new(Operation::Idle),
@@ -106,7 +108,7 @@ impl Volume {
         if head.current == self.expected_head() {
             return Ok(());
         }
-        if self.cache.counts().1 == 0 {
+        if !self.cache.is_dirty() {
             tracing::info!(export = %self.export_id, "another server published since; its snapshot is served from now on");
             return self.stand_on(&head).await;
         }

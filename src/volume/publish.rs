@@ -12,11 +12,13 @@
 //! Clients read and write throughout; they wait only for the cut and the change of states in step 6.
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use bytes::Bytes;
 use futures_util::future;
 use futures_util::stream::{self, StreamExt};
 use parking_lot::Mutex;
+use tracing::Instrument;
 
 use super::ancestry::Ancestry;
 use super::fill::Remote;
@@ -72,15 +74,37 @@ impl Volume {
         if base.generation.0 == 0 { None } else { base.snapshot }
     }
 
+    /// As [`publish`](Self::publish), counted and logged.
+    pub(super) async fn publish_counted(self: &Arc<Self>, kind: Kind) -> Result<Published, ExportError> {
+        let started = Instant::now();
+        let operation = kind.as_str();
+        let span = tracing::info_span!("operation", export = %self.export_id, operation);
+        async {
+            let result = self.publish(kind).await;
+            self.meter.published(kind, started, &result);
+            match &result {
+                Ok(Published { created: true, generation, snapshot_id: Some(snapshot) }) => {
+                    let seconds = started.elapsed().as_secs_f64();
+                    tracing::info!(%snapshot, generation = generation.0, seconds, "published");
+                }
+                Ok(_) => tracing::info!("nothing is dirty, so nothing was published"),
+                Err(e) => tracing::warn!("not published: {e}"),
+            }
+            result
+        }
+        .instrument(span)
+        .await
+    }
+
     /// Publishes what is dirty, or the whole image.
-    pub(super) async fn publish(self: &Arc<Self>, kind: Kind) -> Result<Published, ExportError> {
+    async fn publish(self: &Arc<Self>, kind: Kind) -> Result<Published, ExportError> {
         let _operation = self.begin(match kind {
             Kind::Snapshot => Operation::Snapshotting,
             Kind::Compact => Operation::Compacting,
         })?;
         let _open = self.still_open().await?;
         self.settle_journal().await?;
-        if kind == Kind::Snapshot && self.cache.counts().1 == 0 {
+        if kind == Kind::Snapshot && !self.cache.is_dirty() {
             return Ok(self.nothing_to_publish());
         }
         // Before anything is uploaded: a head that moved makes all of it useless.

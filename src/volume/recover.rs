@@ -140,7 +140,9 @@ impl Volume {
         self.settle_journal().await?;
         let gone = || ExportError::Damaged(format!("{} is gone from the store", self.keys.head()).into());
         let stored = self.services.read_head(&self.export_id).await?.ok_or_else(gone)?;
-        self.stand_on(&stored.head).await
+        self.stand_on(&stored.head).await?;
+        tracing::info!(export = %self.export_id, "reset: everything local was dropped");
+        Ok(())
     }
 
     /// Forgets the cache's content and takes a head's image in its place.

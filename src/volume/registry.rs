@@ -390,6 +390,7 @@ impl Registry {
         match self.open_export(&id, &export).await {
             Ok(volume) => {
                 self.exports.write().insert(id.clone(), export);
+                tracing::info!(export = %id, "created");
                 Ok(volume.status())
             }
             Err(e) => {
@@ -422,6 +423,7 @@ impl Registry {
         };
         let export = Export::new(Ok(head), read_only);
         let volume = self.open_export(&id, &export).await?;
+        tracing::info!(export = %id, read_only, "loaded");
         self.exports.write().insert(id, export);
         Ok(volume.status())
     }
@@ -440,7 +442,7 @@ impl Registry {
     /// [`ExportError::Busy`], [`ExportError::Conflict`], and whatever keeps it from being uploaded.
     pub async fn snapshot(&self, id: &ExportId) -> Result<Published, ExportError> {
         let volume = self.volume(id).await?;
-        in_full(async move { volume.publish(Kind::Snapshot).await }).await
+        in_full(async move { volume.publish_counted(Kind::Snapshot).await }).await
     }
 
     /// Publishes the whole image afresh.
@@ -449,7 +451,7 @@ impl Registry {
     /// As [`snapshot`](Self::snapshot).
     pub async fn compact(&self, id: &ExportId) -> Result<Published, ExportError> {
         let volume = self.volume(id).await?;
-        in_full(async move { volume.publish(Kind::Compact).await }).await
+        in_full(async move { volume.publish_counted(Kind::Compact).await }).await
     }
 
     /// Drops all local state; what was not published is gone.
@@ -482,13 +484,17 @@ impl Registry {
             }
         }
         self.exports.write().remove(id);
+        tracing::info!(export = %id, "unloaded");
         Ok(())
+    }
+
+    pub(super) fn open_volumes(&self) -> Vec<Arc<Volume>> {
+        self.exports.read().values().filter_map(|e| e.volume.get().cloned()).collect()
     }
 
     /// Ends publishes, flushes and seals every volume; the server stops afterwards.
     pub async fn close(&self) {
-        let volumes: Vec<_> = self.exports.read().values().filter_map(|e| e.volume.get().cloned()).collect();
-        stream::iter(volumes)
+        stream::iter(self.open_volumes())
             .for_each_concurrent(EXPORTS_AT_A_TIME, |volume| async move {
                 volume.stop_publishing();
                 if let Err(e) = volume.close().await {

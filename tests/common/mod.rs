@@ -6,6 +6,11 @@
     reason = "no suite uses everything, and a suite is a crate of its own"
 )]
 #![allow(clippy::expect_used, clippy::unwrap_used, clippy::panic, reason = "helpers of tests fail the test")]
+#![allow(
+    clippy::cast_possible_truncation,
+    clippy::print_stdout,
+    reason = "small images; a failure says how to repeat it"
+)]
 
 pub mod attached;
 pub mod certs;

@@ -333,7 +333,7 @@ impl Scene {
         let volume = self.volume(name).await?;
         let changes: VecDeque<_> = changes.iter().map(|change| (change.clone(), self.new_value())).collect();
         let (changes, sim, faulty) = (Arc::new(Mutex::new(changes)), Arc::clone(&self.sim), self.faulty);
-        let facts: Arc<Mutex<Vec<(Vec<Range<usize>>, Span, Option<u8>)>>> = Arc::default();
+        let facts = Arc::new(Mutex::new(Vec::<(Vec<Range<usize>>, Span, Option<u8>)>::new()));
         let done = Arc::clone(&facts);
         self.store.meanwhile(move |_, key| {
             let publishing = key.as_str().contains(&format!("/{name}/"));

@@ -17,6 +17,7 @@ use super::answer::GateConnector;
 use super::{CONNECT_TIMEOUT, RemoteStore, VersionTag};
 use crate::clock::Clock;
 use crate::store::BoxError;
+use crate::store::health::Health;
 use crate::store::retry::RetryPolicy;
 
 /// Which service holds the bucket.
@@ -235,16 +236,8 @@ impl RemoteStore {
         S: ObjectStore + MultipartStore + PaginatedListStore,
     {
         let store = Arc::new(store);
-        Self {
-            objects: store.clone(),
-            parts: store.clone(),
-            pages: store,
-            tag,
-            place,
-            policy,
-            clock,
-            health: Arc::default(),
-        }
+        let health = Arc::new(Health::new(clock.now()));
+        Self { objects: store.clone(), parts: store.clone(), pages: store, tag, place, policy, clock, health }
     }
 }
 

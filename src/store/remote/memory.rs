@@ -9,7 +9,8 @@ use object_store::path::Path;
 use object_store::{ListResult, ObjectStore};
 
 use super::{RemoteStore, VersionTag};
-use crate::clock::SystemClock;
+use crate::clock::{Clock, SystemClock};
+use crate::store::health::Health;
 use crate::store::retry::RetryPolicy;
 
 impl RemoteStore {
@@ -17,6 +18,8 @@ impl RemoteStore {
     #[must_use]
     pub fn memory() -> Self {
         let memory = Arc::new(InMemory::new());
+        let clock = Arc::new(SystemClock);
+        let health = Arc::new(Health::new(clock.now()));
         Self {
             objects: memory.clone(),
             parts: memory.clone(),
@@ -24,8 +27,8 @@ impl RemoteStore {
             tag: VersionTag::ETag,
             place: "memory".into(),
             policy: RetryPolicy::default(),
-            clock: Arc::new(SystemClock),
-            health: Arc::default(),
+            clock,
+            health,
         }
     }
 }

@@ -1,0 +1,65 @@
+//! The log: lines on stderr, as text or as JSON, whose level can change while the server runs.
+//!
+//! At `info` there is a line for what an operator acts on or looks for later, and none per request. The libraries below
+//! are heard only when something is wrong, at every level: what they say about requests is not under our control, and
+//! credentials must never be in the log.
+
+use std::ffi::OsString;
+
+use tracing::level_filters::LevelFilter;
+use tracing_subscriber::filter::Targets;
+use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::util::SubscriberInitExt;
+use tracing_subscriber::{Layer, Registry, fmt, reload};
+
+use crate::config::{self, Command, LogFormat, LogLevel, ReadError};
+
+/// The log of this process.
+#[derive(Debug)]
+pub struct Logging {
+    level: LogLevel,
+    filter: reload::Handle<Targets, Registry>,
+    /// What the level is read from again.
+    args: Vec<OsString>,
+}
+
+impl Logging {
+    /// Begins to log, once per process. `args` are those of the program.
+    #[must_use]
+    pub fn start(level: LogLevel, format: LogFormat, args: Vec<OsString>) -> Self {
+        let (filter, handle) = reload::Layer::new(filter(level));
+        let lines = fmt::layer().with_writer(std::io::stderr).with_ansi(false).with_target(false);
+        let lines = match format {
+            LogFormat::Text => lines.boxed(),
+            LogFormat::Json => lines.json().flatten_event(true).with_span_list(false).boxed(),
+        };
+        tracing_subscriber::registry().with(lines.with_filter(filter)).init();
+        Self { level, filter: handle, args }
+    }
+
+    /// Reads arguments, environment and configuration file again, and takes the log's level from them.
+    ///
+    /// # Errors
+    /// [`ReadError`]; then the level stays.
+    pub fn reload(&mut self) -> Result<(), ReadError> {
+        let (cli, _) = config::read(self.args.clone())?;
+        let Command::Serve(flags) = cli.command else { return Ok(()) };
+        let level = flags.log_level();
+        if level != self.level && self.filter.reload(filter(level)).is_ok() {
+            self.level = level;
+            tracing::info!("the log's level is now {level:?}");
+        }
+        Ok(())
+    }
+}
+
+fn filter(level: LogLevel) -> Targets {
+    let level = match level {
+        LogLevel::Error => LevelFilter::ERROR,
+        LogLevel::Warn => LevelFilter::WARN,
+        LogLevel::Info => LevelFilter::INFO,
+        LogLevel::Debug => LevelFilter::DEBUG,
+        LogLevel::Trace => LevelFilter::TRACE,
+    };
+    Targets::new().with_default(level.min(LevelFilter::WARN)).with_target("nbd_server", level)
+}

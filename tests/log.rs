@@ -1,0 +1,186 @@
+//! The log of the real binary: what a line says, what it never says, and how its level changes.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "helpers of tests fail the test")]
+
+mod common;
+
+use std::fs;
+use std::io::Write;
+use std::process::Command;
+use std::sync::{Arc, Mutex};
+
+use bytes::Bytes;
+use common::certs::Pki;
+use common::moto::Moto;
+use common::nbd::Raw;
+use common::server::TestServer;
+use nbd_server::clock::SystemClock;
+use nbd_server::nbd::wire::Mode;
+use nbd_server::store::remote::{RemoteConfig, RemoteKind, RemoteStore};
+use nbd_server::store::retry::RetryPolicy;
+use nbd_server::store::{Condition, Store};
+use serde_json::{Value, json};
+use tracing_subscriber::fmt::MakeWriter;
+
+const CHUNK: usize = 4096;
+const ID: &str = "AKIALOOKFORTHIS";
+const SECRET: &str = "wJalrXUtnFEMI/K7MDENG/hunter2";
+const TOKEN: &str = "FwoGZXIvYXdzEBYaDtoken";
+
+/// Its lines as JSON objects.
+fn lines(log: &str) -> Vec<Value> {
+    log.lines().map(|line| serde_json::from_str(line).unwrap_or_else(|e| panic!("{e}: {line}"))).collect()
+}
+
+#[test]
+fn no_credential_is_ever_logged_not_even_at_trace() {
+    let moto = Moto::start();
+    moto.create_bucket("disks");
+    let pki = Pki::new();
+    let flags = [
+        "--log-level=trace",
+        "--log-format=json",
+        "--storage-backend=s3",
+        "--bucket=disks",
+        &format!("--endpoint-url={}", moto.endpoint()),
+        "--tls=on",
+        &format!("--tls-cert={}", pki.path("server-cert.pem").display()),
+        &format!("--tls-key={}", pki.path("server-key.pem").display()),
+    ];
+    let keys = [("AWS_ACCESS_KEY_ID", ID), ("AWS_SECRET_ACCESS_KEY", SECRET), ("AWS_SESSION_TOKEN", TOKEN)];
+    let mut server = TestServer::start(&flags, &keys);
+    server.ok("POST", "/v1/exports/create", json!({"export_id": "vm", "size": 4 * CHUNK, "chunk_size": CHUNK}));
+    let mut client = Raw::connect_to(&server.nbd_address());
+    client.negotiate("vm", Mode::Simple);
+    assert_eq!(client.write(0, &[7; CHUNK]).errno, 0);
+    server.ok("POST", "/v1/exports/vm/snapshot", Value::Null);
+    server.ok("POST", "/v1/exports/vm/cache/reset", Value::Null);
+    assert_eq!(client.read(0, CHUNK as u64), [7; CHUNK]);
+    let (_, port) = server.nbd_address().rsplit_once(':').map(|(h, p)| (h.to_owned(), p.to_owned())).unwrap();
+    let uri = format!("nbds://localhost:{port}/vm?tls-certificates={}", pki.anonymous());
+    let nbdinfo = Command::new("nbdinfo").args(["--size", &uri]).output().unwrap();
+    assert!(nbdinfo.status.success(), "{}", String::from_utf8_lossy(&nbdinfo.stderr));
+    server.signal(15);
+    server.wait_for_log("SIGTERM");
+    let log = server.log();
+    server.wait();
+    // Text that no log line has by chance: the body of the key without its line breaks, in pieces.
+    let key = pki.text("server-key.pem");
+    let key_pieces: Vec<_> = key.lines().filter(|line| !line.starts_with("-----")).collect();
+    assert!(!key_pieces.is_empty() && lines(&log).len() > 5, "{log}");
+    for secret in [SECRET, TOKEN, ID].into_iter().chain(key_pieces) {
+        assert!(!log.contains(secret), "{secret} in\n{log}");
+        let escaped = secret.replace('/', "%2F");
+        assert!(!log.contains(&escaped), "{escaped} in\n{log}");
+    }
+}
+
+#[derive(Clone, Default)]
+struct Heard(Arc<Mutex<Vec<u8>>>);
+
+impl Write for Heard {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        self.0.lock().unwrap().write(bytes)
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+impl MakeWriter<'_> for Heard {
+    type Writer = Self;
+
+    fn make_writer(&self) -> Self {
+        self.clone()
+    }
+}
+
+/// The binary keeps these libraries quiet; should somebody let them speak, they must not tell either.
+#[tokio::test]
+async fn the_libraries_below_log_no_credential_either() {
+    let moto = Moto::start();
+    moto.create_bucket("disks");
+    let heard = Heard::default();
+    let everything = tracing_subscriber::fmt()
+        .with_max_level(tracing::level_filters::LevelFilter::TRACE)
+        .with_writer(heard.clone())
+        .with_ansi(false)
+        .finish();
+    let _listening = tracing::subscriber::set_default(everything);
+    let config = RemoteConfig {
+        kind: RemoteKind::S3,
+        bucket: Some("disks".into()),
+        endpoint_url: Some(moto.endpoint()),
+        region: None,
+        r2_account_id: None,
+    };
+    let keys = |name: &str| match name {
+        "AWS_ACCESS_KEY_ID" => Some(ID.to_owned()),
+        "AWS_SECRET_ACCESS_KEY" => Some(SECRET.to_owned()),
+        "AWS_SESSION_TOKEN" => Some(TOKEN.to_owned()),
+        _ => None,
+    };
+    let policy = RetryPolicy { limit: std::time::Duration::from_secs(2), ..RetryPolicy::default() };
+    let store = RemoteStore::connect(&config, &keys, policy, Arc::new(SystemClock)).unwrap();
+    let key = "exports/vm/volume.json".parse().unwrap();
+    store.put(&key, Bytes::from_static(b"it"), Condition::IfAbsent).await.unwrap();
+    store.get(&key, 9).await.unwrap();
+    assert!(store.get(&"exports/none".parse().unwrap(), 9).await.is_err());
+    drop(moto);
+    assert!(store.get(&key, 9).await.is_err());
+    let heard = String::from_utf8(heard.0.lock().unwrap().clone()).unwrap();
+    assert!(heard.contains("hyper_util") || heard.contains("object_store"), "nobody spoke: {heard}");
+    for secret in [SECRET, TOKEN] {
+        assert!(!heard.contains(secret), "{heard}");
+    }
+}
+
+#[test]
+fn a_json_line_names_export_connection_and_operation() {
+    let mut server = TestServer::start(&["--log-format=json"], &[]);
+    server.ok("POST", "/v1/exports/create", json!({"export_id": "vm", "size": CHUNK, "chunk_size": CHUNK}));
+    let mut client = Raw::connect_to(&server.nbd_address());
+    client.negotiate("vm", Mode::Simple);
+    for _ in 0..50 {
+        client.write(0, &[7; CHUNK]);
+        client.read(0, CHUNK as u64);
+    }
+    server.ok("POST", "/v1/exports/vm/snapshot", Value::Null);
+    drop(client);
+    server.wait_for_log("a client is gone");
+    let log = lines(&server.log());
+    let find = |message: &str| log.iter().find(|line| line["message"] == message).unwrap_or_else(|| panic!("{log:#?}"));
+    let attached = find("a client attached");
+    assert_eq!((&attached["level"], &attached["span"]["export"]), (&json!("INFO"), &json!("vm")));
+    assert_eq!(attached["span"]["id"], 1);
+    assert!(attached["span"]["peer"].as_str().unwrap().starts_with("127.0.0.1:"));
+    assert_eq!(find("a client is gone")["span"], attached["span"]);
+    let published = find("published");
+    assert_eq!((&published["span"]["export"], &published["span"]["operation"]), (&json!("vm"), &json!("snapshot")));
+    assert_eq!(published["generation"], 1);
+    assert_eq!(find("created")["export"], "vm");
+    assert!(log.len() < 12, "at info there is no line per request: {log:#?}");
+    server.stop();
+}
+
+#[test]
+fn sighup_takes_the_level_from_the_configuration_file() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("n.toml");
+    fs::write(&path, "log-level = 'info'").unwrap();
+    let server = TestServer::start(&["--config", path.to_str().unwrap()], &[]);
+    let attach = || Raw::connect_to(&server.nbd_address()).negotiate("vm", Mode::Simple);
+    server.ok("POST", "/v1/exports/create", json!({"export_id": "vm", "size": 4096}));
+    attach();
+    server.wait_for_log("a client is gone");
+    assert!(!server.log().contains("it negotiated"));
+    fs::write(&path, "log-level = 'debug'").unwrap();
+    server.signal(1);
+    server.wait_for_log("the log's level is now Debug");
+    attach();
+    server.wait_for_log("it negotiated");
+    fs::write(&path, "log-level = 'loud'").unwrap();
+    server.signal(1);
+    let line = server.wait_for_log("the log's level stays");
+    assert!(line.contains("n.toml line 1") && line.contains("loud"), "{line}");
+}
