@@ -18,7 +18,7 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use clap::builder::BoolishValueParser;
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 
 use crate::admin::MAX_PATH_BYTES;
 use crate::nbd::ListenAddr;
@@ -174,7 +174,9 @@ pub struct Serve {
 
     /// DANGEROUS: start even if the store ignores conditional writes. Two servers that publish the same export then
     /// overwrite each other's images, and neither notices
-    #[arg(long, env = "NBD_SERVER_ALLOW_UNSAFE_STORE", value_parser = BoolishValueParser::new())]
+    #[arg(long, value_name = "YES", env = "NBD_SERVER_ALLOW_UNSAFE_STORE", value_parser = BoolishValueParser::new(),
+        action = ArgAction::Set, num_args = 0..=1, require_equals = true, default_value_t = false,
+        default_missing_value = "true", hide_default_value = true)]
     allow_unsafe_store: bool,
 
     /// What is logged to stderr; read again on SIGHUP

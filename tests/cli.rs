@@ -214,7 +214,7 @@ fn missing_credentials_are_said_at_once_and_a_store_that_is_away_within_store_ti
     let parts = [told, "error: ", &closed.to_string(), "attempts", "network"];
     let text = refused(serve(dir.path(), &s3).envs(keys), 1, &parts);
     assert!(started.elapsed() < Duration::from_secs(20), "{:?}", started.elapsed());
-    assert_eq!(text.lines().count(), 2, "it is told once, and then the error: {text}");
+    assert_eq!(text.lines().count(), 3, "it is told once, with the reason, and then the error: {text}");
     assert_eq!(tree(dir.path()), before);
     assert!(!text.contains(secret));
 }

@@ -130,7 +130,8 @@ impl Search<'_> {
             scope.spawn(|| work(1));
         });
         if let Some(failure) = failed.into_inner().unwrap() {
-            panic!("{}: {failure}", self.name);
+            let test = std::thread::current().name().unwrap_or_default().to_owned();
+            panic!("{}: {failure}\nto repeat it: cargo test --test crash {test}", self.name);
         }
     }
 }

@@ -204,7 +204,8 @@ impl Retrying {
                     let away = matches!(error, StoreError::Unavailable { .. });
                     if away && !told.swap(true, Ordering::Relaxed) {
                         let seconds = self.policy.limit.as_secs();
-                        tracing::warn!("the store does not answer yet, trying for up to {seconds} s: {error}");
+                        // Why, the health of the store has said.
+                        tracing::warn!("the store does not answer yet, trying for up to {seconds} s");
                     }
                     Err(error)
                 }
