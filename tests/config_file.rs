@@ -149,7 +149,7 @@ fn every_flag_of_serve_is_a_setting() {
     let flags: Vec<_> = help
         .lines()
         .filter_map(|line| line.trim_start().strip_prefix("--"))
-        .filter_map(|line| line.split([' ', '\n']).next())
+        .filter_map(|line| line.split([' ', '\n', '[']).next())
         .filter(|flag| !["config", "help"].contains(flag))
         .collect();
     assert!(flags.len() > 15, "{flags:?}");
