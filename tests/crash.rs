@@ -68,15 +68,15 @@ impl Search<'_> {
         let start = moment.host.clone();
         let sim = Sim::after(moment.host, boot);
         let checked = runtime.block_on(recovers(&sim, &self.chapter.histories, k, moment.power_lost));
-        checked.map_err(|e| format!("crash after {k} operations ({}): {e}", moment.how))?;
+        let recovered = checked.map_err(|e| format!("crash after {k} operations ({}): {e}", moment.how))?;
         if !crash_again {
             return Ok(());
         }
-        let events = sim.events();
+        let events = &sim.events()[..recovered];
         let mut failed = Ok(());
         every_crash(
             &start,
-            &events,
+            events,
             2,
             |_| true,
             |again| {
@@ -86,8 +86,8 @@ impl Search<'_> {
                 }
                 let sim = Sim::after(again.host, boot + u8::from(again.power_lost));
                 let checked = runtime.block_on(recovers(&sim, &self.chapter.histories, k, power_lost));
-                failed = checked.map_err(|e| {
-                    let done = around(&events, again.k);
+                failed = checked.map(drop).map_err(|e| {
+                    let done = around(events, again.k);
                     format!(
                         "crash after {k} operations ({}), and after {} of the recovery ({}): {e}\n{done}",
                         moment.how, again.k, again.how

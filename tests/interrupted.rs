@@ -11,6 +11,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use common::hooked::Hooked;
+use common::sim::faults::{DiskFault, Faults, Plan};
 use common::sim::{Loss, Sim, SimDisk, SimStore, State};
 use common::volumes::*;
 use common::watched::Fate;
@@ -147,8 +148,15 @@ async fn a_publish_whose_caller_went_away_cleans_nothing_that_the_next_one_cut()
     let registry = site.start_on("a", Arc::new(disk.clone())).await;
     let volume = create(&registry, "disk", 8).await;
     write(&volume, 0, 0xaa, CHUNK).await;
-    let (_, go) = hold_first(&disk, "sync", "cache.raw");
-    assert!(timeout(SOON, registry.snapshot(&id("disk"))).await.is_err());
+    let (held, go) = hold_first(&disk, "sync", "cache.raw");
+    let caller = tokio::spawn({
+        let registry = Arc::clone(&registry);
+        async move { registry.snapshot(&id("disk")).await }
+    });
+    while !held.load(Ordering::SeqCst) {
+        sleep(Duration::from_millis(1)).await;
+    }
+    caller.abort();
     write(&volume, CHUNK, 0xbb, CHUNK).await;
     site.store.judge(|op, _| if op == "upload" { Fate::Stuck } else { Fate::Served });
     let _ = timeout(SOON, registry.snapshot(&id("disk"))).await;
@@ -354,4 +362,30 @@ async fn a_publish_given_up_in_an_outage_costs_later_writes_nothing() {
     site.store.serve_all();
     registry.snapshot(&id("disk")).await.unwrap();
     assert_eq!(image(&site.elsewhere().await, "disk").await, read_all(&volume).await);
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_a_failed_sync_dropped_is_never_published() {
+    let sim = Sim::new(State::default(), 1);
+    let store = SimStore::new(Arc::clone(&sim));
+    let registry = common::scene::start(&sim, &store, "/cache").await.unwrap();
+    // More chunks than a publish reads ahead of its upload.
+    let volume = create(&registry, "disk", 32).await;
+    write(&volume, 0, 0xaa, 32 * CHUNK).await;
+    // A client flushes while the upload is under way, and the disk does not take what it has: the kernel drops it.
+    let (on, writer) = (Arc::clone(&sim), Arc::clone(&volume));
+    store.meanwhile(move |operation, _| {
+        let (sim, volume) = (Arc::clone(&on), Arc::clone(&writer));
+        (operation == "upload").then(|| -> std::pin::Pin<Box<dyn Future<Output = ()> + Send>> {
+            Box::pin(async move {
+                sim.faults(|f| f.disk = Some(Plan { at: f.disk_calls, fault: DiskFault::Eio, sticky: true }));
+                volume.flush().await.unwrap_err();
+                sim.faults(Faults::end);
+            })
+        })
+    });
+    let refused = registry.snapshot(&id("disk")).await.unwrap_err();
+    assert!(matches!(refused, ExportError::Volume(VolumeError::Failed(_))), "{refused}");
+    let elsewhere = common::scene::start(&sim, &SimStore::new(Arc::clone(&sim)), "/elsewhere").await.unwrap();
+    assert_eq!(status(&elsewhere, "disk").await.snapshot_generation.0, 0, "nothing was published");
 }

@@ -566,13 +566,14 @@ async fn check_image(registry: &Arc<Registry>, name: &str, allowed: &Image) -> R
     Ok(())
 }
 
-/// What a server that is started on `sim` makes of a crash after the first `k` operations of the histories.
+/// What a server that is started on `sim` makes of a crash after the first `k` operations of the histories; how many
+/// operations its recovery took.
 pub async fn recovers(
     sim: &Arc<Sim>,
     histories: &BTreeMap<&'static str, History>,
     k: usize,
     power_lost: bool,
-) -> Result<(), String> {
+) -> Result<usize, String> {
     let store = SimStore::new(Arc::clone(sim));
     let registry = start(sim, &store, "/cache").await.map_err(|e| format!("the server does not start: {e}"))?;
     for (name, history) in histories {
@@ -585,8 +586,27 @@ pub async fn recovers(
     }
     let state = sim.state();
     let known = ["cache.raw", "cache.meta", "cache.meta.spare", "clone.seed.json"];
-    match state.paths().find(|path| !known.contains(&path.file_name().unwrap().to_str().unwrap())) {
-        Some(path) => Err(format!("{} is left", path.display())),
+    if let Some(path) = state.paths().find(|path| !known.contains(&path.file_name().unwrap().to_str().unwrap())) {
+        return Err(format!("{} is left", path.display()));
+    }
+    let recovered = sim.now();
+    for (name, history) in histories.iter().filter(|_| !power_lost) {
+        if opened(&registry, name, history, k).await?.is_some() {
+            goes_on(&registry, name, k % SECTORS).await?;
+        }
+    }
+    Ok(recovered)
+}
+
+/// A write after the recovery changes what it covers, and nothing beside it.
+async fn goes_on(registry: &Arc<Registry>, name: &str, sector: usize) -> Result<(), String> {
+    let volume = registry.volume(&id(name)).await.map_err(|e| e.to_string())?;
+    let mut expected = read_all(&volume).await.to_vec();
+    write(&volume, &(sector..sector + 1), 0xff).await.map_err(|e| format!("{name} takes no writes: {e}"))?;
+    expected[sector * SECTOR..(sector + 1) * SECTOR].fill(0xff);
+    let now = read_all(&volume).await;
+    match now.chunks(SECTOR).zip(expected.chunks(SECTOR)).position(|(now, expected)| now != expected) {
+        Some(at) => Err(format!("{name}: a write to sector {sector} changed sector {at}")),
         None => Ok(()),
     }
 }
