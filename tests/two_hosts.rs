@@ -178,3 +178,37 @@ fn a_swap_that_landed_unseen_is_our_own_even_if_another_built_upon_it() {
         hosts.loser_keeps_its_data(1).await;
     });
 }
+
+/// No swap of A is answered, and A gives up; the first of them is still on its way. Before A removes its objects it sees to
+/// it that the swap can only fail (S7).
+#[test]
+fn a_swap_given_up_on_never_lands_on_deleted_blobs() {
+    const TRIED: usize = 5;
+    for late in 1..24 {
+        runtime().block_on(async {
+            let mut hosts = Hosts::new().await;
+            let (sim, head, swaps) = (Arc::clone(&hosts.sim), root().export(&id("disk")).head(), AtomicUsize::new(0));
+            hosts.stores[0].meanwhile(move |operation, key| {
+                if operation == "put" && *key == head {
+                    let fault = match swaps.fetch_add(1, Ordering::Relaxed) {
+                        0 => StoreFault::Late(late),
+                        1..TRIED => StoreFault::Before,
+                        _ => return None,
+                    };
+                    sim.faults(|f| f.store = Some(Plan { at: f.store_calls, fault, sticky: false }));
+                }
+                None
+            });
+            let outcome = hosts.servers[0].snapshot(&id("disk")).await;
+            hosts.sim.faults(|faults| faults.end());
+            hosts.stores[0].land_late_puts();
+            let there = hosts.published().await;
+            // It may have landed while A was giving up; whatever is published is whole.
+            let whole = there == [0xaa, 1] || (there == [1, 1] && outcome.is_err());
+            assert!(whole, "late by {late}: {there:?}, {outcome:?}");
+            hosts.servers[0].snapshot(&id("disk")).await.unwrap();
+            assert_eq!(hosts.published().await, [0xaa, 1]);
+            hosts.loser_keeps_its_data(1).await;
+        });
+    }
+}
