@@ -1,6 +1,6 @@
 # Two commands matter: `make test` installs what is missing and runs every test; `make check` looks at the source.
 
-.PHONY: all setup test check fmt bench bench-quick
+.PHONY: all setup test check sabotage fmt bench bench-quick
 
 all: check test
 
@@ -16,6 +16,10 @@ check:
 	cargo clippy --locked --all-targets -- -D warnings
 	cargo clippy --locked --features shuttle --test interleavings -- -D warnings
 	RUSTDOCFLAGS="-D warnings" cargo doc --locked --no-deps
+
+# Breaks each rule of docs/testing.md in a build of its own and sees to it that a test catches it.
+sabotage: setup
+	scripts/sabotage.py
 
 # Writes docs/benchmarks.md. On a machine that does nothing else meanwhile.
 bench bench-quick:
