@@ -21,6 +21,7 @@ use clap::builder::BoolishValueParser;
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 
 use crate::admin::MAX_PATH_BYTES;
+use crate::cli;
 use crate::nbd::ListenAddr;
 use crate::nbd::tls::TlsConfig;
 use crate::store::keys::{ExportRoot, Key, MAX_KEY_BYTES};
@@ -54,6 +55,9 @@ pub enum Command {
     /// Look at a configuration without starting anything.
     #[command(subcommand)]
     Config(ConfigCommand),
+    /// Talk to a server that runs.
+    #[command(flatten)]
+    Client(cli::Command),
 }
 
 /// What can be done with a configuration.
@@ -78,7 +82,7 @@ impl Command {
     fn config_file(&self) -> Option<&Path> {
         match self {
             Self::Serve(serve) | Self::Config(ConfigCommand::Show(serve)) => serve.config.as_deref(),
-            Self::Config(ConfigCommand::Check(_)) => None,
+            Self::Config(ConfigCommand::Check(_)) | Self::Client(_) => None,
         }
     }
 }

@@ -38,6 +38,7 @@ use crate::volume::Services;
 use crate::volume::registry::{ExportError, Registry};
 pub use logging::Logging;
 pub use passed::{PassedError, sockets as passed_sockets};
+pub(crate) use ready::quoted;
 
 use folders::{CacheLock, LockError, NewFolders};
 use watched::{Watched, WatchedStore};
@@ -187,9 +188,11 @@ impl Server {
         let nbd = Arc::new(nbd);
         let (stop, stopped) = watch::channel(false);
         let (exports, clients, started) = (Arc::clone(&registry), Arc::clone(&nbd), clock.now());
-        let watched = Arc::new(Watched { registry: exports, nbd: clients, store, started, stopped });
-        let looked_at = Arc::clone(&watched);
-        let watch = Watch::new(move || watched.page(), move || looked_at.health());
+        let addresses: Vec<_> = listeners.iter().map(|listener| listener.local_addr().clone()).collect();
+        let listen = ready::uris(&addresses, tls.as_ref().is_some_and(|tls| tls.config().required));
+        let watched = Arc::new(Watched { registry: exports, nbd: clients, store, started, clock, listen, stopped });
+        let (scraped, looked_at) = (Arc::clone(&watched), Arc::clone(&watched));
+        let watch = Watch::new(move || scraped.page(), move || looked_at.health(), move || watched.status());
         let api = Api { registry, default_chunk_bytes: config.chunk_bytes, watch, limits };
         Ok(Self { listeners, tls, nbd, admin, api, scrapes, stop, lock })
     }

@@ -6,7 +6,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use tokio::sync::watch;
 
 use super::ServerError;
-use crate::admin::{Health, StoreFailure, StoreHealth};
+use crate::admin::{ExportCounts, Health, ServerStatus, StoreFailure, StoreHealth};
 use crate::clock::Clock;
 use crate::config::{Config, StoreConfig};
 use crate::metrics::{Kind, Page};
@@ -26,6 +26,9 @@ pub(super) struct Watched {
     pub(super) nbd: Arc<nbd::Server>,
     pub(super) store: WatchedStore,
     pub(super) started: SystemTime,
+    pub(super) clock: Arc<dyn Clock>,
+    /// Where NBD clients connect, as URIs without an export.
+    pub(super) listen: Vec<String>,
     /// Whether the server stops.
     pub(super) stopped: watch::Receiver<bool>,
 }
@@ -49,10 +52,28 @@ impl Watched {
 
     /// How the server is now.
     pub(super) fn health(&self) -> Health {
+        Health { live: true, ready: !*self.stopped.borrow(), store: self.store() }
+    }
+
+    /// The server itself, for a person.
+    pub(super) fn status(&self) -> ServerStatus {
+        let exports = self.registry.list();
+        let failed = exports.iter().filter(|export| export.failed.is_some()).count();
+        ServerStatus {
+            version: env!("CARGO_PKG_VERSION"),
+            started_at: self.started,
+            uptime_seconds: self.clock.now().duration_since(self.started).unwrap_or_default().as_secs(),
+            exports: ExportCounts { ready: exports.len() - failed, failed },
+            connections: self.nbd.connections(),
+            listen: self.listen.clone(),
+            store: self.store(),
+        }
+    }
+
+    fn store(&self) -> StoreHealth {
         let Reachability { up, since, last_error } = self.store.health.reachability();
         let last_error = last_error.map(|(reason, at)| StoreFailure { at, reason });
-        let store = StoreHealth { backend: self.store.backend, reachable: up, since, last_error };
-        Health { live: true, ready: !*self.stopped.borrow(), store }
+        StoreHealth { backend: self.store.backend, reachable: up, since, last_error }
     }
 }
 

@@ -21,6 +21,7 @@ pub mod order;
 mod publish;
 mod recover;
 pub mod registry;
+pub mod snapshots;
 
 use std::sync::Arc;
 

@@ -14,6 +14,7 @@ use parking_lot::{Mutex, RwLock};
 use tokio::sync::OnceCell;
 
 use super::ancestry::Ancestry;
+use super::snapshots::Line;
 use super::{Outage, Services, Volume, VolumeError};
 use crate::cache::journal::{JOURNAL_FILE, Kind};
 use crate::cache::{self, open as cache_files};
@@ -434,6 +435,15 @@ impl Registry {
     /// As [`volume`](Self::volume).
     pub async fn status(&self, id: &ExportId) -> Result<ExportStatus, ExportError> {
         Ok(self.volume(id).await?.status())
+    }
+
+    /// The published snapshots of an export that is loaded here, newest first, as the store has them now.
+    ///
+    /// # Errors
+    /// [`ExportError::NotFound`]; whatever keeps its head or a manifest from being read.
+    pub async fn snapshots(&self, id: &ExportId) -> Result<Line, ExportError> {
+        self.export(id)?;
+        self.services.snapshots(id).await
     }
 
     /// Publishes what is dirty.
