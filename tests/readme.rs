@@ -15,7 +15,7 @@ use serde_json::{Value, json};
 /// What stands behind the three backquotes of a block that is run.
 const RUN: [&str; 2] = ["sh api", "sh client"];
 /// Every client command.
-const COMMANDS: [&str; 14] = [
+const COMMANDS: [&str; 16] = [
     "export list",
     "export create",
     "export open",
@@ -25,6 +25,8 @@ const COMMANDS: [&str; 14] = [
     "snapshot create",
     "snapshot list",
     "compact",
+    "import",
+    "export-image",
     "cache reset",
     "status",
     "attach-command",
@@ -71,6 +73,7 @@ fn the_commands_work_as_written() {
         .current_dir(dir.path())
         .env("HOME", dir.path())
         .env("SOCK", server.socket())
+        .env("NBD_SERVER_LOCAL_ROOT", server.local_root())
         .env("NBD_SERVER_ADMIN_SOCK", server.socket())
         .env("PATH", format!("{}:{}", binary.parent().unwrap().display(), std::env::var("PATH").unwrap()))
         .env("NBD", server.nbd_uri("").trim_end_matches('/'))
@@ -87,9 +90,10 @@ fn the_commands_work_as_written() {
     copy.read_exact(&mut start).unwrap();
     assert!(start == image, "what was copied in comes out");
     assert!(said.contains("b'hello'"), "{said}");
+    assert!(fs::read(dir.path().join("backup.img")).unwrap()[4096..].starts_with(b"hello"), "what was published");
     let exports = server.ok("GET", "/v1/exports", Value::Null);
     let ids: Vec<_> = exports.as_array().unwrap().iter().map(|export| export["export_id"].clone()).collect();
-    assert_eq!(Value::from(ids), json!(["db-1", "vm-1", "vm-2", "vm-3"]));
+    assert_eq!(Value::from(ids), json!(["db-1", "vm-1", "vm-2", "vm-3", "vm-5"]));
     let status = server.ok("GET", "/v1/exports/vm-1/status", Value::Null);
     assert_eq!((&status["snapshot_generation"], &status["dirty_chunks"]), (&2.into(), &0.into()), "{status}");
 }

@@ -38,6 +38,7 @@ pub(super) enum Code {
     AlreadyLoaded,
     NothingPublished,
     Busy,
+    Cancelled,
     Conflict,
     Closed,
     PayloadTooLarge,
@@ -50,7 +51,7 @@ pub(super) enum Code {
 
 impl Code {
     /// All of them.
-    const ALL: [Self; 26] = [
+    const ALL: [Self; 27] = [
         Self::InvalidJson,
         Self::InvalidField,
         Self::InvalidExportId,
@@ -69,6 +70,7 @@ impl Code {
         Self::AlreadyLoaded,
         Self::NothingPublished,
         Self::Busy,
+        Self::Cancelled,
         Self::Conflict,
         Self::Closed,
         Self::PayloadTooLarge,
@@ -101,6 +103,7 @@ impl Code {
             Self::AlreadyLoaded => (S::CONFLICT, "already-loaded", "The export is loaded already"),
             Self::NothingPublished => (S::CONFLICT, "nothing-published", "The export has no snapshot"),
             Self::Busy => (S::CONFLICT, "busy", "Another operation on the export is under way"),
+            Self::Cancelled => (S::CONFLICT, "cancelled", "The operation was cancelled"),
             Self::Conflict => (S::CONFLICT, "conflict", "Another server published the export"),
             Self::Closed => (S::CONFLICT, "closed", "The export is being unloaded"),
             Self::PayloadTooLarge => (S::PAYLOAD_TOO_LARGE, "payload-too-large", "The body is too large"),
@@ -230,6 +233,7 @@ impl From<ExportError> for Problem {
             ExportError::SnapshotNotFound(..) => Code::SnapshotNotFound,
             ExportError::NothingPublished(_) => Code::NothingPublished,
             ExportError::Busy(..) => Code::Busy,
+            ExportError::Cancelled(_) => Code::Cancelled,
             ExportError::Conflict { .. } => Code::Conflict,
             ExportError::StoreUnavailable(_) => Code::StoreUnavailable,
             ExportError::Damaged(_) => Code::Damaged,

@@ -11,20 +11,26 @@ mod cache;
 mod client;
 mod compact;
 mod confirm;
+mod convert;
 mod export;
+mod export_image;
 mod generate;
+mod import;
+mod progress;
 mod size;
 mod snapshot;
 mod status;
 mod table;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::{Args, Subcommand};
 use serde_json::Value;
 
 use crate::config::{ConfigError, Surroundings};
+use crate::server::ServerError;
+use crate::volume::registry::ExportError;
 use client::Client;
 pub use client::{MAX_ANSWER_BYTES, Refused};
 
@@ -49,6 +55,10 @@ pub enum Command {
     /// Drop the local cache of an export
     #[command(subcommand)]
     Cache(cache::Command),
+    /// Store a disk image as a new export, straight in the object store: no server takes part
+    Import(Box<import::Import>),
+    /// Write a published image into a file, straight from the object store: no server takes part
+    ExportImage(Box<export_image::ExportImage>),
     /// Look at the server itself: version, uptime, exports, clients, store
     Status(status::Status),
     /// Print the commands that attach an export: nbd-client, qemu and libnbd
@@ -104,6 +114,15 @@ pub enum CliError {
     /// A yes is missing.
     #[error("{0}")]
     Unconfirmed(String),
+    /// The store cannot be used.
+    #[error(transparent)]
+    Store(#[from] ServerError),
+    /// The store, or what it holds, said no.
+    #[error(transparent)]
+    Export(#[from] ExportError),
+    /// A disk image that cannot be what it is to be.
+    #[error("{0}")]
+    Image(String),
     /// The local machine said no.
     #[error("{what}: {source}")]
     Io {
@@ -124,7 +143,15 @@ impl CliError {
             ),
             Self::NoAnswer { .. } => Some("the server's log says more; `nbd-server status` shows whether it lives"),
             Self::Refused(refused) => refused.remedy(),
-            Self::Config(_) | Self::Unconfirmed(_) | Self::Io { .. } => None,
+            Self::Export(ExportError::NotFound(..)) => {
+                Some("the storage flags must be those of the server: --storage-backend, --bucket, --export-root, ...")
+            }
+            Self::Config(_)
+            | Self::Unconfirmed(_)
+            | Self::Store(_)
+            | Self::Export(_)
+            | Self::Image(_)
+            | Self::Io { .. } => None,
         }
     }
 
@@ -133,13 +160,28 @@ impl CliError {
     pub fn status(&self) -> ExitCode {
         ExitCode::from(match self {
             Self::NoServer { .. } => NO_SERVER,
-            Self::NoAnswer { .. } | Self::Refused(_) | Self::Io { .. } => FAILED,
+            Self::Store(e) if e.is_usage() => USAGE,
+            Self::NoAnswer { .. }
+            | Self::Refused(_)
+            | Self::Store(_)
+            | Self::Export(_)
+            | Self::Image(_)
+            | Self::Io { .. } => FAILED,
             Self::Config(_) | Self::Unconfirmed(_) => USAGE,
         })
     }
 }
 
 impl Command {
+    /// The file whose settings lie under the flags of this command.
+    pub(crate) fn config_file(&self) -> Option<&Path> {
+        match self {
+            Self::Import(command) => command.storage.config(),
+            Self::ExportImage(command) => command.storage.config(),
+            _ => None,
+        }
+    }
+
     /// Does it, and returns what belongs on stdout.
     ///
     /// # Errors
@@ -150,6 +192,8 @@ impl Command {
             Self::Snapshot(command) => command.run(surroundings).await,
             Self::Compact(command) => command.run(surroundings).await,
             Self::Cache(command) => command.run(surroundings).await,
+            Self::Import(command) => command.run(surroundings).await,
+            Self::ExportImage(command) => command.run(surroundings).await,
             Self::Status(command) => command.run(surroundings).await,
             Self::AttachCommand(command) => command.run(surroundings).await,
             Self::Completions(command) => command.run(),

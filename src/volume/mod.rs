@@ -14,6 +14,7 @@ mod ancestry;
 mod at_once;
 mod change;
 mod fill;
+pub mod image;
 mod meter;
 mod objects;
 mod open;
