@@ -4,6 +4,7 @@
 mod common;
 
 use std::fs;
+use std::path::Path;
 use std::process::{Command, Output};
 
 use common::server::{TestServer, nbd_server, run, run_to_end};
@@ -176,6 +177,26 @@ fn help(words: &[String]) -> String {
     let output = run_to_end(nbd_server().args(words).arg("--help"));
     assert!(output.status.success(), "{words:?}");
     String::from_utf8(output.stdout).unwrap()
+}
+
+#[test]
+fn the_help_texts_are_those_of_the_golden_files() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/help");
+    let commands = commands();
+    assert!(commands.len() > 15, "{commands:?}");
+    let mut wrong = Vec::new();
+    for words in &commands {
+        let name = if words.is_empty() { "nbd-server".to_owned() } else { words.join("-") };
+        let (path, text) = (folder.join(name + ".txt"), help(words));
+        if std::env::var_os("NBD_TEST_BLESS").is_some() {
+            fs::write(&path, &text).unwrap();
+        }
+        if fs::read_to_string(&path).ok() != Some(text) {
+            wrong.push(path);
+        }
+    }
+    assert!(wrong.is_empty(), "changed: {wrong:#?}\nif that is meant: NBD_TEST_BLESS=1 cargo test --test client help");
+    assert_eq!(fs::read_dir(folder).unwrap().count(), commands.len(), "a file of a command that is gone");
 }
 
 #[test]
