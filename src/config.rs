@@ -8,6 +8,7 @@
 mod defaults;
 mod file;
 mod layers;
+mod storage;
 #[cfg(test)]
 mod tests;
 mod tls;
@@ -17,25 +18,25 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::Duration;
 
-use clap::builder::BoolishValueParser;
-use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
+use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::admin::MAX_PATH_BYTES;
+use crate::cli;
 use crate::nbd::ListenAddr;
 use crate::nbd::tls::TlsConfig;
-use crate::store::keys::{ExportRoot, Key, MAX_KEY_BYTES};
+use crate::store::keys::{ExportRoot, MAX_KEY_BYTES};
 use crate::store::remote::{RemoteConfig, RemoteKind};
 use crate::units::{DEFAULT_CHUNK_BYTES, Geometry, MAX_EXPORT_ID_BYTES};
 pub use defaults::Surroundings;
 pub use file::{FileError, MAX_FILE_BYTES};
 pub use layers::{Origins, ReadError, read};
+use storage::{Backend, given};
+pub use storage::{Storage, StoreAccess};
 
 /// What follows an export's folder in the longest key: `/snapshots/<32 digits>/manifest.json`.
 const LONGEST_KEY_TAIL_BYTES: usize = "/snapshots//manifest.json".len() + 32;
 /// The longest export root that leaves room for the rest of every key.
 const MAX_EXPORT_ROOT_BYTES: usize = MAX_KEY_BYTES - 1 - MAX_EXPORT_ID_BYTES - LONGEST_KEY_TAIL_BYTES;
-/// The longest wait for the store that can be asked for.
-const MAX_STORE_TIMEOUT_SECS: u64 = 86_400;
 
 /// Network block devices that live in object storage, with a lazy local cache.
 #[derive(Debug, Parser)]
@@ -54,6 +55,9 @@ pub enum Command {
     /// Look at a configuration without starting anything.
     #[command(subcommand)]
     Config(ConfigCommand),
+    /// Talk to a server that runs.
+    #[command(flatten)]
+    Client(cli::Command),
 }
 
 /// What can be done with a configuration.
@@ -77,7 +81,8 @@ impl Command {
     /// The file whose settings lie under those of this command.
     fn config_file(&self) -> Option<&Path> {
         match self {
-            Self::Serve(serve) | Self::Config(ConfigCommand::Show(serve)) => serve.config.as_deref(),
+            Self::Serve(serve) | Self::Config(ConfigCommand::Show(serve)) => serve.storage.config(),
+            Self::Client(command) => command.config_file(),
             Self::Config(ConfigCommand::Check(_)) => None,
         }
     }
@@ -96,19 +101,10 @@ impl Check {
 #[command(after_help = "Credentials come from the usual environment variables (AWS_ACCESS_KEY_ID, \
     AWS_SECRET_ACCESS_KEY, GOOGLE_APPLICATION_CREDENTIALS, AZURE_STORAGE_ACCOUNT_NAME, ...) and are never logged.")]
 pub struct Serve {
-    /// TOML file with settings, named as these flags without the dashes; flags and variables go before it
-    /// [default: none]
-    #[arg(long, value_name = "FILE", env = "NBD_SERVER_CONFIG")]
-    config: Option<PathBuf>,
-
     /// Directory for the local caches, one folder per export; one server at a time
     /// [default: /var/lib/nbd-server/cache for root, else ~/.local/state/nbd-server/cache]
     #[arg(long, value_name = "DIR", env = "NBD_SERVER_CACHE_ROOT")]
     cache_root: Option<PathBuf>,
-
-    /// Prefix of all object keys of this server's exports
-    #[arg(long, value_name = "PREFIX", env = "NBD_SERVER_EXPORT_ROOT", default_value = "exports", value_parser = export_root)]
-    export_root: ExportRoot,
 
     /// Address for NBD clients: HOST:PORT, [IPV6]:PORT or unix:PATH; port 0 picks a free one. May be repeated, or
     /// separated by commas in the variable
@@ -137,47 +133,8 @@ pub struct Serve {
     #[arg(long, value_name = "BYTES", env = "NBD_SERVER_CHUNK_SIZE", default_value_t = ChunkBytes(DEFAULT_CHUNK_BYTES))]
     chunk_size: ChunkBytes,
 
-    /// Where published snapshots live
-    #[arg(long, value_name = "BACKEND", env = "NBD_SERVER_STORAGE_BACKEND", default_value = "local")]
-    storage_backend: Backend,
-
-    /// Directory of the local backend
-    /// [default: /var/lib/nbd-server/store for root, else ~/.local/state/nbd-server/store]
-    #[arg(long, value_name = "DIR", env = "NBD_SERVER_LOCAL_ROOT")]
-    local_root: Option<PathBuf>,
-
-    /// Bucket (azure: container); it must exist [default: none]
-    #[arg(long, value_name = "NAME", env = "NBD_SERVER_BUCKET")]
-    bucket: Option<String>,
-
-    /// Address of an S3-compatible service, such as http://127.0.0.1:9000 [default: the provider's own]
-    #[arg(long, value_name = "URL", env = "NBD_SERVER_ENDPOINT_URL")]
-    endpoint_url: Option<String>,
-
-    /// Region of the bucket [default: us-east-1, for r2: auto]
-    #[arg(long, value_name = "NAME", env = "NBD_SERVER_REGION")]
-    region: Option<String>,
-
-    /// Account id that the r2 endpoint is derived from, unless --endpoint-url is given [default: none]
-    #[arg(long, value_name = "ID", env = "NBD_SERVER_R2_ACCOUNT_ID")]
-    r2_account_id: Option<String>,
-
-    /// How long a read of missing data, or the start, waits for a store that does not answer
-    #[arg(
-        long,
-        value_name = "SECONDS",
-        env = "NBD_SERVER_STORE_TIMEOUT",
-        default_value_t = 60,
-        value_parser = clap::value_parser!(u64).range(1..=MAX_STORE_TIMEOUT_SECS)
-    )]
-    store_timeout: u64,
-
-    /// DANGEROUS: start even if the store ignores conditional writes. Two servers that publish the same export then
-    /// overwrite each other's images, and neither notices
-    #[arg(long, value_name = "YES", env = "NBD_SERVER_ALLOW_UNSAFE_STORE", value_parser = BoolishValueParser::new(),
-        action = ArgAction::Set, num_args = 0..=1, require_equals = true, default_value_t = false,
-        default_missing_value = "true", hide_default_value = true)]
-    allow_unsafe_store: bool,
+    #[command(flatten)]
+    storage: Storage,
 
     /// What is logged to stderr; read again on SIGHUP
     #[arg(long, value_name = "LEVEL", env = "NBD_SERVER_LOG_LEVEL", default_value = "info")]
@@ -186,23 +143,6 @@ pub struct Serve {
     /// How it is logged
     #[arg(long, value_name = "FORMAT", env = "NBD_SERVER_LOG_FORMAT", default_value = "text")]
     log_format: LogFormat,
-}
-
-/// The kinds of object storage.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum Backend {
-    /// A local directory
-    Local,
-    /// Amazon S3 and compatible services
-    S3,
-    /// Cloudflare R2
-    R2,
-    /// Google Cloud Storage
-    Gcs,
-    /// Azure Blob Storage
-    Azure,
-    /// Memory, gone when the server stops: for trying out
-    Memory,
 }
 
 /// How much is logged.
@@ -265,6 +205,19 @@ pub enum StoreConfig {
     Memory,
     /// A bucket.
     Remote(RemoteConfig),
+}
+
+impl Config {
+    /// How the store is reached.
+    #[must_use]
+    pub fn access(&self) -> StoreAccess {
+        StoreAccess {
+            store: self.store.clone(),
+            export_root: self.export_root.clone(),
+            timeout: self.store_timeout,
+            allow_unsafe: self.allow_unsafe_store,
+        }
+    }
 }
 
 impl StoreConfig {
@@ -331,7 +284,7 @@ impl Serve {
     /// # Errors
     /// The first [`ConfigError`] found.
     pub fn check(self, surroundings: &Surroundings<'_>) -> Result<Config, ConfigError> {
-        let store = self.store(surroundings)?;
+        let StoreAccess { store, export_root, timeout, allow_unsafe } = self.storage.check(surroundings)?;
         let tls = self.tls.check()?;
         let listen = if self.listen.is_empty() { surroundings.listen() } else { self.listen };
         let cache_root = self.cache_root.map_or_else(|| surroundings.cache_root(), Ok)?;
@@ -344,7 +297,7 @@ impl Serve {
         }
         Ok(Config {
             cache_root,
-            export_root: self.export_root,
+            export_root,
             listen,
             tls,
             admin_sock,
@@ -352,8 +305,8 @@ impl Serve {
             metrics_listen: self.metrics_listen,
             chunk_bytes: self.chunk_size.0,
             store,
-            store_timeout: Duration::from_secs(self.store_timeout),
-            allow_unsafe_store: self.allow_unsafe_store,
+            store_timeout: timeout,
+            allow_unsafe_store: allow_unsafe,
             log_level: self.log_level,
             log_format: self.log_format,
         })
@@ -364,83 +317,6 @@ impl Serve {
     pub fn log_level(&self) -> LogLevel {
         self.log_level
     }
-
-    fn store(&self, surroundings: &Surroundings<'_>) -> Result<StoreConfig, ConfigError> {
-        let backend = self.storage_backend;
-        let (bucket, endpoint_url, region, account) = (
-            given(self.bucket.as_ref()),
-            given(self.endpoint_url.as_ref()),
-            given(self.region.as_ref()),
-            given(self.r2_account_id.as_ref()),
-        );
-        let local_root = self.local_root.as_ref().map(|root| root.display().to_string());
-        let local = backend == Backend::Local;
-        let remote = !local && backend != Backend::Memory;
-        for (flag, value, fits, meant) in [
-            ("--bucket", &bucket, remote, "s3, r2, gcs or azure"),
-            ("--endpoint-url", &endpoint_url, remote, "s3, r2, gcs or azure"),
-            ("--region", &region, matches!(backend, Backend::S3 | Backend::R2), "s3 or r2"),
-            ("--r2-account-id", &account, backend == Backend::R2, "r2"),
-            ("--local-root", &local_root, local, "local"),
-        ] {
-            if let (Some(value), false) = (value, fits) {
-                return Err(ConfigError::Unused { flag, value: value.clone(), choice: backend.choice(), meant });
-            }
-        }
-        let kind = match backend {
-            Backend::Local => {
-                let root = self.local_root.clone().map_or_else(|| surroundings.local_root(), Ok)?;
-                return Ok(StoreConfig::Local(root));
-            }
-            Backend::Memory => return Ok(StoreConfig::Memory),
-            Backend::S3 => RemoteKind::S3,
-            Backend::R2 => RemoteKind::R2,
-            Backend::Gcs => RemoteKind::Gcs,
-            Backend::Azure => RemoteKind::Azure,
-        };
-        let missing = |flag, remedy| ConfigError::Missing { choice: backend.choice(), flag, remedy };
-        if bucket.is_none() {
-            return Err(missing("--bucket NAME", "name a bucket that exists"));
-        }
-        if backend == Backend::R2 && account.is_none() && endpoint_url.is_none() {
-            return Err(missing("--r2-account-id ID", "it is on the R2 overview page; or give --endpoint-url URL"));
-        }
-        Ok(StoreConfig::Remote(RemoteConfig { kind, bucket, endpoint_url, region, r2_account_id: account }))
-    }
-}
-
-/// An empty value is none: that is what an unset variable looks like in many service files.
-fn given(value: Option<&String>) -> Option<String> {
-    value.filter(|text| !text.is_empty()).cloned()
-}
-
-impl Backend {
-    fn as_str(self) -> &'static str {
-        match self {
-            Self::Local => "local",
-            Self::S3 => "s3",
-            Self::R2 => "r2",
-            Self::Gcs => "gcs",
-            Self::Azure => "azure",
-            Self::Memory => "memory",
-        }
-    }
-
-    /// As it was written.
-    fn choice(self) -> String {
-        format!("--storage-backend {}", self.as_str())
-    }
-}
-
-fn export_root(text: &str) -> Result<ExportRoot, String> {
-    let prefix: Key = text.parse().map_err(|e: crate::store::keys::KeyError| e.to_string())?;
-    if text.len() > MAX_EXPORT_ROOT_BYTES {
-        return Err(format!(
-            "{} bytes leave no room for the rest of a key: use {MAX_EXPORT_ROOT_BYTES} at most",
-            text.len()
-        ));
-    }
-    Ok(ExportRoot::new(prefix))
 }
 
 fn metrics_addr(text: &str) -> Result<String, String> {

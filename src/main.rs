@@ -1,9 +1,11 @@
-//! Arguments → configuration → run; the only exit. Status 0: a clean stop. 1: the machine said no. 2: the user did.
+//! Arguments → configuration → run; the only exit. Status 0: it is done. 1: the machine said no. 2: the user has to write
+//! something else. 3: a client command found no server.
 
 use std::ffi::OsString;
 use std::io::Write;
 use std::process::ExitCode;
 
+use nbd_server::cli;
 use nbd_server::config::{
     self, Command, Config, ConfigCommand, ConfigError, FileError, ReadError, Serve, Surroundings,
 };
@@ -64,6 +66,7 @@ fn run() -> Result<ExitCode, Refused> {
             }
             Ok(print(&format!("{} can be used\n", check.file.display())))
         }
+        Command::Client(command) => Ok(ask(command)),
         Command::Config(ConfigCommand::Show(flags)) => Ok(print(&origins.show(&checked(flags, false)?))),
     }
 }
@@ -76,9 +79,31 @@ fn print(text: &str) -> ExitCode {
 }
 
 fn checked(flags: Box<Serve>, sockets_passed: bool) -> Result<Config, ConfigError> {
+    surrounded(sockets_passed, |surroundings| flags.check(surroundings))
+}
+
+fn surrounded<T>(sockets_passed: bool, work: impl FnOnce(&Surroundings<'_>) -> T) -> T {
     let variable = |name: &str| std::env::var(name).ok();
     let root = rustix::process::geteuid().is_root();
-    flags.check(&Surroundings { root, variable: &variable, sockets_passed })
+    work(&Surroundings { root, variable: &variable, sockets_passed })
+}
+
+/// A client command, from start to end.
+fn ask(command: cli::Command) -> ExitCode {
+    let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(e) => return complain(&format!("cannot start the runtime: {e}"), FAILURE),
+    };
+    match surrounded(false, |surroundings| runtime.block_on(command.run(surroundings))) {
+        Ok(text) => print(&text),
+        Err(e) => {
+            complain(&e, FAILURE);
+            if let Some(remedy) = e.remedy() {
+                let _ = writeln!(std::io::stderr(), "hint: {remedy}");
+            }
+            e.status()
+        }
+    }
 }
 
 fn serve(config: Config, passed: Vec<PassedSocket>, args: Vec<OsString>) -> ExitCode {

@@ -15,6 +15,7 @@ mod logging;
 mod notify;
 mod passed;
 mod ready;
+mod store;
 mod watched;
 
 use std::io;
@@ -38,9 +39,12 @@ use crate::volume::Services;
 use crate::volume::registry::{ExportError, Registry};
 pub use logging::Logging;
 pub use passed::{PassedError, sockets as passed_sockets};
+pub(crate) use ready::quoted;
 
 use folders::{CacheLock, LockError, NewFolders};
-use watched::{Watched, WatchedStore};
+pub(crate) use store::Offline;
+use store::WatchedStore;
+use watched::Watched;
 
 /// How long clients may take to get their last answers when the server stops.
 pub const DRAIN_TIMEOUT: Duration = Duration::from_secs(30);
@@ -88,6 +92,9 @@ pub enum ServerError {
     /// The store does not answer, refuses, or is not safe to write to.
     #[error("{0}; check the storage flags, the credentials and the network")]
     Probe(#[from] ProbeError),
+    /// A command without a server would work on a store that nobody else sees.
+    #[error("--storage-backend memory is inside one server alone: choose the backend that holds the export")]
+    MemoryOffline,
     /// The exports cannot be listed.
     #[error("the exports cannot be listed: {0}")]
     Discovery(#[from] ExportError),
@@ -106,7 +113,7 @@ impl ServerError {
     /// Whether the user has to write something else, rather than change something on the machine.
     #[must_use]
     pub fn is_usage(&self) -> bool {
-        matches!(self, Self::Remote(RemoteConfigError::Invalid { .. }))
+        matches!(self, Self::MemoryOffline | Self::Remote(RemoteConfigError::Invalid { .. }))
     }
 }
 
@@ -175,7 +182,9 @@ impl Server {
         let admin = admin::Socket::bind(&config.admin_sock, group.as_ref()).await?;
 
         let clock: Arc<dyn Clock> = Arc::new(SystemClock);
-        let store = WatchedStore::build(config, &clock).await?;
+        let access = config.access();
+        let store = WatchedStore::connect(&access, &clock)?;
+        store.probe(&access).await?;
         let services =
             Services::new(store.shared(), config.export_root.clone(), Arc::new(RealDisk), Arc::clone(&clock));
         let registry = Registry::discover(Arc::new(services), config.cache_root.clone()).await?;
@@ -187,9 +196,11 @@ impl Server {
         let nbd = Arc::new(nbd);
         let (stop, stopped) = watch::channel(false);
         let (exports, clients, started) = (Arc::clone(&registry), Arc::clone(&nbd), clock.now());
-        let watched = Arc::new(Watched { registry: exports, nbd: clients, store, started, stopped });
-        let looked_at = Arc::clone(&watched);
-        let watch = Watch::new(move || watched.page(), move || looked_at.health());
+        let addresses: Vec<_> = listeners.iter().map(|listener| listener.local_addr().clone()).collect();
+        let listen = ready::uris(&addresses, tls.as_ref().is_some_and(|tls| tls.config().required));
+        let watched = Arc::new(Watched { registry: exports, nbd: clients, store, started, clock, listen, stopped });
+        let (scraped, looked_at) = (Arc::clone(&watched), Arc::clone(&watched));
+        let watch = Watch::new(move || scraped.page(), move || looked_at.health(), move || watched.status());
         let api = Api { registry, default_chunk_bytes: config.chunk_bytes, watch, limits };
         Ok(Self { listeners, tls, nbd, admin, api, scrapes, stop, lock })
     }

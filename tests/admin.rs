@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use common::hooked::Hooked;
 use common::http::{self, Response};
 use common::volumes::{self, Site};
-use nbd_server::admin::{self, Api, Health, Limits, Socket, StoreHealth, Watch};
+use nbd_server::admin::{self, Api, ExportCounts, Health, Limits, ServerStatus, Socket, StoreHealth, Watch};
 use nbd_server::disk::RealDisk;
 use nbd_server::metrics::Page;
 use nbd_server::volume::registry::Registry;
@@ -23,7 +23,17 @@ use tokio::task::JoinHandle;
 /// There is nothing around the API to watch.
 fn watch_nothing() -> Watch {
     let store = StoreHealth { backend: "memory", reachable: true, since: std::time::UNIX_EPOCH, last_error: None };
-    Watch::new(Page::default, move || Health { live: true, ready: true, store: store.clone() })
+    let looked_at = store.clone();
+    let status = move || ServerStatus {
+        version: "1",
+        started_at: std::time::UNIX_EPOCH,
+        uptime_seconds: 0,
+        exports: ExportCounts { ready: 0, failed: 0 },
+        connections: 0,
+        listen: Vec::new(),
+        store: store.clone(),
+    };
+    Watch::new(Page::default, move || Health { live: true, ready: true, store: looked_at.clone() }, status)
 }
 
 /// A served API; the calls block, so tests run it on a runtime with threads of its own.

@@ -14,19 +14,24 @@ use serde_json::{Value, json};
 
 /// What stands behind the three backquotes of a block that is run.
 const RUN: [&str; 2] = ["sh api", "sh client"];
-/// Every call of the API, as a URL below the admin socket has it.
-const CALLS: [&str; 11] = [
-    "/metrics",
-    "/v1/health",
-    "/v1/exports",
-    "/v1/exports/create",
-    "/v1/exports/open",
-    "/v1/exports/clone",
-    "/v1/exports/vm-1/status",
-    "/v1/exports/vm-1/snapshot",
-    "/v1/exports/vm-1/compact",
-    "/v1/exports/vm-1/cache/reset",
-    "-X DELETE http://localhost/v1/exports/vm-2",
+/// Every client command.
+const COMMANDS: [&str; 16] = [
+    "export list",
+    "export create",
+    "export open",
+    "export clone",
+    "export status",
+    "export close",
+    "snapshot create",
+    "snapshot list",
+    "compact",
+    "import",
+    "export-image",
+    "cache reset",
+    "status",
+    "attach-command",
+    "completions",
+    "man",
 ];
 const IMAGE_BYTES: usize = 5 << 20;
 /// How long one command may take, in seconds.
@@ -61,12 +66,16 @@ fn the_commands_work_as_written() {
     // A refusal must fail the command, and the README should not have to say so.
     fs::write(dir.path().join(".curlrc"), "fail-with-body\nsilent\nshow-error\n").unwrap();
 
+    let binary = Path::new(env!("CARGO_BIN_EXE_nbd-server"));
     let script = blocks(&readme(), &RUN).join("\n");
     let output = Command::new("timeout")
         .args([&PATIENCE_SECS.to_string(), "bash", "-euxo", "pipefail", "-c", &script])
         .current_dir(dir.path())
         .env("HOME", dir.path())
         .env("SOCK", server.socket())
+        .env("NBD_SERVER_LOCAL_ROOT", server.local_root())
+        .env("NBD_SERVER_ADMIN_SOCK", server.socket())
+        .env("PATH", format!("{}:{}", binary.parent().unwrap().display(), std::env::var("PATH").unwrap()))
         .env("NBD", server.nbd_uri("").trim_end_matches('/'))
         .stdin(Stdio::null())
         .output()
@@ -81,19 +90,20 @@ fn the_commands_work_as_written() {
     copy.read_exact(&mut start).unwrap();
     assert!(start == image, "what was copied in comes out");
     assert!(said.contains("b'hello'"), "{said}");
+    assert!(fs::read(dir.path().join("backup.img")).unwrap()[4096..].starts_with(b"hello"), "what was published");
     let exports = server.ok("GET", "/v1/exports", Value::Null);
     let ids: Vec<_> = exports.as_array().unwrap().iter().map(|export| export["export_id"].clone()).collect();
-    assert_eq!(Value::from(ids), json!(["db-1", "vm-1", "vm-2", "vm-3"]));
+    assert_eq!(Value::from(ids), json!(["db-1", "vm-1", "vm-2", "vm-3", "vm-5"]));
     let status = server.ok("GET", "/v1/exports/vm-1/status", Value::Null);
     assert_eq!((&status["snapshot_generation"], &status["dirty_chunks"]), (&2.into(), &0.into()), "{status}");
 }
 
 #[test]
-fn every_call_of_the_api_is_shown() {
+fn every_command_is_shown() {
     let shown = blocks(&readme(), &["sh api"]).concat();
-    for call in CALLS {
+    for command in COMMANDS {
         let ends = |rest: &str| rest.starts_with(|c: char| c.is_whitespace());
-        assert!(shown.split(call).skip(1).any(ends), "{call} is not in the README");
+        assert!(shown.split(&format!("nbd-server {command}")).skip(1).any(ends), "{command} is not in the README");
     }
 }
 

@@ -13,6 +13,9 @@ use percent_encoding::percent_decode_str;
 use serde::de::DeserializeOwned;
 use serde_json::error::Category;
 use serde_json::value::RawValue;
+use utoipa::openapi::Required;
+use utoipa::openapi::path::{Parameter, ParameterBuilder, ParameterIn};
+use utoipa::openapi::schema::{ObjectBuilder, Type};
 
 use super::Api;
 use super::problem::{Code, Problem};
@@ -126,6 +129,22 @@ pub(super) struct Named(pub(super) ExportId);
 
 /// Where the id stands in a path, counted in slashes.
 const ID_SEGMENT: usize = 3;
+
+impl utoipa::IntoParams for Named {
+    fn into_params(_: impl Fn() -> Option<ParameterIn>) -> Vec<Parameter> {
+        let id = ObjectBuilder::new().schema_type(Type::String).pattern(Some(EXPORT_ID_PATTERN));
+        let parameter = ParameterBuilder::new()
+            .name("id")
+            .parameter_in(ParameterIn::Path)
+            .required(Required::True)
+            .description(Some("The export"))
+            .schema(Some(id));
+        vec![parameter.build()]
+    }
+}
+
+/// What an export id looks like, for the description of the API.
+const EXPORT_ID_PATTERN: &str = "^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$";
 
 impl FromRequestParts<Api> for Named {
     type Rejection = Problem;

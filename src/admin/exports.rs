@@ -4,34 +4,39 @@
 
 use std::future::Future;
 
-use axum::Router;
 use axum::extract::State;
 use axum::http::StatusCode;
-use axum::routing::{delete, get, post};
+use axum::routing::delete;
 use chrono::{DateTime, SecondsFormat, Utc};
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
+use utoipa::ToSchema;
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
 
 use super::Api;
 use super::answer::Line;
 use super::body::{self, Fields, Named};
-use super::problem::{Code, Problem};
+use super::problem::{Code, Problem, Refusal};
 use crate::units::{ExportId, Generation, Geometry, SnapshotId};
 use crate::volume::Outage;
 use crate::volume::registry::{ExportError, ExportStatus, ExportSummary, Published};
 
-pub(super) fn routes() -> Router<Api> {
-    // "create", "open" and "clone" are export ids too: they can be unloaded like any other.
-    Router::new()
-        .route("/v1/exports", get(list))
-        .route("/v1/exports/create", post(create).delete(unload))
-        .route("/v1/exports/open", post(open).delete(unload))
-        .route("/v1/exports/clone", post(clone).delete(unload))
-        .route("/v1/exports/{id}", delete(unload))
-        .route("/v1/exports/{id}/status", get(status))
-        .route("/v1/exports/{id}/snapshot", post(snapshot))
-        .route("/v1/exports/{id}/compact", post(compact))
-        .route("/v1/exports/{id}/cache/reset", post(reset))
+pub(super) fn routes() -> OpenApiRouter<Api> {
+    OpenApiRouter::new()
+        .routes(routes!(list))
+        .routes(routes!(create))
+        .routes(routes!(open))
+        .routes(routes!(clone))
+        .routes(routes!(unload))
+        .routes(routes!(status))
+        .routes(routes!(snapshot))
+        .routes(routes!(compact))
+        .routes(routes!(reset))
+        // "create", "open" and "clone" are export ids too: they can be unloaded like any other.
+        .route("/v1/exports/create", delete(unload))
+        .route("/v1/exports/open", delete(unload))
+        .route("/v1/exports/clone", delete(unload))
 }
 
 type Answer<T> = Result<Line<T>, Problem>;
@@ -51,18 +56,35 @@ async fn to_the_end<T: Send + 'static>(
     }
 }
 
+/// List the exports that are loaded, sorted by id.
+#[utoipa::path(
+    get, path = "/v1/exports", operation_id = "listExports", tag = "exports",
+    responses((status = 200, description = "The exports", body = [Summary]))
+)]
 async fn list(State(api): State<Api>) -> Line<Vec<Summary>> {
     Line(api.registry.list().into_iter().map(Summary::from).collect())
 }
 
-#[derive(Deserialize)]
+#[derive(Deserialize, ToSchema)]
+#[schema(as = CreateRequest)]
 #[serde(deny_unknown_fields)]
 struct CreateFields {
+    /// Its name; no "..".
+    #[schema(value_type = String, pattern = "^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$", example = "vm-1")]
     export_id: Box<RawValue>,
+    /// Bytes, up to 2^63 - 1.
+    #[schema(value_type = u64, minimum = 1, example = 1073741824_u64)]
     size: Box<RawValue>,
+    /// Bytes, a power of two; the server's default if it is not given.
+    #[schema(value_type = Option<u64>, minimum = 4096, maximum = 67108864)]
     chunk_size: Option<Box<RawValue>>,
 }
 
+/// Create an export of zeros.
+#[utoipa::path(
+    post, path = "/v1/exports/create", operation_id = "createExport", tag = "exports", request_body = CreateFields,
+    responses((status = 201, description = "Created", body = Status), Refusal)
+)]
 async fn create(State(api): State<Api>, Fields(fields): Fields<CreateFields>) -> Created<Status> {
     let id = body::export_id("export_id", &fields.export_id)?;
     let size = body::bytes(Code::InvalidSize, "size", &fields.size)?;
@@ -75,13 +97,22 @@ async fn create(State(api): State<Api>, Fields(fields): Fields<CreateFields>) ->
     Ok((StatusCode::CREATED, Line(status.into())))
 }
 
-#[derive(Deserialize)]
+#[derive(Deserialize, ToSchema)]
+#[schema(as = OpenRequest)]
 #[serde(deny_unknown_fields)]
 struct OpenFields {
+    #[schema(value_type = String, pattern = "^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$", example = "vm-1")]
     export_id: Box<RawValue>,
+    /// Whether writes are refused.
+    #[schema(value_type = Option<bool>)]
     read_only: Option<Box<RawValue>>,
 }
 
+/// Load an export that is in the store.
+#[utoipa::path(
+    post, path = "/v1/exports/open", operation_id = "openExport", tag = "exports", request_body = OpenFields,
+    responses((status = 200, description = "Loaded", body = Status), Refusal)
+)]
 async fn open(State(api): State<Api>, Fields(fields): Fields<OpenFields>) -> Answer<Status> {
     let id = body::export_id("export_id", &fields.export_id)?;
     let read_only = fields.read_only.as_deref().map(|raw| body::flag("read_only", raw)).transpose()?.unwrap_or(false);
@@ -89,14 +120,25 @@ async fn open(State(api): State<Api>, Fields(fields): Fields<OpenFields>) -> Ans
     Ok(Line(status.into()))
 }
 
-#[derive(Deserialize)]
+#[derive(Deserialize, ToSchema)]
+#[schema(as = CloneRequest)]
 #[serde(deny_unknown_fields)]
 struct CloneFields {
+    /// The new export's name.
+    #[schema(value_type = String, pattern = "^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$", example = "vm-2")]
     export_id: Box<RawValue>,
+    #[schema(value_type = String, pattern = "^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$", example = "vm-1")]
     source_export_id: Box<RawValue>,
+    /// A published snapshot of the source; its newest if it is not given.
+    #[schema(value_type = Option<String>, pattern = "^[0-9a-f]{32}$")]
     source_snapshot_id: Option<Box<RawValue>>,
 }
 
+/// Create an export that starts as a published snapshot of another; no data is copied.
+#[utoipa::path(
+    post, path = "/v1/exports/clone", operation_id = "cloneExport", tag = "exports", request_body = CloneFields,
+    responses((status = 201, description = "Created", body = Status), Refusal)
+)]
 async fn clone(State(api): State<Api>, Fields(fields): Fields<CloneFields>) -> Created<Status> {
     let id = body::export_id("export_id", &fields.export_id)?;
     let source = body::export_id("source_export_id", &fields.source_export_id)?;
@@ -106,6 +148,11 @@ async fn clone(State(api): State<Api>, Fields(fields): Fields<CloneFields>) -> C
     Ok((StatusCode::CREATED, Line(status.into())))
 }
 
+/// Look at one export.
+#[utoipa::path(
+    get, path = "/v1/exports/{id}/status", operation_id = "getExportStatus", tag = "exports", params(Named),
+    responses((status = 200, description = "Its state", body = Status), Refusal)
+)]
 async fn status(State(api): State<Api>, Named(id): Named) -> Answer<Status> {
     Ok(Line(api.registry.status(&id).await?.into()))
 }
@@ -115,18 +162,33 @@ async fn status(State(api): State<Api>, Named(id): Named) -> Answer<Status> {
 #[serde(deny_unknown_fields)]
 struct NoFields {}
 
+/// Publish what is dirty, as one point in time. With nothing dirty it creates nothing.
+#[utoipa::path(
+    post, path = "/v1/exports/{id}/snapshot", operation_id = "createSnapshot", tag = "snapshots", params(Named),
+    responses((status = 200, description = "The snapshot now", body = Snapshotted), Refusal)
+)]
 async fn snapshot(State(api): State<Api>, Named(id): Named, _: Fields<NoFields>) -> Answer<Snapshotted> {
     let published = to_the_end(async move { api.registry.snapshot(&id).await }).await?;
     let Published { created, generation, snapshot_id } = published;
     Ok(Line(Snapshotted { snapshot_created: created, generation, snapshot_id }))
 }
 
+/// Rewrite the whole image into one fresh blob, and publish that.
+#[utoipa::path(
+    post, path = "/v1/exports/{id}/compact", operation_id = "compactExport", tag = "snapshots", params(Named),
+    responses((status = 200, description = "The snapshot now", body = Compacted), Refusal)
+)]
 async fn compact(State(api): State<Api>, Named(id): Named, _: Fields<NoFields>) -> Answer<Compacted> {
     let published = to_the_end(async move { api.registry.compact(&id).await }).await?;
     let Published { created: _, generation, snapshot_id } = published;
     Ok(Line(Compacted { generation, snapshot_id }))
 }
 
+/// Drop all local state of an export. DESTROYS what was not published.
+#[utoipa::path(
+    post, path = "/v1/exports/{id}/cache/reset", operation_id = "resetCache", tag = "exports", params(Named),
+    responses((status = 200, description = "Its state, as published", body = Status), Refusal)
+)]
 async fn reset(State(api): State<Api>, Named(id): Named, _: Fields<NoFields>) -> Answer<Status> {
     let after = to_the_end(async move {
         api.registry.reset(&id).await?;
@@ -135,26 +197,41 @@ async fn reset(State(api): State<Api>, Named(id): Named, _: Fields<NoFields>) ->
     Ok(Line(after.await?.into()))
 }
 
+/// Unload an export here; its cache and what is in the store stay.
+#[utoipa::path(
+    delete, path = "/v1/exports/{id}", operation_id = "closeExport", tag = "exports", params(Named),
+    responses((status = 204, description = "Unloaded"), Refusal)
+)]
 async fn unload(State(api): State<Api>, Named(id): Named) -> Result<StatusCode, Problem> {
     to_the_end(async move { api.registry.unload(&id).await }).await?;
     Ok(StatusCode::NO_CONTENT)
 }
 
-#[derive(Serialize)]
+/// What a snapshot came to.
+#[derive(Serialize, ToSchema)]
+#[schema(as = SnapshotResult)]
 struct Snapshotted {
+    /// Whether there was anything to publish.
     snapshot_created: bool,
+    #[schema(value_type = u64)]
     generation: Generation,
+    #[schema(value_type = Option<String>, pattern = "^[0-9a-f]{32}$")]
     snapshot_id: Option<SnapshotId>,
 }
 
-#[derive(Serialize)]
+/// What a compaction came to.
+#[derive(Serialize, ToSchema)]
+#[schema(as = CompactResult)]
 struct Compacted {
+    #[schema(value_type = u64)]
     generation: Generation,
+    #[schema(value_type = Option<String>, pattern = "^[0-9a-f]{32}$")]
     snapshot_id: Option<SnapshotId>,
 }
 
 /// Whether clients can use the export, and why not.
-#[derive(Serialize)]
+#[derive(Serialize, ToSchema)]
+#[schema(as = ExportHealth)]
 #[serde(tag = "state", rename_all = "lowercase")]
 enum Health {
     Ready,
@@ -168,12 +245,14 @@ impl From<Option<String>> for Health {
 }
 
 /// How the last request to the store went, of whichever export.
-#[derive(Serialize)]
+#[derive(Serialize, ToSchema)]
+#[schema(as = ExportStoreHealth)]
 struct StoreHealth {
     /// Whether it had an answer.
     reachable: bool,
     /// Since when there is none.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(format = DateTime)]
     since: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     last_error: Option<String>,
@@ -188,13 +267,17 @@ impl From<Option<Outage>> for StoreHealth {
     }
 }
 
-#[derive(Serialize)]
+/// An export in the list.
+#[derive(Serialize, ToSchema)]
+#[schema(as = ExportSummary)]
 struct Summary {
+    #[schema(value_type = String)]
     export_id: ExportId,
     image_size: Option<u64>,
     chunk_size: Option<u64>,
     #[serde(flatten)]
     state: Health,
+    #[schema(value_type = Option<String>, pattern = "^[0-9a-f]{32}$")]
     current_snapshot_id: Option<SnapshotId>,
 }
 
@@ -210,8 +293,11 @@ impl From<ExportSummary> for Summary {
     }
 }
 
-#[derive(Serialize)]
+/// Everything about one export.
+#[derive(Serialize, ToSchema)]
+#[schema(as = ExportStatus)]
 struct Status {
+    #[schema(value_type = String)]
     export_id: ExportId,
     image_size: u64,
     chunk_size: u64,
@@ -222,9 +308,13 @@ struct Status {
     dirty_chunks: u64,
     /// Chunks that the store did not return as they were published.
     corrupt_fetches: u64,
+    #[schema(value_type = u64)]
     snapshot_generation: Generation,
+    #[schema(value_type = u64)]
     remote_head_generation: Generation,
+    #[schema(value_type = Option<String>, pattern = "^[0-9a-f]{32}$")]
     current_snapshot_id: Option<SnapshotId>,
+    /// idle, snapshotting, compacting, resetting or closing.
     operation_state: &'static str,
     store: StoreHealth,
     #[serde(flatten)]

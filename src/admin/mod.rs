@@ -9,9 +9,12 @@ mod answer;
 mod body;
 mod exports;
 mod health;
+mod openapi;
 mod problem;
 mod scrape;
+mod snapshots;
 mod socket;
+mod status;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -32,6 +35,7 @@ pub use health::{Health, StoreFailure, StoreHealth};
 use problem::{Code, Problem};
 pub use scrape::{MAX_SCRAPES, ScrapeError, Scrapes};
 pub use socket::{BindError, Group, MAX_PATH_BYTES, Socket};
+pub use status::{ExportCounts, ServerStatus};
 
 /// How long a client may take for a request's head; also how long a connection may idle.
 pub const HEADER_TIMEOUT: Duration = Duration::from_secs(10);
@@ -91,15 +95,17 @@ pub struct Api {
 pub struct Watch {
     metrics: Arc<dyn Fn() -> Page + Send + Sync>,
     health: Arc<dyn Fn() -> Health + Send + Sync>,
+    status: Arc<dyn Fn() -> ServerStatus + Send + Sync>,
 }
 
 impl Watch {
-    /// What `GET /metrics` and `GET /v1/health` show.
+    /// What `GET /metrics`, `GET /v1/health` and `GET /v1/status` show.
     pub fn new(
         metrics: impl Fn() -> Page + Send + Sync + 'static,
         health: impl Fn() -> Health + Send + Sync + 'static,
+        status: impl Fn() -> ServerStatus + Send + Sync + 'static,
     ) -> Self {
-        Self { metrics: Arc::new(metrics), health: Arc::new(health) }
+        Self { metrics: Arc::new(metrics), health: Arc::new(health), status: Arc::new(status) }
     }
 
     fn metrics(&self) -> Page {
@@ -108,6 +114,10 @@ impl Watch {
 
     fn health(&self) -> Health {
         (self.health)()
+    }
+
+    fn status(&self) -> ServerStatus {
+        (self.status)()
     }
 }
 
@@ -118,9 +128,8 @@ impl std::fmt::Debug for Watch {
 }
 
 fn router(api: Api) -> Router {
-    exports::routes()
+    openapi::described([exports::routes(), snapshots::routes(), status::routes(), health::routes()])
         .merge(scrape::routes())
-        .merge(health::routes())
         .fallback(unknown_path)
         .method_not_allowed_fallback(method_not_allowed)
         .with_state(api)

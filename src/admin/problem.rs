@@ -4,9 +4,14 @@
 //! the same for every problem of that code, `detail` names the value, the place and the remedy for a person. There is
 //! no 500: what the server cannot do is the store's or the disk's state (503, 507), and says so.
 
+use std::collections::BTreeMap;
+
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use serde::Serialize;
+use utoipa::openapi::schema::{Object, ObjectBuilder, Type};
+use utoipa::openapi::{ContentBuilder, Ref, RefOr, ResponseBuilder};
+use utoipa::{IntoResponses, ToSchema};
 
 use crate::units::UnitError;
 use crate::volume::VolumeError;
@@ -33,6 +38,7 @@ pub(super) enum Code {
     AlreadyLoaded,
     NothingPublished,
     Busy,
+    Cancelled,
     Conflict,
     Closed,
     PayloadTooLarge,
@@ -44,6 +50,37 @@ pub(super) enum Code {
 }
 
 impl Code {
+    /// All of them.
+    const ALL: [Self; 27] = [
+        Self::InvalidJson,
+        Self::InvalidField,
+        Self::InvalidExportId,
+        Self::InvalidSnapshotId,
+        Self::InvalidSize,
+        Self::InvalidChunkSize,
+        Self::IncompleteBody,
+        Self::OutOfRange,
+        Self::ReadOnly,
+        Self::UnknownPath,
+        Self::NotFound,
+        Self::SnapshotNotFound,
+        Self::MethodNotAllowed,
+        Self::BodyTimeout,
+        Self::Exists,
+        Self::AlreadyLoaded,
+        Self::NothingPublished,
+        Self::Busy,
+        Self::Cancelled,
+        Self::Conflict,
+        Self::Closed,
+        Self::PayloadTooLarge,
+        Self::StoreUnavailable,
+        Self::Damaged,
+        Self::Failed,
+        Self::TooManyConnections,
+        Self::NoSpace,
+    ];
+
     /// The table: status, code, title.
     const fn row(self) -> (StatusCode, &'static str, &'static str) {
         use StatusCode as S;
@@ -66,6 +103,7 @@ impl Code {
             Self::AlreadyLoaded => (S::CONFLICT, "already-loaded", "The export is loaded already"),
             Self::NothingPublished => (S::CONFLICT, "nothing-published", "The export has no snapshot"),
             Self::Busy => (S::CONFLICT, "busy", "Another operation on the export is under way"),
+            Self::Cancelled => (S::CONFLICT, "cancelled", "The operation was cancelled"),
             Self::Conflict => (S::CONFLICT, "conflict", "Another server published the export"),
             Self::Closed => (S::CONFLICT, "closed", "The export is being unloaded"),
             Self::PayloadTooLarge => (S::PAYLOAD_TOO_LARGE, "payload-too-large", "The body is too large"),
@@ -85,13 +123,42 @@ pub(super) struct Problem {
     pub(super) detail: String,
 }
 
-#[derive(Serialize)]
-struct Document<'a> {
+/// Every refusal; `code` says which, for programs.
+#[derive(Serialize, ToSchema)]
+#[schema(as = Problem)]
+pub(super) struct Document<'a> {
+    /// `urn:nbd-server:problem:` and the code.
     r#type: String,
     title: &'a str,
     status: u16,
+    #[schema(schema_with = codes)]
     code: &'a str,
+    /// The value, the place and the remedy, for a person.
     detail: &'a str,
+}
+
+/// Every code there is, with its status and its title.
+fn codes() -> Object {
+    let meaning = Code::ALL.map(|code| {
+        let (status, name, title) = code.row();
+        format!("- `{name}` ({}): {title}", status.as_u16())
+    });
+    ObjectBuilder::new()
+        .schema_type(Type::String)
+        .enum_values(Some(Code::ALL.map(|code| code.row().1)))
+        .description(Some(format!("Never changes its meaning:\n{}", meaning.join("\n"))))
+        .build()
+}
+
+/// What every call may answer instead: a problem, of whatever status its code has.
+pub(super) struct Refusal;
+
+impl IntoResponses for Refusal {
+    fn responses() -> BTreeMap<String, RefOr<utoipa::openapi::Response>> {
+        let content = ContentBuilder::new().schema(Some(Ref::from_schema_name("Problem"))).build();
+        let refusal = ResponseBuilder::new().description("A refusal").content(MEDIA_TYPE, content).build();
+        BTreeMap::from([("default".to_owned(), RefOr::T(refusal))])
+    }
 }
 
 impl Problem {
@@ -166,6 +233,7 @@ impl From<ExportError> for Problem {
             ExportError::SnapshotNotFound(..) => Code::SnapshotNotFound,
             ExportError::NothingPublished(_) => Code::NothingPublished,
             ExportError::Busy(..) => Code::Busy,
+            ExportError::Cancelled(_) => Code::Cancelled,
             ExportError::Conflict { .. } => Code::Conflict,
             ExportError::StoreUnavailable(_) => Code::StoreUnavailable,
             ExportError::Damaged(_) => Code::Damaged,
@@ -181,44 +249,15 @@ mod tests {
     use super::*;
     use crate::units::{ByteRange, ExportId};
 
-    const ALL: [Code; 26] = [
-        Code::InvalidJson,
-        Code::InvalidField,
-        Code::InvalidExportId,
-        Code::InvalidSnapshotId,
-        Code::InvalidSize,
-        Code::InvalidChunkSize,
-        Code::IncompleteBody,
-        Code::OutOfRange,
-        Code::ReadOnly,
-        Code::UnknownPath,
-        Code::NotFound,
-        Code::SnapshotNotFound,
-        Code::MethodNotAllowed,
-        Code::BodyTimeout,
-        Code::Exists,
-        Code::AlreadyLoaded,
-        Code::NothingPublished,
-        Code::Busy,
-        Code::Conflict,
-        Code::Closed,
-        Code::PayloadTooLarge,
-        Code::StoreUnavailable,
-        Code::Damaged,
-        Code::Failed,
-        Code::TooManyConnections,
-        Code::NoSpace,
-    ];
-
     fn vm() -> ExportId {
         "vm".parse().unwrap()
     }
 
     #[test]
     fn codes_are_unique_and_none_is_a_500() {
-        let codes: BTreeSet<_> = ALL.iter().map(|c| c.row().1).collect();
-        assert_eq!(codes.len(), ALL.len());
-        for code in ALL {
+        let codes: BTreeSet<_> = Code::ALL.iter().map(|c| c.row().1).collect();
+        assert_eq!(codes.len(), Code::ALL.len());
+        for code in Code::ALL {
             let (status, name, _) = code.row();
             assert!(status.is_client_error() || status.is_server_error(), "{name}");
             assert_ne!(status, StatusCode::INTERNAL_SERVER_ERROR, "{name}");

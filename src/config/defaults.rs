@@ -32,7 +32,7 @@ impl Surroundings<'_> {
         Ok(self.state("--local-root")?.join("store"))
     }
 
-    pub(super) fn admin_sock(&self) -> Result<PathBuf, ConfigError> {
+    pub(crate) fn admin_sock(&self) -> Result<PathBuf, ConfigError> {
         if self.root {
             return Ok(Path::new("/run").join(NAME).join(SOCKET));
         }

@@ -54,7 +54,9 @@ where
     let layered = |command: clap::Command| layer(command, &file);
     let command = Cli::command()
         .mut_subcommand("serve", layered)
-        .mut_subcommand("config", |config| config.mut_subcommand("show", layered));
+        .mut_subcommand("config", |config| config.mut_subcommand("show", layered))
+        .mut_subcommand("import", layered)
+        .mut_subcommand("export-image", layered);
     let (cli, matches) = parse(command)?;
     Ok((cli, Origins { matches, file: Some(file) }))
 }

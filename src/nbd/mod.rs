@@ -129,11 +129,16 @@ impl Server {
         }
     }
 
+    /// How many clients are connected.
+    #[must_use]
+    pub fn connections(&self) -> usize {
+        self.shared.limits.connections - self.connections.available_permits()
+    }
+
     /// Writes what was counted.
     pub fn describe(&self, page: &mut Page) {
-        let Shared { limits, bites, accepted, attached, .. } = &*self.shared;
-        let now = limits.connections - self.connections.available_permits();
-        page.family(Kind::Gauge, "nbd_server_connections", "NBD clients now.").sample(&[], now);
+        let Shared { bites, accepted, attached, .. } = &*self.shared;
+        page.family(Kind::Gauge, "nbd_server_connections", "NBD clients now.").sample(&[], self.connections());
         page.family(Kind::Counter, "nbd_server_connections_total", "NBD clients that were let in.")
             .sample(&[], accepted.get());
         page.family(Kind::Counter, "nbd_server_attached_total", "NBD clients that attached an export.")

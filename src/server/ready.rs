@@ -16,24 +16,34 @@ pub(super) fn line(
     tls_required: bool,
     admin_sock: &Path,
 ) -> String {
-    let scheme = if tls_required { Scheme::Nbds } else { Scheme::Nbd };
+    let scheme = Scheme::of(tls_required);
     let failed = exports.iter().filter(|export| export.failed.is_some()).count();
     let loaded = exports.len() - failed;
-    let uris: Vec<_> = addresses.iter().map(|addr| uri(scheme, addr, "")).collect();
     let socket = quoted(&admin_sock.to_string_lossy()).into_owned();
     let attach = addresses.first().map(|addr| attach(scheme, addr)).unwrap_or_default();
     format!(
         "ready: {loaded} exports, {failed} failed; NBD on {uris}; admin socket {socket}; \
          create an export: curl --unix-socket {socket} http://localhost/v1/exports/create \
          -d '{{\"export_id\":\"{EXAMPLE}\",\"size\":1073741824}}'; {attach}",
-        uris = uris.join(" "),
+        uris = uris(addresses, tls_required).join(" "),
     )
+}
+
+/// Where clients connect, as URIs without an export.
+pub(super) fn uris(addresses: &[ListenAddr], tls_required: bool) -> Vec<String> {
+    addresses.iter().map(|addr| uri(Scheme::of(tls_required), addr, "")).collect()
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Scheme {
     Nbd,
     Nbds,
+}
+
+impl Scheme {
+    fn of(tls_required: bool) -> Self {
+        if tls_required { Self::Nbds } else { Self::Nbd }
+    }
 }
 
 /// The standard URI of an export.
@@ -65,7 +75,7 @@ fn attach(scheme: Scheme, addr: &ListenAddr) -> String {
 }
 
 /// As a shell takes it.
-fn quoted(text: &str) -> Cow<'_, str> {
+pub(crate) fn quoted(text: &str) -> Cow<'_, str> {
     let plain = |c: char| c.is_ascii_alphanumeric() || "/._-:@%+=,[]".contains(c);
     if text.chars().all(plain) { text.into() } else { format!("'{}'", text.replace('\'', r"'\''")).into() }
 }

@@ -5,6 +5,7 @@
 
 use super::Services;
 use super::registry::ExportError;
+use crate::manifest::head::Head;
 use crate::units::{ExportId, Generation, Geometry, SnapshotId};
 
 /// How many manifests are followed before the answer is "unknown".
@@ -46,5 +47,21 @@ impl Services {
             at = manifest.parent();
         }
         Ok(Ancestry::Unknown)
+    }
+
+    /// A snapshot that an export's head is or came from. An object that an aborted publish left is not one.
+    pub(super) async fn published(
+        &self,
+        id: &ExportId,
+        head: &Head,
+        asked: SnapshotId,
+    ) -> Result<SnapshotId, ExportError> {
+        let not_found = || ExportError::SnapshotNotFound(id.clone(), asked);
+        if head.current == Some(asked) {
+            return Ok(asked);
+        }
+        let manifest = self.find_manifest(id, head.geometry, asked).await?.ok_or_else(not_found)?;
+        let ancestry = self.ancestry(id, head.geometry, head.current, (asked, manifest.generation())).await?;
+        if ancestry == Ancestry::Foreign { Err(not_found()) } else { Ok(asked) }
     }
 }

@@ -13,12 +13,12 @@ use bytes::Bytes;
 use parking_lot::Mutex;
 use tokio::sync::{Semaphore, SemaphorePermit, watch};
 
-use super::{Volume, VolumeError};
+use super::{Services, Volume, VolumeError};
 use crate::cache;
 use crate::manifest::Source;
 use crate::sabotage::{Rule, breaks};
 use crate::store::{Key, SharedStore, StoreError};
-use crate::units::{ByteRange, ChunkIndex};
+use crate::units::{ByteRange, ChunkIndex, ExportId};
 
 /// The most bytes of chunks on their way from the store to the disk, over all volumes of a server.
 pub const FILL_BUDGET_BYTES: u64 = 256 << 20;
@@ -119,7 +119,7 @@ impl Volume {
         Ok(Filled { bytes, kept })
     }
 
-    /// The chunk's bytes from the store, their hash checked; what does not match is fetched once more, then refused.
+    /// As [`Services::fetch`], counted.
     pub(super) async fn fetch(&self, chunk: ChunkIndex, source: &Remote) -> Result<Bytes, VolumeError> {
         let started = Instant::now();
         let fetched = self.fetch_checked(chunk, source).await;
@@ -128,11 +128,38 @@ impl Volume {
     }
 
     async fn fetch_checked(&self, chunk: ChunkIndex, source: &Remote) -> Result<Bytes, VolumeError> {
+        self.services.fetch(&self.export_id, chunk, source).await.map_err(|e| match e {
+            FetchError::Unavailable(text) => VolumeError::Unavailable(text),
+            FetchError::Corrupt(text) => {
+                self.fills.corrupt.fetch_add(1, Ordering::Relaxed);
+                VolumeError::Unavailable(text)
+            }
+        })
+    }
+}
+
+/// Why a chunk is not there.
+#[derive(Debug, Clone)]
+pub(super) enum FetchError {
+    /// The store did not answer.
+    Unavailable(Arc<str>),
+    /// What it answered is not what was published.
+    Corrupt(Arc<str>),
+}
+
+impl Services {
+    /// The chunk's bytes from the store, their hash checked; what does not match is fetched once more, then refused.
+    pub(super) async fn fetch(
+        &self,
+        export_id: &ExportId,
+        chunk: ChunkIndex,
+        source: &Remote,
+    ) -> Result<Bytes, FetchError> {
         for attempt in [1, 2] {
-            let bytes = source.get(&self.services.store).await.map_err(|e| {
-                let text = format!("export {}: chunk {chunk} could not be fetched: {e}", self.export_id);
+            let bytes = source.get(&self.store).await.map_err(|e| {
+                let text = format!("export {export_id}: chunk {chunk} could not be fetched: {e}");
                 tracing::warn!("{text}");
-                VolumeError::Unavailable(text.into())
+                FetchError::Unavailable(text.into())
             })?;
             let Some(hash) = source.hash else { return Ok(bytes) };
             let checked = bytes.clone();
@@ -141,16 +168,15 @@ impl Volume {
                 return Ok(bytes);
             }
             tracing::error!(
-                export = %self.export_id, %chunk, attempt,
+                export = %export_id, %chunk, attempt,
                 "{} at {} is not what was published: its BLAKE3 is not the manifest's", source.key, source.range
             );
         }
-        self.fills.corrupt.fetch_add(1, Ordering::Relaxed);
         let text = format!(
-            "export {}: chunk {chunk} in {} at {} does not match the manifest's BLAKE3: the object is damaged; restore it from a copy of the bucket",
-            self.export_id, source.key, source.range
+            "export {export_id}: chunk {chunk} in {} at {} does not match the manifest's BLAKE3: the object is damaged; restore it from a copy of the bucket",
+            source.key, source.range
         );
-        Err(VolumeError::Unavailable(text.into()))
+        Err(FetchError::Corrupt(text.into()))
     }
 }
 

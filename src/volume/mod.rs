@@ -14,6 +14,7 @@ mod ancestry;
 mod at_once;
 mod change;
 mod fill;
+pub mod image;
 mod meter;
 mod objects;
 mod open;
@@ -21,6 +22,7 @@ pub mod order;
 mod publish;
 mod recover;
 pub mod registry;
+pub mod snapshots;
 
 use std::sync::Arc;
 

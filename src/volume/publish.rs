@@ -405,9 +405,9 @@ impl Volume {
 }
 
 /// A chunk with the hash of its bytes, or without either if it is zeros.
-type HashedChunk = (ChunkIndex, Option<(Bytes, [u8; 32])>);
+pub(super) type HashedChunk = (ChunkIndex, Option<(Bytes, [u8; 32])>);
 
-fn hashed(chunk: ChunkIndex, bytes: Bytes) -> HashedChunk {
+pub(super) fn hashed(chunk: ChunkIndex, bytes: Bytes) -> HashedChunk {
     if bytes.iter().all(|b| *b == 0) {
         return (chunk, None);
     }

@@ -13,7 +13,7 @@ use futures_util::stream::{self, StreamExt};
 use parking_lot::{Mutex, RwLock};
 use tokio::sync::OnceCell;
 
-use super::ancestry::Ancestry;
+use super::snapshots::Line;
 use super::{Outage, Services, Volume, VolumeError};
 use crate::cache::journal::{JOURNAL_FILE, Kind};
 use crate::cache::{self, open as cache_files};
@@ -124,9 +124,12 @@ pub enum ExportError {
     /// Clone of a snapshot that was never published under that export.
     #[error("export {0} has no published snapshot {1}")]
     SnapshotNotFound(ExportId, SnapshotId),
-    /// Clone of an export without a published snapshot.
-    #[error("export {0} has nothing published to clone: take a snapshot of it first")]
+    /// Clone or copy of an export without a published snapshot.
+    #[error("export {0} has nothing published: take a snapshot of it first")]
     NothingPublished(ExportId),
+    /// Whoever wanted it does not any more; it is as it was before.
+    #[error("{0} is as it was before: the operation was cancelled")]
+    Cancelled(ExportId),
     /// One publish or reset at a time.
     #[error("export {0} is busy {1}: wait for it to end and repeat")]
     Busy(ExportId, &'static str),
@@ -350,23 +353,12 @@ impl Registry {
         let not_found = || ExportError::NotFound(source.clone(), "in the store");
         let head = self.services.read_head(&source).await?.ok_or_else(not_found)?.head;
         let snapshot = match (snapshot, head.current) {
-            (Some(asked), _) => self.published(&source, &head, asked).await?,
+            (Some(asked), _) => self.services.published(&source, &head, asked).await?,
             (None, Some(current)) => current,
             (None, None) => return Err(ExportError::NothingPublished(source)),
         };
         let seed = CloneSeed { source_export_id: source, source_snapshot_id: snapshot };
         self.create_with(Head::new(id, head.geometry, Some(seed))).await
-    }
-
-    /// A snapshot that an export's head is or came from. An object that an aborted publish left is not one.
-    async fn published(&self, id: &ExportId, head: &Head, asked: SnapshotId) -> Result<SnapshotId, ExportError> {
-        let not_found = || ExportError::SnapshotNotFound(id.clone(), asked);
-        if head.current == Some(asked) {
-            return Ok(asked);
-        }
-        let manifest = self.services.find_manifest(id, head.geometry, asked).await?.ok_or_else(not_found)?;
-        let ancestry = self.services.ancestry(id, head.geometry, head.current, (asked, manifest.generation())).await?;
-        if ancestry == Ancestry::Foreign { Err(not_found()) } else { Ok(asked) }
     }
 
     async fn create_with(&self, head: Head) -> Result<ExportStatus, ExportError> {
@@ -434,6 +426,15 @@ impl Registry {
     /// As [`volume`](Self::volume).
     pub async fn status(&self, id: &ExportId) -> Result<ExportStatus, ExportError> {
         Ok(self.volume(id).await?.status())
+    }
+
+    /// The published snapshots of an export that is loaded here, newest first, as the store has them now.
+    ///
+    /// # Errors
+    /// [`ExportError::NotFound`]; whatever keeps its head or a manifest from being read.
+    pub async fn snapshots(&self, id: &ExportId) -> Result<Line, ExportError> {
+        self.export(id)?;
+        self.services.snapshots(id).await
     }
 
     /// Publishes what is dirty.

@@ -1,0 +1,201 @@
+//! `export`: devices that NBD clients attach by name.
+
+use clap::{Args, Subcommand};
+use serde_json::{Value, json};
+
+use super::table::{Row, pairs, table};
+use super::{CliError, Common, number, size, snapshot_or_none, text};
+use crate::config::Surroundings;
+use crate::units::{ExportId, SnapshotId};
+
+/// What can be done with exports.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// List the exports that are loaded
+    List(List),
+    /// Create an export of zeros
+    Create(Create),
+    /// Load an export that is in the store
+    Open(Open),
+    /// Create an export that starts as a published snapshot of another; no data is copied
+    Clone(CloneExport),
+    /// Look at one export: what is cached and dirty, which snapshot it builds on, what is going on
+    Status(Status),
+    /// Unload an export here; its cache and what is in the store stay
+    Close(Close),
+}
+
+/// The flags of `export list`.
+#[derive(Debug, Args)]
+pub struct List {
+    #[command(flatten)]
+    common: Common,
+}
+
+/// The flags of `export create`.
+#[derive(Debug, Args)]
+pub struct Create {
+    /// Name of the new export
+    #[arg(value_name = "NAME")]
+    name: ExportId,
+    /// Size of the device, such as 10G or 512MiB
+    #[arg(value_name = "SIZE", value_parser = size::parse)]
+    size: u64,
+    /// Unit of fetching and publishing: a power of two from 4KiB to 64MiB [default: the server's --chunk-size]
+    #[arg(long, value_name = "BYTES", value_parser = size::parse)]
+    chunk_size: Option<u64>,
+    #[command(flatten)]
+    common: Common,
+}
+
+/// The flags of `export open`.
+#[derive(Debug, Args)]
+pub struct Open {
+    /// The export
+    #[arg(value_name = "NAME")]
+    name: ExportId,
+    /// Refuse writes
+    #[arg(long)]
+    read_only: bool,
+    #[command(flatten)]
+    common: Common,
+}
+
+/// The flags of `export clone`.
+#[derive(Debug, Args)]
+pub struct CloneExport {
+    /// The export to clone
+    #[arg(value_name = "SOURCE")]
+    source: ExportId,
+    /// Name of the new export
+    #[arg(value_name = "NAME")]
+    name: ExportId,
+    /// Snapshot of the source to start from [default: its newest]
+    #[arg(long, value_name = "ID")]
+    snapshot: Option<SnapshotId>,
+    #[command(flatten)]
+    common: Common,
+}
+
+/// The flags of `export status`.
+#[derive(Debug, Args)]
+pub struct Status {
+    /// The export
+    #[arg(value_name = "NAME")]
+    name: ExportId,
+    #[command(flatten)]
+    common: Common,
+}
+
+/// The flags of `export close`.
+#[derive(Debug, Args)]
+pub struct Close {
+    /// The export
+    #[arg(value_name = "NAME")]
+    name: ExportId,
+    #[command(flatten)]
+    common: Common,
+}
+
+impl Command {
+    pub(super) async fn run(self, surroundings: &Surroundings<'_>) -> Result<String, CliError> {
+        match self {
+            Self::List(List { common }) => {
+                let exports = common.client(surroundings)?.get("/v1/exports").await?;
+                let rows = exports.as_array().map(Vec::as_slice).unwrap_or_default();
+                let ids: Vec<&str> = rows.iter().map(|export| text(export, "export_id")).collect();
+                Ok(common.show(&exports, &ids, || list(rows)))
+            }
+            Self::Create(Create { name, size, chunk_size, common }) => {
+                let mut body = json!({"export_id": name, "size": size});
+                if let Some(chunk_size) = chunk_size {
+                    body["chunk_size"] = chunk_size.into();
+                }
+                let export = common.client(surroundings)?.post("/v1/exports/create", Some(body)).await?;
+                Ok(done(&common, &export, &format!("created {name}, {}", size::shown(size))))
+            }
+            Self::Open(Open { name, read_only, common }) => {
+                let body = json!({"export_id": name, "read_only": read_only});
+                let export = common.client(surroundings)?.post("/v1/exports/open", Some(body)).await?;
+                let mode = if read_only { ", read-only" } else { "" };
+                Ok(done(&common, &export, &format!("opened {name}{mode}")))
+            }
+            Self::Clone(CloneExport { source, name, snapshot, common }) => {
+                let mut body = json!({"export_id": name, "source_export_id": source});
+                if let Some(snapshot) = snapshot {
+                    body["source_snapshot_id"] = snapshot.to_string().into();
+                }
+                let export = common.client(surroundings)?.post("/v1/exports/clone", Some(body)).await?;
+                Ok(done(&common, &export, &format!("created {name} as a clone of {source}")))
+            }
+            Self::Status(Status { name, common }) => {
+                let export = common.client(surroundings)?.get(&format!("/v1/exports/{name}/status")).await?;
+                Ok(common.show(&export, &[], || status(&export)))
+            }
+            Self::Close(Close { name, common }) => {
+                let none = common.client(surroundings)?.delete(&format!("/v1/exports/{name}")).await?;
+                Ok(common
+                    .show(&none, &[], || format!("closed {name}; `nbd-server export open {name}` loads it again\n")))
+            }
+        }
+    }
+}
+
+fn done(common: &Common, export: &Value, what: &str) -> String {
+    common.show(export, &[text(export, "export_id")], || format!("{what}\n"))
+}
+
+fn list(exports: &[Value]) -> String {
+    let row = |export: &Value| -> Row {
+        let state = match text(export, "reason") {
+            "" => text(export, "state").to_owned(),
+            reason => format!("{}: {reason}", text(export, "state")),
+        };
+        let bytes = |field: &str| export[field].as_u64().map_or_else(|| "unknown".to_owned(), size::shown);
+        vec![
+            text(export, "export_id").to_owned(),
+            bytes("image_size"),
+            bytes("chunk_size"),
+            snapshot_or_none(export, "current_snapshot_id"),
+            state,
+        ]
+    };
+    table(&["NAME", "SIZE", "CHUNK", "SNAPSHOT", "STATE"], &exports.iter().map(row).collect::<Vec<_>>())
+}
+
+fn status(export: &Value) -> String {
+    let chunk = number(export, "chunk_size");
+    let image = number(export, "image_size");
+    let chunks = |field: &str| {
+        let count = number(export, field);
+        // The last chunk may be short.
+        format!("{} ({count} of {} chunks)", size::shown((count * chunk).min(image)), number(export, "chunk_count"))
+    };
+    let state = match text(export, "reason") {
+        "" => text(export, "state").to_owned(),
+        reason => format!("{}: {reason}", text(export, "state")),
+    };
+    let mut rows = vec![
+        ("name", text(export, "export_id").to_owned()),
+        ("state", state),
+        ("operation", text(export, "operation_state").to_owned()),
+        ("size", size::shown(image)),
+        ("chunk size", size::shown(chunk)),
+        ("writes", if export["read_only"] == true { "refused".to_owned() } else { "taken".to_owned() }),
+        ("resident", chunks("resident_chunks")),
+        ("dirty", chunks("dirty_chunks")),
+        ("snapshot", snapshot_or_none(export, "current_snapshot_id")),
+        ("generation", format!("{}, in the store {}", export["snapshot_generation"], export["remote_head_generation"])),
+        ("damaged chunks", number(export, "corrupt_fetches").to_string()),
+    ];
+    let store = &export["store"];
+    rows.push((
+        "store",
+        if store["reachable"] == true {
+            "answers".to_owned()
+        } else {
+            format!("fails since {}: {}", text(store, "since"), text(store, "last_error"))
+        },
+    ));
+    pairs(&rows)
+}

@@ -1,0 +1,224 @@
+//! `import`: a disk image becomes a new export, straight in the store; no server and no cache take part.
+//!
+//! The file is read once, its holes are skipped, and runs of zeros of a whole chunk are not stored. What cannot be read
+//! twice or is not raw becomes a temporary sparse file first. Nothing is left of an import that fails or is cancelled.
+
+use std::fs::File;
+use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use bytes::Bytes;
+use clap::Args;
+use futures_util::StreamExt;
+use futures_util::stream;
+use parking_lot::Mutex;
+use rustix::io::Errno;
+use serde_json::json;
+use tempfile::NamedTempFile;
+
+use super::progress::Progress;
+use super::{CliError, convert, size};
+use crate::cache;
+use crate::config::{Storage, Surroundings};
+use crate::server::Offline;
+use crate::units::{ChunkIndex, DEFAULT_CHUNK_BYTES, ExportId, Geometry};
+
+/// How much of a stream is looked at for zeros at a time.
+const SPOOL_BYTES: usize = 64 << 10;
+
+/// The flags of `import`.
+#[derive(Debug, Args)]
+#[command(after_help = "The export must not exist yet. A running server does not notice it by itself: \
+    `nbd-server export open NAME` loads it there.")]
+pub struct Import {
+    /// The image; - reads a raw one from stdin
+    #[arg(value_name = "FILE")]
+    file: PathBuf,
+    /// Name of the new export
+    #[arg(value_name = "NAME")]
+    name: ExportId,
+    /// Format of the image, such as raw, qcow2, vmdk, vhdx; all but raw need qemu-img [default: what its first bytes say]
+    #[arg(long, value_name = "FORMAT")]
+    format: Option<String>,
+    /// Unit of fetching and publishing: a power of two from 4KiB to 64MiB
+    #[arg(long, value_name = "BYTES", env = "NBD_SERVER_CHUNK_SIZE", value_parser = size::parse,
+          default_value_t = DEFAULT_CHUNK_BYTES)]
+    chunk_size: u64,
+    /// Directory for the temporary raw file that stdin and other formats need
+    #[arg(long, value_name = "DIR", env = "TMPDIR", default_value = "/var/tmp")]
+    temp_dir: PathBuf,
+    /// Print the result as JSON
+    #[arg(long, conflicts_with = "quiet")]
+    json: bool,
+    /// Print the snapshot's id alone, and no progress
+    #[arg(short, long)]
+    quiet: bool,
+    /// The store.
+    #[command(flatten)]
+    pub(crate) storage: Storage,
+}
+
+impl Import {
+    pub(super) async fn run(self, surroundings: &Surroundings<'_>) -> Result<String, CliError> {
+        let store = Offline::connect(&self.storage.check(surroundings)?)?;
+        // Before hours of reading.
+        store.probe().await?;
+        // Lives until the image is stored.
+        let (path, _temporary) = self.raw().await?;
+        let read = |what: &str| format!("{} cannot be {what}", path.display());
+        let file = File::open(&path).map_err(|source| CliError::Io { what: read("opened"), source })?;
+        let len = (&file).seek(SeekFrom::End(0)).map_err(|source| CliError::Io { what: read("measured"), source })?;
+        let geometry = Geometry::new(len, self.chunk_size)
+            .map_err(|e| CliError::Image(format!("{} cannot become an export: {e}", self.file.display())))?;
+        let progress = Mutex::new(Progress::new("importing", len, self.quiet || self.json));
+        let file = Arc::new(file);
+        let chunks = stream::unfold(Some(0), |from| {
+            let (file, progress) = (Arc::clone(&file), &progress);
+            async move {
+                let from = from?;
+                progress.lock().reach(from);
+                let read = cache::blocking_io(move || next_chunk(&file, geometry, from)).await;
+                match read {
+                    Ok(None) => None,
+                    Ok(Some((chunk, bytes))) => {
+                        let next = geometry.chunk_range(chunk).end();
+                        Some((Ok((chunk, bytes)), Some(next)))
+                    }
+                    Err(e) => Some((Err(e), None)),
+                }
+            }
+        });
+        let cancelled = async {
+            if tokio::signal::ctrl_c().await.is_err() {
+                std::future::pending::<()>().await;
+            }
+        };
+        let published = store.services().import(&self.name, geometry, chunks.boxed(), cancelled).await?;
+        drop(progress);
+        let snapshot = published.snapshot_id.map(|id| id.to_string()).unwrap_or_default();
+        Ok(if self.json {
+            let answer = json!({
+                "export_id": self.name, "image_size": len, "chunk_size": self.chunk_size, "snapshot_id": snapshot,
+                "generation": published.generation,
+            });
+            format!("{answer}\n")
+        } else if self.quiet {
+            format!("{snapshot}\n")
+        } else {
+            let name = &self.name;
+            let size = size::shown(len);
+            format!("imported {name}, {size}, as snapshot {snapshot}; `nbd-server export open {name}` loads it\n")
+        })
+    }
+
+    /// The raw file to read, and the temporary one behind it, if there is one.
+    async fn raw(&self) -> Result<(PathBuf, Option<NamedTempFile>), CliError> {
+        if self.file == Path::new("-") {
+            if let Some(format) = self.format.as_ref().filter(|format| *format != "raw") {
+                return Err(CliError::Unconfirmed(format!("stdin can only be raw, not {format}: name a file instead")));
+            }
+            let (mut temporary, dir) = (self.temporary()?, self.temp_dir.clone());
+            let spooled =
+                cache::blocking_io(move || spool(&mut io::stdin().lock(), temporary.as_file_mut()).map(|()| temporary));
+            let what = format!("stdin could not be copied into {}", dir.display());
+            let temporary = spooled.await.map_err(|source| CliError::Io { what, source })?;
+            return Ok((temporary.path().to_owned(), Some(temporary)));
+        }
+        let what = format!("{} cannot be read", self.file.display());
+        let found = convert::format_of(&self.file).map_err(|source| CliError::Io { what, source })?;
+        let format = self.format.as_deref().unwrap_or(found);
+        if format == "raw" {
+            return Ok((self.file.clone(), None));
+        }
+        if self.format.is_none() {
+            convert::refuse_references(&self.file, format).await?;
+        }
+        let temporary = self.temporary()?;
+        convert::to_raw(&self.file, format, temporary.path()).await?;
+        Ok((temporary.path().to_owned(), Some(temporary)))
+    }
+
+    fn temporary(&self) -> Result<NamedTempFile, CliError> {
+        let what = format!("no temporary file can be made in --temp-dir {}", self.temp_dir.display());
+        NamedTempFile::with_prefix_in("nbd-server-", &self.temp_dir).map_err(|source| CliError::Io { what, source })
+    }
+}
+
+/// A stream as a sparse file.
+fn spool(from: &mut impl Read, to: &mut File) -> io::Result<()> {
+    let mut buf = vec![0; SPOOL_BYTES];
+    let mut len = 0;
+    loop {
+        let mut filled = 0;
+        while filled < buf.len() {
+            match from.read(&mut buf[filled..])? {
+                0 => break,
+                read => filled += read,
+            }
+        }
+        let piece = &buf[..filled];
+        if piece.iter().all(|byte| *byte == 0) {
+            to.seek(SeekFrom::Current(i64::try_from(filled).map_err(io::Error::other)?))?;
+        } else {
+            to.write_all(piece)?;
+        }
+        len += filled as u64;
+        if filled < buf.len() {
+            return to.set_len(len);
+        }
+    }
+}
+
+/// The first chunk at or after a boundary of chunks that holds data, with its bytes.
+fn next_chunk(file: &File, geometry: Geometry, from: u64) -> io::Result<Option<(ChunkIndex, Bytes)>> {
+    if from >= geometry.image_size() {
+        return Ok(None);
+    }
+    let data = match rustix::fs::seek(file, rustix::fs::SeekFrom::Data(from)) {
+        Ok(data) => data,
+        Err(Errno::NXIO) => return Ok(None),
+        // The file system knows nothing of holes: all is data.
+        Err(_) => from,
+    };
+    let index = u32::try_from(data / geometry.chunk_size()).map_err(io::Error::other)?;
+    let range = geometry.chunk_range(ChunkIndex(index));
+    let mut buf = vec![0; usize::try_from(range.len()).map_err(io::Error::other)?];
+    file.read_exact_at(&mut buf, range.offset())?;
+    Ok(Some((ChunkIndex(index), buf.into())))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_stream_becomes_the_same_file_with_its_zeros_as_holes() {
+        let mut image = vec![0; 3 * SPOOL_BYTES + 5];
+        image[SPOOL_BYTES + 1] = 7;
+        let mut file = tempfile::tempfile().unwrap();
+        spool(&mut &image[..], &mut file).unwrap();
+        file.rewind().unwrap();
+        let mut read = Vec::new();
+        file.read_to_end(&mut read).unwrap();
+        assert!(read == image);
+    }
+
+    #[test]
+    fn holes_are_skipped_and_every_chunk_with_data_is_found() {
+        let file = tempfile::tempfile().unwrap();
+        let geometry = Geometry::new((1 << 20) + 100, 65_536).unwrap();
+        file.set_len(geometry.image_size()).unwrap();
+        file.write_all_at(b"x", 3 * 65_536 + 9).unwrap();
+        file.write_all_at(b"y", (1 << 20) + 99).unwrap();
+        let (mut from, mut found) = (0, Vec::new());
+        while let Some((chunk, bytes)) = next_chunk(&file, geometry, from).unwrap() {
+            from = geometry.chunk_range(chunk).end();
+            if bytes.iter().any(|byte| *byte != 0) {
+                found.push((chunk.0, bytes.len()));
+            }
+        }
+        assert_eq!(found, [(3, 65_536), (16, 100)]);
+    }
+}

@@ -1,0 +1,300 @@
+//! Disk images in and out of the store with the real binary, with no server at all and beside one.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "helpers of tests fail the test")]
+
+mod common;
+
+use std::fs::{self, File};
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::sync::Arc;
+
+use bytes::Bytes;
+use common::server::{TestServer, nbd_server, run, run_to_end};
+use common::volumes::{self, Site};
+use common::watched::Fate;
+use futures_util::stream::{self, StreamExt};
+use nbd_server::clock::SystemClock;
+use nbd_server::disk::RealDisk;
+use nbd_server::store::Store;
+use nbd_server::units::ChunkIndex;
+use nbd_server::volume::Services;
+use nbd_server::volume::registry::{ExportError, Published};
+use serde_json::{Value, json};
+
+const MIB: u64 = 1 << 20;
+/// Not a multiple of a chunk, nor of a sector.
+const SIZE: u64 = 33 * MIB + 1000;
+
+/// An image with data, holes and written zeros.
+fn image(dir: &Path) -> PathBuf {
+    let path = dir.join("disk.img");
+    let file = File::create(&path).unwrap();
+    file.set_len(SIZE).unwrap();
+    for (offset, byte) in [(0, 1), (5 * MIB - 3, 2), (20 * MIB, 3), (SIZE - 10, 4)] {
+        file.write_all_at(&[byte; 10], offset).unwrap();
+    }
+    file.write_all_at(&vec![0; 4 << 20], 12 * MIB).unwrap();
+    path
+}
+
+/// A command on the store below a directory, without a server.
+fn offline(dir: &Path, args: &[&str]) -> Command {
+    let mut command = nbd_server();
+    command.args(args).arg("--local-root").arg(dir.join("store")).env("TMPDIR", dir);
+    command
+}
+
+#[track_caller]
+fn done(command: &mut Command) -> Output {
+    let output = run_to_end(command);
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    output
+}
+
+#[track_caller]
+fn refused(command: &mut Command, status: i32, part: &str) {
+    let output = run_to_end(command);
+    let error = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(status), "{error}");
+    assert!(error.contains(part), "{part:?} is not in: {error}");
+    assert!(output.stdout.is_empty());
+}
+
+fn text(path: &Path) -> &str {
+    path.to_str().unwrap()
+}
+
+fn same(a: &Path, b: &Path) {
+    run("qemu-img", &["compare", "-f", "raw", "-F", "raw", text(a), text(b)]);
+    assert!(fs::read(a).unwrap() == fs::read(b).unwrap(), "to the byte, beyond the last sector too");
+}
+
+fn left_over(dir: &Path) -> Vec<String> {
+    let names = fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap());
+    names.filter(|name| name.contains("nbd-server-")).collect()
+}
+
+#[test]
+fn an_image_comes_back_to_the_byte_and_as_sparse_as_it_was() {
+    let dir = tempfile::tempdir().unwrap();
+    let (image, back) = (image(dir.path()), dir.path().join("back.img"));
+    let import = done(&mut offline(dir.path(), &["import", text(&image), "vm", "--json"]));
+    let imported: Value = serde_json::from_slice(&import.stdout).unwrap();
+    assert_eq!((&imported["image_size"], &imported["generation"]), (&json!(SIZE), &json!(1)));
+    // Four chunks of data, of which the last is short; the written zeros are none.
+    let id = imported["snapshot_id"].as_str().unwrap();
+    let blob = dir.path().join(format!("store/exports/vm/snapshots/{id}/base.blob"));
+    assert_eq!(fs::metadata(blob).unwrap().len(), 3 * 4 * MIB + SIZE % (4 * MIB));
+    done(&mut offline(dir.path(), &["export-image", "vm", text(&back)]));
+    same(&image, &back);
+    assert!(fs::metadata(&back).unwrap().blocks() * 512 < 17 * MIB, "holes stay holes");
+    refused(&mut offline(dir.path(), &["export-image", "vm", text(&back)]), 2, "--force");
+    let by_id = done(&mut offline(dir.path(), &["export-image", &format!("vm@{id}"), text(&back), "--force", "-q"]));
+    assert!(by_id.stdout.is_empty());
+    same(&image, &back);
+    assert!(left_over(dir.path()).is_empty());
+}
+
+#[test]
+fn stdin_and_stdout_carry_raw_images() {
+    let dir = tempfile::tempdir().unwrap();
+    let image = image(dir.path());
+    let stdin = Stdio::from(File::open(&image).unwrap());
+    let small = ["import", "-", "vm", "--chunk-size", "64KiB", "-q"];
+    let id = String::from_utf8(done(offline(dir.path(), &small).stdin(stdin)).stdout).unwrap();
+    assert_eq!(id.trim().len(), 32, "{id}");
+    let out = offline(dir.path(), &["export-image", "vm", "-"]).stderr(Stdio::piped()).output().unwrap();
+    assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+    assert!(out.stdout == fs::read(&image).unwrap());
+    refused(&mut offline(dir.path(), &["export-image", "vm", "-", "--format", "qcow2"]), 2, "name a file");
+    refused(&mut offline(dir.path(), &["import", "-", "b", "--format", "qcow2"]), 2, "name a file");
+    assert!(left_over(dir.path()).is_empty());
+}
+
+#[test]
+fn other_formats_come_in_and_go_out_through_qemu_img() {
+    let dir = tempfile::tempdir().unwrap();
+    let raw = image(dir.path());
+    // Formats count in sectors.
+    File::options().write(true).open(&raw).unwrap().set_len(33 * MIB + 1024).unwrap();
+    for format in ["qcow2", "vmdk", "vhdx"] {
+        let (packed, back) = (dir.path().join(format), dir.path().join(format!("back.{format}")));
+        run("qemu-img", &["convert", "-f", "raw", "-O", format, text(&raw), text(&packed)]);
+        done(&mut offline(dir.path(), &["import", text(&packed), format]));
+        done(&mut offline(dir.path(), &["export-image", format, text(&back), "--format", format]));
+        run("qemu-img", &["compare", "-f", format, "-F", format, text(&packed), text(&back)]);
+    }
+    // Who made an image must not choose which file of this machine is read.
+    let overlay = dir.path().join("overlay");
+    run("qemu-img", &["create", "-q", "-f", "qcow2", "-F", "raw", "-b", text(&raw), text(&overlay)]);
+    refused(&mut offline(dir.path(), &["import", text(&overlay), "o"]), 1, "builds on another file");
+    done(&mut offline(dir.path(), &["import", text(&overlay), "o", "--format", "qcow2"]));
+    let back = dir.path().join("o.img");
+    done(&mut offline(dir.path(), &["export-image", "o", text(&back)]));
+    run("qemu-img", &["compare", "-f", "raw", "-F", "raw", text(&raw), text(&back)]);
+    let without = dir.path().join("none");
+    refused(
+        offline(dir.path(), &["import", text(&overlay), "p"]).env("PATH", &without),
+        1,
+        "install it (Debian: qemu-utils)",
+    );
+    assert!(left_over(dir.path()).is_empty());
+}
+
+#[test]
+fn an_export_that_exists_is_never_touched_and_a_server_serves_what_was_imported() {
+    let server = TestServer::start(&[], &[]);
+    let image = image(server.dir());
+    server.ok("POST", "/v1/exports/create", json!({"export_id": "taken", "size": 4096}));
+    let head = server.local_root().join("exports/taken/volume.json");
+    let before = fs::read(&head).unwrap();
+    refused(&mut offline(server.dir(), &["import", text(&image), "taken"]), 1, "exists already");
+    assert_eq!(fs::read(&head).unwrap(), before);
+    done(&mut offline(server.dir(), &["import", text(&image), "vm"]));
+    server.ok("POST", "/v1/exports/open", json!({"export_id": "vm"}));
+    let served = server.dir().join("served.img");
+    run("nbdcopy", &[&server.nbd_uri("vm"), text(&served)]);
+    same(&image, &served);
+    // What a client writes is not in the image until it is published, and the older one stays readable.
+    let first = server.ok("GET", "/v1/exports/vm/snapshots", Value::Null)["snapshots"][0]["snapshot_id"].clone();
+    run("qemu-io", &["-f", "raw", "-c", "write -P 9 8M 64k", "-c", "flush", &server.nbd_uri("vm")]);
+    let (older, newer) = (server.dir().join("older.img"), server.dir().join("newer.img"));
+    done(&mut offline(server.dir(), &["export-image", "vm", text(&older)]));
+    same(&image, &older);
+    server.ok("POST", "/v1/exports/vm/snapshot", Value::Null);
+    done(&mut offline(server.dir(), &["export-image", "vm", text(&newer)]));
+    assert!(fs::read(&newer).unwrap()[8 << 20..][..65_536] == [9; 65_536]);
+    let named = format!("vm@{}", first.as_str().unwrap());
+    done(&mut offline(server.dir(), &["export-image", &named, text(&older), "--force"]));
+    same(&image, &older);
+    refused(&mut offline(server.dir(), &["export-image", "taken", text(&newer), "--force"]), 1, "take a snapshot");
+    refused(&mut offline(server.dir(), &["export-image", "nope", "x.img"]), 1, "storage flags");
+}
+
+#[test]
+fn a_damaged_chunk_ends_an_export_and_leaves_no_file() {
+    let dir = tempfile::tempdir().unwrap();
+    let (image, back) = (image(dir.path()), dir.path().join("back.img"));
+    let id = done(&mut offline(dir.path(), &["import", text(&image), "vm", "-q"]));
+    let id = String::from_utf8(id.stdout).unwrap();
+    let blob = dir.path().join(format!("store/exports/vm/snapshots/{}/base.blob", id.trim()));
+    File::options().write(true).open(blob).unwrap().write_all_at(b"damage", 5 * MIB).unwrap();
+    refused(&mut offline(dir.path(), &["export-image", "vm", text(&back)]), 1, "BLAKE3");
+    assert!(!back.exists() && left_over(dir.path()).is_empty());
+}
+
+#[test]
+fn an_import_that_is_interrupted_leaves_nothing_in_the_store() {
+    let dir = tempfile::tempdir().unwrap();
+    let large = dir.path().join("large.img");
+    let file = File::create(&large).unwrap();
+    file.set_len(2 << 30).unwrap();
+    // Enough that it lasts: a byte in every chunk.
+    for chunk in 0..512 {
+        file.write_all_at(b"x", chunk * 4 * MIB).unwrap();
+    }
+    let mut child = offline(dir.path(), &["import", text(&large), "vm"]).stderr(Stdio::piped()).spawn().unwrap();
+    let store = dir.path().join("store");
+    fs::create_dir_all(&store).unwrap();
+    let uploaded = || run("bash", &["-c", &format!("find {} -type f -size +1M 2>/dev/null || true", text(&store))]);
+    while uploaded().is_empty() {
+        assert!(child.try_wait().unwrap().is_none(), "it ended before it could be interrupted");
+        std::thread::sleep(std::time::Duration::from_millis(5));
+    }
+    run("kill", &["-INT", &child.id().to_string()]);
+    let output = child.wait_with_output().unwrap();
+    let error = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{error}");
+    assert!(error.contains("cancelled"), "{error}");
+    let found = run("find", &[text(&store), "-type", "f", "-path", "*/vm/*"]);
+    assert_eq!((found.as_str(), uploaded().as_str()), ("", ""), "no object is left, nor a part of one");
+}
+
+#[test]
+fn what_cannot_be_an_export_is_refused_before_anything_is_stored() {
+    let dir = tempfile::tempdir().unwrap();
+    let empty = dir.path().join("empty.img");
+    fs::write(&empty, "").unwrap();
+    refused(&mut offline(dir.path(), &["import", text(&empty), "vm"]), 1, "cannot become an export");
+    refused(&mut offline(dir.path(), &["import", "/nowhere.img", "vm"]), 1, "/nowhere.img cannot be read");
+    refused(&mut offline(dir.path(), &["import", text(&empty), "vm", "--chunk-size", "5000"]), 1, "chunk");
+    let memory = ["import", text(&empty), "vm", "--storage-backend", "memory"];
+    refused(nbd_server().args(memory).env("HOME", dir.path()), 2, "inside one server alone");
+    // The settings of a file hold for these commands too.
+    let config = dir.path().join("config.toml");
+    fs::write(&config, format!("local-root = {:?}\n", text(&dir.path().join("elsewhere")))).unwrap();
+    let image = image(dir.path());
+    done(nbd_server().args(["import", text(&image), "vm", "--config", text(&config)]));
+    assert!(dir.path().join("elsewhere/exports/vm/volume.json").exists());
+}
+
+/// The image of the tests over a store that fails to order: eight chunks, one of them zeros.
+fn chunks() -> Vec<(ChunkIndex, Bytes)> {
+    let chunk = |index: u32| (ChunkIndex(index), Bytes::from(vec![u8::from(index != 5); 4096]));
+    (0..8).map(chunk).collect()
+}
+
+async fn import(site: &Site, name: &str) -> Result<Published, ExportError> {
+    let services = Services::new(site.store.clone(), volumes::root(), Arc::new(RealDisk), Arc::new(SystemClock));
+    let body = stream::iter(chunks().into_iter().map(Ok)).boxed();
+    services.import(&volumes::id(name), volumes::geometry(8), body, std::future::pending()).await
+}
+
+async fn is_whole(site: &mut Site, name: &str) {
+    let expected: Vec<u8> = chunks().into_iter().flat_map(|(_, bytes)| bytes.to_vec()).collect();
+    assert!(volumes::image(&site.elsewhere().await, name).await == expected);
+}
+
+#[tokio::test]
+async fn an_import_whose_last_step_is_unclear_is_settled_by_reading_the_head() {
+    let mut site = Site::new();
+    let mut once = true;
+    site.store.judge(move |op, key| {
+        let head = op == "put" && key.as_str().ends_with("volume.json");
+        if head && std::mem::take(&mut once) { Fate::LandedUnseen } else { Fate::Served }
+    });
+    assert!(import(&site, "vm").await.unwrap().created);
+    is_whole(&mut site, "vm").await;
+}
+
+#[tokio::test]
+async fn an_import_that_the_store_fails_at_any_call_is_whole_or_not_there() {
+    for fate in [Fate::Failed, Fate::LandedUnseen] {
+        for fatal in 0.. {
+            let mut site = Site::new();
+            let mut call = 0;
+            // From that call on it is away; or just that one is, and its effect unclear.
+            site.store.judge(move |_, _| {
+                call += 1;
+                let struck = if fate == Fate::Failed { call > fatal } else { call == fatal + 1 };
+                if struck { fate } else { Fate::Served }
+            });
+            let imported = import(&site, "vm").await;
+            site.store.serve_all();
+            let head = site.store.inner.get(&"exports/vm/volume.json".parse().unwrap(), 4096).await.is_ok();
+            assert_eq!(imported.is_ok(), head, "{fate:?} at {fatal}: {imported:?}");
+            if head {
+                is_whole(&mut site, "vm").await;
+            } else {
+                assert!(import(&site, "vm").await.unwrap().created, "it can be tried again");
+                is_whole(&mut site, "vm").await;
+            }
+            if imported.is_ok() && fatal > 6 {
+                break;
+            }
+        }
+    }
+}
+
+#[tokio::test]
+async fn of_two_imports_under_one_name_exactly_one_takes_place() {
+    let mut site = Site::new();
+    *site.store.delay.lock().unwrap() = std::time::Duration::from_millis(2);
+    let (one, other) = tokio::join!(import(&site, "vm"), import(&site, "vm"));
+    let refused = if one.is_ok() { other } else { one };
+    assert!(matches!(refused, Err(ExportError::Exists(_))), "{refused:?}");
+    is_whole(&mut site, "vm").await;
+    let left = site.store.inner.list(&"exports/vm/snapshots".parse().unwrap()).await.unwrap();
+    assert_eq!(left.len(), 2, "blob and manifest of the one: {left:?}");
+}
