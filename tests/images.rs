@@ -16,7 +16,6 @@ use common::watched::Fate;
 use futures_util::stream::{self, StreamExt};
 use nbd_server::clock::SystemClock;
 use nbd_server::disk::RealDisk;
-use nbd_server::store::Store;
 use nbd_server::units::ChunkIndex;
 use nbd_server::volume::Services;
 use nbd_server::volume::registry::{ExportError, Published};

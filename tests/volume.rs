@@ -400,6 +400,8 @@ async fn after_the_host_went_down_only_sealed_marks_count() {
     publish_eight(&mut site).await;
     let registry = site.elsewhere().await;
     let volume = registry.volume(&id("disk")).await.unwrap();
+    // Clean, and sealed to be: cache all the same.
+    read(&volume, 4 * CHUNK, CHUNK).await;
     write(&volume, 0, 0xaa, 10).await;
     volume.flush().await.unwrap();
     write(&volume, CHUNK, 0xbb, 10).await;
