@@ -118,7 +118,10 @@ impl Search<'_> {
                         return;
                     }
                     count += 1;
-                    let crash_again = count.is_multiple_of(RECOVERIES_CRASHED);
+                    // Names that were changed and not made durable are what a second crash may take back.
+                    let renamed = k.checked_sub(1).map(|last| &self.chapter.events[last]);
+                    let renamed = matches!(renamed, Some(Event::Exchange { .. } | Event::Rename { .. }));
+                    let crash_again = count.is_multiple_of(RECOVERIES_CRASHED) || (renamed && !m.power_lost);
                     if let Err(e) = self.check(&runtime, m, crash_again) {
                         *failed.lock().unwrap() = Some(format!("{e}\n{}", around(&self.chapter.events, k)));
                     }
