@@ -5,8 +5,10 @@ mod common;
 
 use std::fs;
 use std::path::Path;
-use std::process::{Command, Output};
+use std::process::{Command, Output, Stdio};
 
+use common::moto::Moto;
+use common::proxy::{Proxy, State};
 use common::server::{TestServer, nbd_server, run, run_to_end};
 use serde_json::{Value, json};
 
@@ -152,6 +154,53 @@ fn the_server_says_how_it_is_and_how_to_attach() {
     assert!(run("bash", &["-c", nbdinfo]).contains("export-size: 1048576"));
     assert!(refused(&server, &["attach-command", "nope"], 1).contains("not-found"));
     assert_eq!(json_of(&server, &["attach-command", "vm"])[0]["uri"], uri);
+}
+
+#[test]
+fn ctrl_c_gives_a_snapshot_up_and_leaves_the_export_as_before() {
+    let moto = Moto::start();
+    moto.create_bucket("disks");
+    let proxy = Proxy::start(&moto.endpoint());
+    let server = TestServer::on_s3(&proxy.endpoint(), "disks", &["--store-timeout", "20", "--chunk-size", "1MiB"]);
+    done(&server, &["export", "create", "vm", "64MiB"]);
+    assert!(done(&server, &["export", "cancel", "vm"]).starts_with("nothing was given up"));
+    run("qemu-io", &["-f", "raw", "-c", "write -P 7 0 32M", "-c", "flush", &server.nbd_uri("vm")]);
+    for by_command in [false, true] {
+        // In the middle of the upload the store falls silent.
+        proxy.set_after(4 << 20, State::Frozen);
+        let mut create = nbd_server();
+        create.args(["snapshot", "create", "vm"]).env("NBD_SERVER_ADMIN_SOCK", server.socket());
+        let child = create.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        proxy.wait_for(State::Frozen);
+        let during = json_of(&server, &["export", "status", "vm"]);
+        assert_eq!(
+            (&during["operation_state"], &during["progress"]["total_bytes"]),
+            (&json!("snapshotting"), &json!(32 << 20))
+        );
+        assert!(done(&server, &["export", "status", "vm"]).contains(" of 32 MiB\n"));
+        let cancel = by_command.then(|| {
+            let mut cancel = nbd_server();
+            cancel.args(["export", "cancel", "vm", "--json"]).env("NBD_SERVER_ADMIN_SOCK", server.socket());
+            cancel.stdout(Stdio::piped()).spawn().unwrap()
+        });
+        if !by_command {
+            run("kill", &["-INT", &child.id().to_string()]);
+        }
+        // What was uploaded is removed, for which the store has to answer again.
+        std::thread::sleep(std::time::Duration::from_millis(300));
+        proxy.set(State::Open);
+        let output = child.wait_with_output().unwrap();
+        let error = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{error}");
+        assert!(error.contains("as it was before: the operation was cancelled (cancelled)"), "{error}");
+        if let Some(cancel) = cancel {
+            assert_eq!(cancel.wait_with_output().unwrap().stdout, b"{\"cancelled\":true}\n");
+        }
+        let after = json_of(&server, &["export", "status", "vm"]);
+        assert_eq!((&after["operation_state"], &after["dirty_chunks"]), (&json!("idle"), &json!(32)));
+        assert_eq!((&after["snapshot_generation"], after.get("progress")), (&json!(0), None));
+    }
+    assert!(done(&server, &["snapshot", "create", "vm"]).contains("generation 1"));
 }
 
 /// Every command of the program, as the words that name it.

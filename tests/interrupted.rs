@@ -389,3 +389,90 @@ async fn what_a_failed_sync_dropped_is_never_published() {
     let elsewhere = common::scene::start(&sim, &SimStore::new(Arc::clone(&sim)), "/elsewhere").await.unwrap();
     assert_eq!(status(&elsewhere, "disk").await.snapshot_generation.0, 0, "nothing was published");
 }
+
+#[tokio::test]
+async fn a_publish_that_is_cancelled_leaves_everything_as_before_and_the_next_one_succeeds() {
+    let mut site = Site::new();
+    publish_eight(&mut site).await;
+    let registry = site.start("origin").await;
+    let volume = registry.volume(&id("disk")).await.unwrap();
+    let before = site.store.inner.list(&"exports".parse().unwrap()).await.unwrap();
+    for kind in ["snapshot", "compact"] {
+        write(&volume, 0, 0xaa, CHUNK).await;
+        site.store.judge(|op, _| if op == "upload" { Fate::Stuck } else { Fate::Served });
+        let publishing = tokio::spawn({
+            let registry = Arc::clone(&registry);
+            async move {
+                if kind == "snapshot" {
+                    registry.snapshot(&id("disk")).await
+                } else {
+                    registry.compact(&id("disk")).await
+                }
+            }
+        });
+        let progress = loop {
+            sleep(Duration::from_millis(1)).await;
+            if let Some(progress) = status(&registry, "disk").await.progress {
+                break progress;
+            }
+        };
+        let chunks = if kind == "snapshot" { 1 } else { 8 };
+        assert!(progress.total_bytes == chunks * CHUNK && progress.done_bytes <= progress.total_bytes, "{progress:?}");
+        // In the middle of the upload a write goes to a chunk of the cut.
+        write(&volume, 10, 0xbb, 10).await;
+        assert!(registry.cancel(&id("disk")).await.unwrap(), "{kind}");
+        assert!(matches!(publishing.await.unwrap(), Err(ExportError::Cancelled(_))), "{kind}");
+        let after = status(&registry, "disk").await;
+        assert_eq!((after.operation, after.progress, after.dirty_chunks), (Operation::Idle, None, 1), "{kind}");
+        assert_eq!(site.store.inner.list(&"exports".parse().unwrap()).await.unwrap(), before, "{kind}");
+        assert!(!registry.cancel(&id("disk")).await.unwrap(), "there is nothing to cancel any more");
+    }
+    site.store.serve_all();
+    assert!(registry.snapshot(&id("disk")).await.unwrap().created);
+    assert_eq!(image(&site.elsewhere().await, "disk").await, read_all(&volume).await);
+}
+
+#[tokio::test]
+async fn a_publish_cancelled_at_any_call_is_done_or_as_if_it_had_never_been() {
+    for at in 0.. {
+        let mut site = Site::new();
+        publish_eight(&mut site).await;
+        let registry = site.start("origin").await;
+        let volume = registry.volume(&id("disk")).await.unwrap();
+        write(&volume, 0, 0xaa, CHUNK).await;
+        let reached = Arc::new(AtomicBool::new(false));
+        let (tell, mut calls) = (Arc::clone(&reached), 0);
+        // Each call takes so long that the cancellation arrives while this one is under way.
+        *site.store.delay.lock().unwrap() = Duration::from_millis(5);
+        site.store.judge(move |_, _| {
+            tell.fetch_or(calls == at, Ordering::SeqCst);
+            calls += 1;
+            Fate::Served
+        });
+        let publishing = tokio::spawn({
+            let registry = Arc::clone(&registry);
+            async move { registry.snapshot(&id("disk")).await }
+        });
+        while !reached.load(Ordering::SeqCst) && !publishing.is_finished() {
+            tokio::task::yield_now().await;
+        }
+        let cancelled = registry.cancel(&id("disk")).await.unwrap();
+        let published = publishing.await.unwrap();
+        let after = status(&registry, "disk").await;
+        match published {
+            Ok(published) => assert!(!cancelled && published.created && after.dirty_chunks == 0, "at {at}"),
+            Err(ExportError::Cancelled(_)) => assert!(cancelled && after.dirty_chunks == 1, "at {at}"),
+            Err(e) => panic!("at {at}: {e}"),
+        }
+        *site.store.delay.lock().unwrap() = Duration::ZERO;
+        let there = image(&site.elsewhere().await, "disk").await;
+        assert_eq!(there[0] == 0xaa, !cancelled, "at {at}");
+        // It was not reached: all of them were tried.
+        if !reached.load(Ordering::SeqCst) {
+            assert!(at > 3, "blob, manifest and head at least");
+            break;
+        }
+        registry.snapshot(&id("disk")).await.unwrap();
+        assert_eq!(image(&site.elsewhere().await, "disk").await, read_all(&volume).await);
+    }
+}

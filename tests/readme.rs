@@ -15,13 +15,14 @@ use serde_json::{Value, json};
 /// What stands behind the three backquotes of a block that is run.
 const RUN: [&str; 2] = ["sh api", "sh client"];
 /// Every client command.
-const COMMANDS: [&str; 16] = [
+const COMMANDS: [&str; 17] = [
     "export list",
     "export create",
     "export open",
     "export clone",
     "export status",
     "export close",
+    "export cancel",
     "snapshot create",
     "snapshot list",
     "compact",

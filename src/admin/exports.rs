@@ -32,6 +32,7 @@ pub(super) fn routes() -> OpenApiRouter<Api> {
         .routes(routes!(status))
         .routes(routes!(snapshot))
         .routes(routes!(compact))
+        .routes(routes!(cancel))
         .routes(routes!(reset))
         // "create", "open" and "clone" are export ids too: they can be unloaded like any other.
         .route("/v1/exports/create", delete(unload))
@@ -184,6 +185,16 @@ async fn compact(State(api): State<Api>, Named(id): Named, _: Fields<NoFields>) 
     Ok(Line(Compacted { generation, snapshot_id }))
 }
 
+/// Give up a snapshot or compaction that is uploading, and wait until the export is as before it. Its own call answers
+/// with the code `cancelled`.
+#[utoipa::path(
+    post, path = "/v1/exports/{id}/cancel", operation_id = "cancelOperation", tag = "snapshots", params(Named),
+    responses((status = 200, description = "Whether there was anything that could still be given up", body = Cancelled), Refusal)
+)]
+async fn cancel(State(api): State<Api>, Named(id): Named, _: Fields<NoFields>) -> Answer<Cancelled> {
+    Ok(Line(Cancelled { cancelled: api.registry.cancel(&id).await? }))
+}
+
 /// Drop all local state of an export. DESTROYS what was not published.
 #[utoipa::path(
     post, path = "/v1/exports/{id}/cache/reset", operation_id = "resetCache", tag = "exports", params(Named),
@@ -227,6 +238,21 @@ struct Compacted {
     generation: Generation,
     #[schema(value_type = Option<String>, pattern = "^[0-9a-f]{32}$")]
     snapshot_id: Option<SnapshotId>,
+}
+
+/// What came of a cancellation.
+#[derive(Serialize, ToSchema)]
+#[schema(as = CancelResult)]
+struct Cancelled {
+    /// Whether an operation was given up. If not, there was none, or it was too late: then it ran to its end.
+    cancelled: bool,
+}
+
+/// How far an operation is.
+#[derive(Serialize, ToSchema)]
+struct Progress {
+    done_bytes: u64,
+    total_bytes: u64,
 }
 
 /// Whether clients can use the export, and why not.
@@ -316,6 +342,9 @@ struct Status {
     current_snapshot_id: Option<SnapshotId>,
     /// idle, snapshotting, compacting, resetting or closing.
     operation_state: &'static str,
+    /// How far a snapshot or a compaction is, once it uploads.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    progress: Option<Progress>,
     store: StoreHealth,
     #[serde(flatten)]
     state: Health,
@@ -336,6 +365,9 @@ impl From<ExportStatus> for Status {
             remote_head_generation: export.remote_head_generation,
             current_snapshot_id: export.current_snapshot_id,
             operation_state: export.operation.as_str(),
+            progress: export
+                .progress
+                .map(|progress| Progress { done_bytes: progress.done_bytes, total_bytes: progress.total_bytes }),
             store: export.store_outage.into(),
             state: export.failed.into(),
         }

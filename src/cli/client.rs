@@ -1,8 +1,7 @@
 //! One request, one answer: HTTP/1.1 over the Unix socket.
 //!
 //! A connection is made for each call and ends with it. An answer is held whole, up to [`MAX_ANSWER_BYTES`]. How long an
-//! operation takes is not limited here: a publish may take hours. Whoever is tired of waiting presses Ctrl-C, which
-//! stops the waiting and not the operation.
+//! operation takes is not limited here: a publish may take hours.
 
 use std::path::PathBuf;
 
@@ -21,7 +20,7 @@ use super::CliError;
 pub const MAX_ANSWER_BYTES: usize = 64 << 20;
 
 /// Where a server is asked.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(super) struct Client {
     socket: PathBuf,
 }

@@ -2,6 +2,7 @@
 
 use clap::Args;
 
+use super::publish::publish;
 use super::{CliError, Common, snapshot_or_none};
 use crate::config::Surroundings;
 use crate::units::ExportId;
@@ -19,7 +20,7 @@ pub struct Compact {
 impl Compact {
     pub(super) async fn run(self, surroundings: &Surroundings<'_>) -> Result<String, CliError> {
         let Self { name, common } = self;
-        let answer = common.client(surroundings)?.post(&format!("/v1/exports/{name}/compact"), None).await?;
+        let answer = publish(&common, surroundings, &name, ("compacting", "compact")).await?;
         let ids: Vec<&str> = answer["snapshot_id"].as_str().into_iter().collect();
         Ok(common.show(&answer, &ids, || {
             let snapshot = snapshot_or_none(&answer, "snapshot_id");

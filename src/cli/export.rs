@@ -21,6 +21,8 @@ pub enum Command {
     Clone(CloneExport),
     /// Look at one export: what is cached and dirty, which snapshot it builds on, what is going on
     Status(Status),
+    /// Give up a snapshot or compaction that is uploading: the export is as before it
+    Cancel(Cancel),
     /// Unload an export here; its cache and what is in the store stay
     Close(Close),
 }
@@ -87,6 +89,16 @@ pub struct Status {
     common: Common,
 }
 
+/// The flags of `export cancel`.
+#[derive(Debug, Args)]
+pub struct Cancel {
+    /// The export
+    #[arg(value_name = "NAME")]
+    name: ExportId,
+    #[command(flatten)]
+    common: Common,
+}
+
 /// The flags of `export close`.
 #[derive(Debug, Args)]
 pub struct Close {
@@ -132,6 +144,16 @@ impl Command {
                 let export = common.client(surroundings)?.get(&format!("/v1/exports/{name}/status")).await?;
                 Ok(common.show(&export, &[], || status(&export)))
             }
+            Self::Cancel(Cancel { name, common }) => {
+                let answer = common.client(surroundings)?.post(&format!("/v1/exports/{name}/cancel"), None).await?;
+                Ok(common.show(&answer, &[], || {
+                    if answer["cancelled"] == true {
+                        format!("cancelled; {name} is as it was before\n")
+                    } else {
+                        format!("nothing was given up: {name} had no operation that still could be\n")
+                    }
+                }))
+            }
             Self::Close(Close { name, common }) => {
                 let none = common.client(surroundings)?.delete(&format!("/v1/exports/{name}")).await?;
                 Ok(common
@@ -163,6 +185,16 @@ fn list(exports: &[Value]) -> String {
     table(&["NAME", "SIZE", "CHUNK", "SNAPSHOT", "STATE"], &exports.iter().map(row).collect::<Vec<_>>())
 }
 
+/// What is going on, and how far it is.
+fn operation(export: &Value) -> String {
+    let state = text(export, "operation_state");
+    let bytes = |field: &str| export["progress"][field].as_u64().map(size::shown);
+    match (bytes("done_bytes"), bytes("total_bytes")) {
+        (Some(done), Some(total)) => format!("{state}, {done} of {total}"),
+        _ => state.to_owned(),
+    }
+}
+
 fn status(export: &Value) -> String {
     let chunk = number(export, "chunk_size");
     let image = number(export, "image_size");
@@ -178,7 +210,7 @@ fn status(export: &Value) -> String {
     let mut rows = vec![
         ("name", text(export, "export_id").to_owned()),
         ("state", state),
-        ("operation", text(export, "operation_state").to_owned()),
+        ("operation", operation(export)),
         ("size", size::shown(image)),
         ("chunk size", size::shown(chunk)),
         ("writes", if export["read_only"] == true { "refused".to_owned() } else { "taken".to_owned() }),

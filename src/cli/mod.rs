@@ -17,6 +17,7 @@ mod export_image;
 mod generate;
 mod import;
 mod progress;
+mod publish;
 mod size;
 mod snapshot;
 mod status;
@@ -30,6 +31,7 @@ use serde_json::Value;
 
 use crate::config::{ConfigError, Surroundings};
 use crate::server::ServerError;
+use crate::units::ExportId;
 use crate::volume::registry::ExportError;
 use client::Client;
 pub use client::{MAX_ANSWER_BYTES, Refused};
@@ -108,6 +110,9 @@ pub enum CliError {
     /// The server said no.
     #[error("{0}")]
     Refused(Refused),
+    /// The user pressed Ctrl-C twice.
+    #[error("what was asked of export {0} was not waited for: the server goes on with it, or gives it up by itself")]
+    GaveUpWaiting(ExportId),
     /// There is no default for a flag.
     #[error(transparent)]
     Config(#[from] ConfigError),
@@ -146,6 +151,7 @@ impl CliError {
             Self::Export(ExportError::NotFound(..)) => {
                 Some("the storage flags must be those of the server: --storage-backend, --bucket, --export-root, ...")
             }
+            Self::GaveUpWaiting(_) => Some("`nbd-server export status NAME` shows what is going on"),
             Self::Config(_)
             | Self::Unconfirmed(_)
             | Self::Store(_)
@@ -163,6 +169,7 @@ impl CliError {
             Self::Store(e) if e.is_usage() => USAGE,
             Self::NoAnswer { .. }
             | Self::Refused(_)
+            | Self::GaveUpWaiting(_)
             | Self::Store(_)
             | Self::Export(_)
             | Self::Image(_)
@@ -203,6 +210,11 @@ impl Command {
 }
 
 impl Common {
+    /// Whether stderr is to be left alone unless something is wrong.
+    fn is_terse(&self) -> bool {
+        self.json || self.quiet
+    }
+
     fn client(&self, surroundings: &Surroundings<'_>) -> Result<Client, CliError> {
         let path = self.admin_sock.clone().map_or_else(|| surroundings.admin_sock(), Ok)?;
         Ok(Client::new(path))

@@ -3,6 +3,7 @@
 use clap::{Args, Subcommand};
 use serde_json::Value;
 
+use super::publish::publish;
 use super::table::{Row, table};
 use super::{CliError, Common, number, size, snapshot_or_none, text};
 use crate::config::Surroundings;
@@ -41,7 +42,7 @@ impl Command {
     pub(super) async fn run(self, surroundings: &Surroundings<'_>) -> Result<String, CliError> {
         match self {
             Self::Create(Create { name, common }) => {
-                let answer = common.client(surroundings)?.post(&format!("/v1/exports/{name}/snapshot"), None).await?;
+                let answer = publish(&common, surroundings, &name, ("publishing", "snapshot")).await?;
                 let ids: Vec<&str> = answer["snapshot_id"].as_str().into_iter().collect();
                 Ok(common.show(&answer, &ids, || created(&name, &answer)))
             }

@@ -19,6 +19,7 @@ mod meter;
 mod objects;
 mod open;
 pub mod order;
+mod progress;
 mod publish;
 mod recover;
 pub mod registry;
@@ -43,6 +44,7 @@ use fill::{FillBudget, Fills};
 use meter::Meter;
 pub use meter::RequestKind;
 use order::Order;
+pub use progress::PublishProgress;
 use registry::Operation;
 
 /// How many missing chunks one request fetches at a time.
@@ -144,6 +146,8 @@ pub struct Volume {
     open: tokio::sync::RwLock<bool>,
     /// Set once the server stops: a publish gives up.
     stopping: tokio::sync::watch::Sender<bool>,
+    /// The publish under way: how far it is, and whether somebody wants it to end.
+    publishing: progress::Current,
     /// What is going on. Anything but `Idle` keeps other operations out.
     operation: Mutex<Operation>,
 }

@@ -92,6 +92,7 @@ impl Volume {
             meter: Meter::default(),
             open: tokio::sync::RwLock::new(true),
             stopping: tokio::sync::watch::Sender::new(false),
+            publishing: Mutex::default(),
             operation: Mutex::new(Operation::Idle),
         });
         volume.settle_journal().await?;
@@ -144,6 +145,7 @@ impl Volume {
             remote_head_generation: *self.head_seen.lock(),
             current_snapshot_id: self.expected_head(),
             operation: *self.operation.lock(),
+            progress: self.progress(),
             store_outage: self.services.store.outage(),
             failed: self.cache.failure().map(|why| why.to_string()),
         }

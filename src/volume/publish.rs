@@ -23,6 +23,7 @@ use tracing::Instrument;
 use super::ancestry::Ancestry;
 use super::fill::Remote;
 use super::objects::StoredHead;
+use super::progress::Publishing;
 use super::registry::{ExportError, Operation, Published};
 use super::{Volume, VolumeError};
 use crate::cache::journal::{self, Journal, Kind, Phase};
@@ -98,10 +99,11 @@ impl Volume {
 
     /// Publishes what is dirty, or the whole image.
     async fn publish(self: &Arc<Self>, kind: Kind) -> Result<Published, ExportError> {
-        let _operation = self.begin(match kind {
+        let operation = self.begin(match kind {
             Kind::Snapshot => Operation::Snapshotting,
             Kind::Compact => Operation::Compacting,
         })?;
+        let mut publishing = self.publishing(operation);
         let _open = self.still_open().await?;
         self.settle_journal().await?;
         if kind == Kind::Snapshot && !self.cache.is_dirty() {
@@ -111,13 +113,16 @@ impl Volume {
         self.check_head().await?;
         let cut = cache::blocking(&self.cache, Cache::cut).await.map_err(|e| self.cache_error(e))?;
         let journal = self.intent(kind);
-        let result = self.publish_cut(&journal, cut).await;
+        let result = self.publish_cut(&journal, cut, &publishing.publishing).await;
         match result {
             Ok(published) => Ok(published),
             Err(e) => {
                 // Whatever can be undone is undone now; the rest at the next publish or start, by the same rules.
                 if let Err(unsettled) = self.settle_or_uncut().await {
                     tracing::warn!(export = %self.export_id, "an aborted publish is not cleared away yet: {unsettled}");
+                }
+                if matches!(e, ExportError::Cancelled(_)) {
+                    publishing.was_cancelled();
                 }
                 Err(e)
             }
@@ -146,15 +151,20 @@ impl Volume {
         }
     }
 
-    async fn publish_cut(self: &Arc<Self>, intent: &Journal, cut: Vec<CutChunk>) -> Result<Published, ExportError> {
+    async fn publish_cut(
+        self: &Arc<Self>,
+        intent: &Journal,
+        cut: Vec<CutChunk>,
+        publishing: &Arc<Publishing>,
+    ) -> Result<Published, ExportError> {
         if !breaks(Rule::SkipIntent) {
             self.write_journal(intent, Phase::Intent).await?;
         }
         let image = self.image();
         let upload = async {
             let manifest = match intent.kind {
-                Kind::Snapshot => self.upload_delta(intent, &image, cut).await?,
-                Kind::Compact => self.upload_base(intent, &image, cut).await?,
+                Kind::Snapshot => self.upload_delta(intent, &image, cut, publishing).await?,
+                Kind::Compact => self.upload_base(intent, &image, cut, publishing).await?,
             };
             if breaks(Rule::SwapBeforeManifest) {
                 self.swap_head(intent).await?;
@@ -167,6 +177,7 @@ impl Volume {
         let manifest = tokio::select! {
             manifest = upload => manifest?,
             _ = stopping.wait_for(|stop| *stop) => return Err(VolumeError::Closed(self.export_id.clone()).into()),
+            () = publishing.cancelled() => return Err(ExportError::Cancelled(self.export_id.clone())),
         };
         cache::blocking(&self.cache, Cache::sync_cut).await.map_err(|e| self.cache_error(e))?;
         if !breaks(Rule::SkipPrepared) {
@@ -183,11 +194,12 @@ impl Volume {
         journal: &Journal,
         image: &Arc<Manifest>,
         cut: Vec<CutChunk>,
+        publishing: &Arc<Publishing>,
     ) -> Result<Manifest, ExportError> {
         let mut changes: Vec<_> = cut.iter().filter(|c| c.zero).map(|c| (c.chunk, Change::Zero)).collect();
         let dirty: Vec<_> = cut.iter().filter(|c| !c.zero).map(|c| c.chunk).collect();
         changes.extend(self.adopt_unhashed(image, &cut).await?);
-        changes.extend(self.upload(journal, dirty.into_iter().map(Planned::Cut)).await?);
+        changes.extend(self.upload(journal, dirty.into_iter().map(Planned::Cut), publishing).await?);
         let (parent, now) = (journal.parent, self.services.clock.now());
         let blob = self.blob_key(journal);
         image.successor(self.export_id.clone(), parent, now, blob, changes).map_err(ExportError::damaged)
@@ -199,6 +211,7 @@ impl Volume {
         journal: &Journal,
         image: &Arc<Manifest>,
         cut: Vec<CutChunk>,
+        publishing: &Arc<Publishing>,
     ) -> Result<Manifest, ExportError> {
         let mut in_cut = cut.into_iter().peekable();
         let chunks = (0..self.geometry.chunk_count()).map(ChunkIndex);
@@ -209,7 +222,7 @@ impl Volume {
                 None => (!image.is_zero(chunk)).then_some(Planned::Published(chunk)),
             })
             .collect();
-        let changes = self.upload(journal, plan.into_iter()).await?;
+        let changes = self.upload(journal, plan.into_iter(), publishing).await?;
         let (parent, now) = (journal.parent, self.services.clock.now());
         let blob = self.blob_key(journal);
         image.compacted(self.export_id.clone(), parent, now, blob, changes).map_err(ExportError::damaged)
@@ -228,15 +241,19 @@ impl Volume {
         self: &Arc<Self>,
         journal: &Journal,
         plan: impl ExactSizeIterator<Item = Planned> + Send,
+        publishing: &Arc<Publishing>,
     ) -> Result<Vec<(ChunkIndex, Change)>, ExportError> {
         let max_bytes = plan.len() as u64 * self.geometry.chunk_size();
         let ahead = usize::try_from((READ_AHEAD_BYTES / self.geometry.chunk_size()).clamp(1, 8)).unwrap_or(1);
         let changes = Arc::new(Mutex::new(Vec::with_capacity(plan.len())));
         let (into, mut offset) = (Arc::clone(&changes), 0);
+        publishing.plan(max_bytes);
+        let (counter, chunk_bytes) = (Arc::clone(publishing), self.geometry.chunk_size());
         let mut body = stream::iter(plan)
             .map(|planned| self.read_planned(planned))
             .buffered(ahead)
             .filter_map(move |read| {
+                counter.advance(chunk_bytes);
                 let piece = match read {
                     Err(e) => Some(Err(BoxError::from(e))),
                     Ok((chunk, None)) => {

@@ -14,7 +14,7 @@ use parking_lot::{Mutex, RwLock};
 use tokio::sync::OnceCell;
 
 use super::snapshots::Line;
-use super::{Outage, Services, Volume, VolumeError};
+use super::{Outage, PublishProgress, Services, Volume, VolumeError};
 use crate::cache::journal::{JOURNAL_FILE, Kind};
 use crate::cache::{self, open as cache_files};
 use crate::manifest::head::{CloneSeed, Head};
@@ -89,6 +89,8 @@ pub struct ExportStatus {
     pub current_snapshot_id: Option<SnapshotId>,
     /// What is going on.
     pub operation: Operation,
+    /// How far a publish is.
+    pub progress: Option<PublishProgress>,
     /// Since when, and with what error, the store does not answer, if the last request to it had no answer.
     pub store_outage: Option<Outage>,
     /// Why the export takes no more writes, if a local disk error stopped it.
@@ -128,7 +130,7 @@ pub enum ExportError {
     #[error("export {0} has nothing published: take a snapshot of it first")]
     NothingPublished(ExportId),
     /// Whoever wanted it does not any more; it is as it was before.
-    #[error("{0} is as it was before: the operation was cancelled")]
+    #[error("export {0} is as it was before: the operation was cancelled")]
     Cancelled(ExportId),
     /// One publish or reset at a time.
     #[error("export {0} is busy {1}: wait for it to end and repeat")]
@@ -453,6 +455,15 @@ impl Registry {
     pub async fn compact(&self, id: &ExportId) -> Result<Published, ExportError> {
         let volume = self.volume(id).await?;
         in_full(async move { volume.publish_counted(Kind::Compact).await }).await
+    }
+
+    /// Gives up the publish under way and waits until everything is as before it. `false` if there is none, or if it is
+    /// too late: then it was taken to its end.
+    ///
+    /// # Errors
+    /// As [`volume`](Self::volume).
+    pub async fn cancel(&self, id: &ExportId) -> Result<bool, ExportError> {
+        Ok(self.volume(id).await?.cancel().await)
     }
 
     /// Drops all local state; what was not published is gone.
