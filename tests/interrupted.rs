@@ -425,6 +425,7 @@ async fn a_publish_that_is_cancelled_leaves_everything_as_before_and_the_next_on
         let after = status(&registry, "disk").await;
         assert_eq!((after.operation, after.progress, after.dirty_chunks), (Operation::Idle, None, 1), "{kind}");
         assert_eq!(site.store.inner.list(&"exports".parse().unwrap()).await.unwrap(), before, "{kind}");
+        assert!(!site.cache_root("origin").join("disk/snapshot.journal.json").exists(), "{kind} is rolled back by now");
         assert!(!registry.cancel(&id("disk")).await.unwrap(), "there is nothing to cancel any more");
     }
     site.store.serve_all();
@@ -440,6 +441,7 @@ async fn a_publish_cancelled_at_any_call_is_done_or_as_if_it_had_never_been() {
         let registry = site.start("origin").await;
         let volume = registry.volume(&id("disk")).await.unwrap();
         write(&volume, 0, 0xaa, CHUNK).await;
+        let before = site.store.inner.list(&"exports".parse().unwrap()).await.unwrap();
         let reached = Arc::new(AtomicBool::new(false));
         let (tell, mut calls) = (Arc::clone(&reached), 0);
         // Each call takes so long that the cancellation arrives while this one is under way.
@@ -461,7 +463,13 @@ async fn a_publish_cancelled_at_any_call_is_done_or_as_if_it_had_never_been() {
         let after = status(&registry, "disk").await;
         match published {
             Ok(published) => assert!(!cancelled && published.created && after.dirty_chunks == 0, "at {at}"),
-            Err(ExportError::Cancelled(_)) => assert!(cancelled && after.dirty_chunks == 1, "at {at}"),
+            Err(ExportError::Cancelled(_)) => {
+                assert!(cancelled && after.dirty_chunks == 1, "at {at}");
+                // Rolled back before anybody hears of it, not at the next publish.
+                let there = site.store.inner.list(&"exports".parse().unwrap()).await.unwrap();
+                assert_eq!(there, before, "at {at}");
+                assert!(!site.cache_root("origin").join("disk/snapshot.journal.json").exists(), "at {at}");
+            }
             Err(e) => panic!("at {at}: {e}"),
         }
         *site.store.delay.lock().unwrap() = Duration::ZERO;
