@@ -11,6 +11,7 @@
 mod primitives {
     pub use std::sync::OnceLock;
     pub use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
+    pub use std::thread::yield_now;
 
     pub use parking_lot::{Condvar, Mutex, MutexGuard, RwLock};
 }
@@ -20,6 +21,7 @@ mod primitives {
     use std::sync::PoisonError;
 
     pub use shuttle::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
+    pub use shuttle::thread::yield_now;
     pub use shuttle_parking_lot::{Mutex, MutexGuard, RwLock};
 
     /// A condition variable with the calls of `parking_lot`'s, which the checker's crate leaves out.

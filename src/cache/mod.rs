@@ -9,7 +9,7 @@
 //! - It never decides what a missing chunk's content is, and never sees the store: callers say which missing chunks
 //!   are zeros and bring the bytes of the others.
 //!
-//! Locks, always taken in this order: *checkpointing*, the *gate* (shared by every read and transition, exclusive for the cut, the
+//! Locks, always taken in this order: *checkpointing*, *filling*, the *gate* (shared by every read and transition, exclusive for the cut, the
 //! commit and the reset), a chunk's *stripe* (around each transition), *syncing*, the *log*. None is held across anything but
 //! local I/O. The methods block, and [`blocking`] is the one crossing from async code; but for those of `at_once`, which
 //! async code may call as it is.
@@ -138,6 +138,9 @@ pub struct Cache {
     checkpointing: Mutex<()>,
     gate: RwLock<()>,
     stripes: [Mutex<()>; STRIPES],
+    /// One fill writes at a time: a file takes one write at a time, and many that wait for it there would hold up a cut and the
+    /// clients' writes for as long as all of them take.
+    filling: Mutex<()>,
     log: Mutex<Log>,
     /// Whether the log is [`LogFile::Open`]: a look at it without the lock.
     log_is_ours: AtomicBool,
@@ -335,7 +338,7 @@ impl Cache {
                 self.write_raw(piece, data)?;
             }
             Content::Dirty => {
-                self.leave_cut(chunk, state, Content::Dirty)?;
+                self.leave_cut(chunk, piece, Content::Dirty)?;
                 self.write_raw(piece, data)?;
             }
         }
@@ -386,11 +389,11 @@ impl Cache {
             Content::Zero => return Ok(true),
             Content::Absent if is_zero(chunk) => return Ok(true),
             // The mark before the hole: what is marked zero is never read from the file.
-            Content::Dirty if piece == whole => self.leave_cut(chunk, state, zero)?,
+            Content::Dirty if piece == whole => self.leave_cut(chunk, piece, zero)?,
             Content::Absent | Content::Clean if piece == whole => self.transition(chunk, state, zero)?,
             Content::Absent => return Ok(edges == Edges::Skip),
             Content::Clean => self.transition(chunk, state, Content::Dirty)?,
-            Content::Dirty => self.leave_cut(chunk, state, Content::Dirty)?,
+            Content::Dirty => self.leave_cut(chunk, piece, Content::Dirty)?,
         }
         self.raw.punch(piece).map_err(|e| self.error("punch", RAW_FILE, e))?;
         Ok(true)
@@ -404,6 +407,7 @@ impl Cache {
     pub fn fill(&self, chunk: ChunkIndex, bytes: &[u8], still_published: impl Fn() -> bool) -> Result<(), CacheError> {
         debug_assert_eq!(self.geometry.chunk_range(chunk).len(), bytes.len() as u64);
         self.ensure_log_is_ours()?;
+        let _one_at_a_time = self.filling.lock();
         let _shared = self.gate.read();
         let _stripe = self.stripe(chunk);
         let state = self.states.get(chunk);
@@ -431,14 +435,13 @@ impl Cache {
         Ok(())
     }
 
-    /// Before a dirty chunk gets other content: a publish under way keeps what it was at the cut, and the chunk is
+    /// Before `piece` of a dirty chunk gets other content: a publish under way keeps what it was at the cut, and the chunk is
     /// dirty for the generation after.
-    fn leave_cut(&self, chunk: ChunkIndex, state: ChunkState, to: Content) -> Result<(), CacheError> {
-        let mut state = state;
-        if state.unsaved() && !breaks(Rule::SkipAside) {
-            self.save_aside(chunk);
-            state = self.states.get(chunk);
+    fn leave_cut(&self, chunk: ChunkIndex, piece: ByteRange, to: Content) -> Result<(), CacheError> {
+        if self.states.get(chunk).awaited() && !breaks(Rule::SkipAside) {
+            self.save_aside(chunk, piece);
         }
+        let state = self.states.get(chunk);
         if state.in_cut() || state.content() != to { self.transition(chunk, state, to) } else { Ok(()) }
     }
 

@@ -190,6 +190,7 @@ impl Opening {
             flush: FlushBarrier::default(),
             syncing: Mutex::new(()),
             pace: Pace::default(),
+            filling: Mutex::new(()),
             aside: Mutex::new(Aside::default()),
             cut_is_ours: AtomicBool::new(false),
             failed: OnceLock::new(),

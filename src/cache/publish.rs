@@ -1,9 +1,10 @@
 //! The cache's part in a publish: the cut, what writers must leave readable for it, and the end.
 //!
 //! The cut takes as long as a pass over the chunk states, whatever the volume's size or the store's speed. After it,
-//! a write to a chunk of the cut first copies the old content aside (S2) and marks the chunk dirty for the next
-//! generation (S3). If there is no room for the copy, the publish fails, not the write.
+//! a write to a chunk of the cut marks the chunk dirty for the next generation (S3), and first copies aside what it is about
+//! to change (S2), until the publish has read the chunk. If there is no room for the copy, the publish fails, not the write.
 
+use std::collections::HashMap;
 use std::io;
 use std::sync::Arc;
 
@@ -13,18 +14,44 @@ use super::states::Content;
 use super::{Base, Cache, CacheError, LogFile, RAW_FILE};
 use crate::disk::DiskFile;
 use crate::sabotage::{Rule, breaks};
-use crate::sync::Ordering;
-use crate::units::ChunkIndex;
+use crate::sync::{Ordering, yield_now};
+use crate::units::{ByteRange, ChunkIndex};
 
-/// Where chunks are copied before a write changes them under a publish.
+/// Where blocks of chunks are copied before a write changes them under a publish.
 pub const ASIDE_FILE: &str = "cut.aside";
 
-/// The file of chunks set aside; it lives as long as the publish and need not survive a crash.
+/// How much of a chunk a publish reads, or hashes, before it offers its core to whoever waits for one: a client's request, else,
+/// would wait for as long as the kernel lets a thread run.
+pub const SLICE_BYTES: usize = 128 << 10;
+
+/// What was set aside; it lives as long as the publish and need not survive a crash. For every chunk that was written to since
+/// the cut and that the publish has not read yet it holds about 50 bytes.
 #[derive(Debug, Default)]
 pub struct Aside {
     file: Option<Arc<dyn DiskFile>>,
-    /// Why a chunk could not be set aside: the publish must fail.
+    /// Which blocks of a chunk are in the file, where they are in the image.
+    blocks: HashMap<ChunkIndex, Blocks>,
+    /// Why something could not be set aside: the publish must fail.
     broken: Option<CacheError>,
+}
+
+/// A set of blocks of one chunk, by their numbers in it.
+#[derive(Debug, Clone, Copy, Default)]
+struct Blocks([u64; 4]);
+
+impl Blocks {
+    /// How many blocks a chunk has at most.
+    const COUNT: u64 = 256;
+    /// No block is smaller, as none costs less to copy.
+    const MIN_BYTES: u64 = 4096;
+
+    fn has(self, block: usize) -> bool {
+        self.0[block / 64] >> (block % 64) & 1 == 1
+    }
+
+    fn add(&mut self, block: usize) {
+        self.0[block / 64] |= 1 << (block % 64);
+    }
 }
 
 /// A chunk of the cut.
@@ -75,26 +102,34 @@ impl Cache {
     /// Reads a chunk as it was at the cut; from then on writers need not keep it. `buf` is as long as the chunk.
     ///
     /// # Errors
-    /// [`CacheError`] if it cannot be read, or could not be set aside when a write came.
+    /// [`CacheError`] if it cannot be read, or something could not be set aside when a write came.
     pub fn take_cut_chunk(&self, chunk: ChunkIndex, buf: &mut [u8]) -> Result<(), CacheError> {
         // The gate keeps the end of the publish out: a read that outlives its caller must not touch the states after.
         let _shared = self.gate.read();
-        let _stripe = self.stripe(chunk);
-        let aside = self.aside.lock();
-        if let Some(e) = &aside.broken {
-            return Err(e.clone());
+        let whole = self.geometry.chunk_range(chunk);
+        // Writers need not wait for this read: what one of them changes meanwhile is aside.
+        for (slice, at) in buf.chunks_mut(SLICE_BYTES).zip((whole.offset()..).step_by(SLICE_BYTES)) {
+            self.raw.read_at(slice, at).map_err(|e| self.error("read", RAW_FILE, e))?;
+            yield_now();
         }
-        let state = self.states.get(chunk);
-        if !state.in_cut() && !state.saved() {
-            return Err(self.error("read", RAW_FILE, io::Error::other("the publish was given up")));
-        }
-        let (file, name) = match (&aside.file, state.saved()) {
-            (Some(file), true) => (Arc::clone(file), ASIDE_FILE),
-            _ => (Arc::clone(&self.raw), RAW_FILE),
+        let (file, blocks) = {
+            let _stripe = self.stripe(chunk);
+            let aside = &mut *self.aside.lock();
+            if let Some(e) = &aside.broken {
+                return Err(e.clone());
+            }
+            let state = self.states.get(chunk);
+            if !state.awaited() {
+                return Err(self.error("read", RAW_FILE, io::Error::other("the publish was given up")));
+            }
+            self.states.set(chunk, state.taken());
+            (aside.file.clone(), aside.blocks.remove(&chunk))
         };
-        drop(aside);
-        file.read_at(buf, self.geometry.chunk_range(chunk).offset()).map_err(|e| self.error("read", name, e))?;
-        self.states.set(chunk, state.taken());
+        let (Some(file), Some(blocks)) = (file, blocks) else { return Ok(()) };
+        for (_, range) in self.blocks(whole).filter(|(block, _)| blocks.has(*block)) {
+            let old = super::slice_mut(buf, whole, range);
+            file.read_at(old, range.offset()).map_err(|e| self.error("read", ASIDE_FILE, e))?;
+        }
         Ok(())
     }
 
@@ -113,28 +148,48 @@ impl Cache {
         Ok(true)
     }
 
-    /// Keeps what a chunk was at the cut, under its stripe lock. A failure breaks the publish, not the write.
-    pub(super) fn save_aside(&self, chunk: ChunkIndex) {
-        let aside = &mut *self.aside.lock();
-        let state = self.states.get(chunk);
-        if aside.broken.is_none() {
-            match self.copy_aside(aside, chunk) {
-                Ok(()) => return self.states.set(chunk, state.set_aside()),
-                Err(e) => aside.broken = Some(self.error("copy", ASIDE_FILE, e)),
-            }
+    /// Keeps what a piece of a chunk was at the cut, under its stripe lock. A failure breaks the publish, not the write.
+    pub(super) fn save_aside(&self, chunk: ChunkIndex, piece: ByteRange) {
+        if let Err(e) = self.copy_aside(chunk, piece) {
+            self.aside.lock().broken.get_or_insert(e);
+            self.states.set(chunk, self.states.get(chunk).taken());
         }
-        self.states.set(chunk, state.taken());
     }
 
-    fn copy_aside(&self, aside: &mut Aside, chunk: ChunkIndex) -> io::Result<()> {
-        let file = match &aside.file {
-            Some(file) => file,
-            None => aside.file.insert(self.disk.create(&self.dir.join(ASIDE_FILE))?),
+    fn copy_aside(&self, chunk: ChunkIndex, piece: ByteRange) -> Result<(), CacheError> {
+        let failed = |e| self.error("copy", ASIDE_FILE, e);
+        let (file, mut saved) = {
+            let aside = &mut *self.aside.lock();
+            if let Some(e) = &aside.broken {
+                return Err(e.clone());
+            }
+            let file = match &aside.file {
+                Some(file) => file,
+                None => aside.file.insert(self.disk.create(&self.dir.join(ASIDE_FILE)).map_err(failed)?),
+            };
+            (Arc::clone(file), aside.blocks.get(&chunk).copied().unwrap_or_default())
         };
-        let range = self.geometry.chunk_range(chunk);
-        let mut buf = vec![0; usize::try_from(range.len()).map_err(io::Error::other)?];
-        self.raw.read_at(&mut buf, range.offset())?;
-        file.write_at(&buf, range.offset())
+        let touched = |range: ByteRange| range.offset() < piece.end() && piece.offset() < range.end();
+        let mut buf = Vec::new();
+        for (block, range) in self.blocks(self.geometry.chunk_range(chunk)) {
+            if touched(range) && !saved.has(block) {
+                buf.resize(usize::try_from(range.len()).map_err(|e| failed(io::Error::other(e)))?, 0);
+                self.raw.read_at(&mut buf, range.offset()).map_err(failed)?;
+                file.write_at(&buf, range.offset()).map_err(failed)?;
+                saved.add(block);
+            }
+        }
+        self.aside.lock().blocks.insert(chunk, saved);
+        Ok(())
+    }
+
+    /// The blocks of a chunk in which it is set aside, by their numbers.
+    fn blocks(&self, chunk: ByteRange) -> impl Iterator<Item = (usize, ByteRange)> {
+        let bytes = self.geometry.chunk_size().div_ceil(Blocks::COUNT).max(Blocks::MIN_BYTES);
+        (0..).zip((0..Blocks::COUNT).map_while(move |block| {
+            let at = chunk.offset() + block * bytes;
+            ByteRange::new(at, bytes.min(chunk.end().checked_sub(at)?)).filter(|range| !range.is_empty())
+        }))
     }
 
     /// The publish is the head: what was not written since the cut is now as published, relative to `base`.
@@ -166,7 +221,7 @@ impl Cache {
     pub fn uncut(&self) -> Result<(), CacheError> {
         {
             let _alone = self.gate.write();
-            for (chunk, state) in self.states.iter().filter(|(_, state)| state.in_cut() || state.saved()) {
+            for (chunk, state) in self.states.iter().filter(|(_, state)| state.in_cut() || state.awaited()) {
                 self.states.set(chunk, state.uncut());
             }
             if matches!(self.log.lock().file, LogFile::Open(_)) {
@@ -189,3 +244,6 @@ impl Cache {
         appended.map_err(|e| self.error("write", META_FILE, e))
     }
 }
+
+#[cfg(test)]
+mod tests;

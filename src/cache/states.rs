@@ -26,8 +26,7 @@ pub struct ChunkState(u8);
 
 const CONTENT: u8 = 0b11;
 const IN_CUT: u8 = 0b100;
-const UNSAVED: u8 = 0b1000;
-const SAVED: u8 = 0b1_0000;
+const AWAITED: u8 = 0b1000;
 
 impl ChunkState {
     /// The state of a chunk that no publish concerns.
@@ -76,44 +75,32 @@ impl ChunkState {
         self.0 & IN_CUT != 0
     }
 
-    /// In the cut, and the publish still has to read its content from `cache.raw`.
+    /// The publish under way still has to read what the chunk was at the cut.
     #[must_use]
-    pub fn unsaved(self) -> bool {
-        self.0 & UNSAVED != 0
-    }
-
-    /// In the cut, its content of then copied aside.
-    #[must_use]
-    pub fn saved(self) -> bool {
-        self.0 & SAVED != 0
+    pub fn awaited(self) -> bool {
+        self.0 & AWAITED != 0
     }
 
     /// The state as a publish begins: whatever is dirty joins the cut.
     #[must_use]
     pub fn cut(self) -> Self {
         match self.content() {
-            Content::Dirty => Self(self.0 | IN_CUT | UNSAVED),
+            Content::Dirty => Self(self.0 | IN_CUT | AWAITED),
             Content::Zero => Self(self.0 | IN_CUT),
             _ => self,
         }
     }
 
-    /// The state as the publish has read the content it needs, wherever that was.
+    /// The state as the publish has read what the chunk was, or no longer will.
     #[must_use]
     pub fn taken(self) -> Self {
-        Self(self.0 & !(UNSAVED | SAVED))
+        Self(self.0 & !AWAITED)
     }
 
-    /// The state once the content of the cut stands aside.
-    #[must_use]
-    pub fn set_aside(self) -> Self {
-        Self(self.0 & !UNSAVED | SAVED)
-    }
-
-    /// The state once the chunk has new content: no longer part of the cut, but perhaps still set aside.
+    /// The state once the chunk has new content: no longer part of the cut, but what it was then may still be awaited.
     #[must_use]
     pub fn rewritten(self, content: Content) -> Self {
-        Self(self.0 & SAVED | Self::new(content).0)
+        Self(self.0 & AWAITED | Self::new(content).0)
     }
 
     /// The state once the publish is the head: what was not written since is now as published.
