@@ -1,6 +1,6 @@
 # Two commands matter: `make test` installs what is missing and runs every test; `make check` looks at the source.
 
-.PHONY: all setup test check sabotage fmt bench bench-quick
+.PHONY: all setup test check sabotage fmt bench bench-quick bench-cold
 
 all: check test
 
@@ -26,6 +26,10 @@ bench bench-quick:
 	scripts/setup.sh bench
 	cargo build --locked --release --bin nbd-server --example ceiling
 	/usr/bin/python3 benches/side_by_side.py $(if $(filter bench-quick,$@),--quick)
+
+# Measures the cold path and publishing; some minutes.
+bench-cold:
+	cargo bench --locked --bench cold
 
 fmt:
 	cargo fmt

@@ -26,7 +26,8 @@ use crate::nbd::ListenAddr;
 use crate::nbd::tls::TlsConfig;
 use crate::store::keys::{ExportRoot, MAX_KEY_BYTES};
 use crate::store::remote::{RemoteConfig, RemoteKind};
-use crate::units::{DEFAULT_CHUNK_BYTES, Geometry, MAX_EXPORT_ID_BYTES};
+use crate::units::{DEFAULT_CHUNK_BYTES, Geometry, MAX_EXPORT_ID_BYTES, size};
+use crate::volume::DEFAULT_PUBLISH_BYTES;
 pub use defaults::Surroundings;
 pub use file::{FileError, MAX_FILE_BYTES};
 pub use layers::{Origins, ReadError, read};
@@ -37,6 +38,10 @@ pub use storage::{Storage, StoreAccess};
 const LONGEST_KEY_TAIL_BYTES: usize = "/snapshots//manifest.json".len() + 32;
 /// The longest export root that leaves room for the rest of every key.
 const MAX_EXPORT_ROOT_BYTES: usize = MAX_KEY_BYTES - 1 - MAX_EXPORT_ID_BYTES - LONGEST_KEY_TAIL_BYTES;
+/// The least memory of publishes: an upload in the smallest parts goes on with it.
+const MIN_PUBLISH_BYTES: u64 = 16 << 20;
+/// The most memory of publishes that can be asked for.
+const MAX_PUBLISH_BYTES: u64 = 1 << 40;
 
 /// Network block devices that live in object storage, with a lazy local cache.
 #[derive(Debug, Parser)]
@@ -136,6 +141,15 @@ pub struct Serve {
     #[command(flatten)]
     storage: Storage,
 
+    /// Memory for chunks on their way to the store, over all snapshots and compactions under way: from 16MiB to 1TiB
+    #[arg(
+        long,
+        value_name = "BYTES",
+        env = "NBD_SERVER_PUBLISH_MEMORY",
+        default_value_t = PublishBytes(DEFAULT_PUBLISH_BYTES)
+    )]
+    publish_memory: PublishBytes,
+
     /// What is logged to stderr; read again on SIGHUP
     #[arg(long, value_name = "LEVEL", env = "NBD_SERVER_LOG_LEVEL", default_value = "info")]
     log_level: LogLevel,
@@ -188,6 +202,8 @@ pub struct Config {
     pub store: StoreConfig,
     /// How long a read, or the start, waits for a store that does not answer.
     pub store_timeout: Duration,
+    /// The memory of all publishes together, in bytes.
+    pub publish_bytes: u64,
     /// Whether a store is written to that the probe found unfit.
     pub allow_unsafe_store: bool,
     /// How much is logged.
@@ -306,6 +322,7 @@ impl Serve {
             chunk_bytes: self.chunk_size.0,
             store,
             store_timeout: timeout,
+            publish_bytes: self.publish_memory.0,
             allow_unsafe_store: allow_unsafe,
             log_level: self.log_level,
             log_format: self.log_format,
@@ -335,15 +352,7 @@ impl FromStr for ChunkBytes {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
-        let shift = match text[digits.len()..].to_ascii_lowercase().as_str() {
-            "" | "b" => 0,
-            "k" | "kib" => 10,
-            "m" | "mib" => 20,
-            _ => return Err("give bytes, or a number with KiB or MiB, such as 4MiB".into()),
-        };
-        let count: u64 = digits.parse().map_err(|_| "give a whole number of bytes, such as 4194304 or 4MiB")?;
-        let bytes = count.checked_mul(1 << shift).ok_or("that is more than 64MiB")?;
+        let bytes = size::parse(text)?;
         // An image of one byte has one chunk of any size: what remains to refuse is the chunk size.
         Geometry::new(1, bytes).map_err(|e| e.to_string())?;
         Ok(Self(bytes))
@@ -351,6 +360,26 @@ impl FromStr for ChunkBytes {
 }
 
 impl std::fmt::Display for ChunkBytes {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+/// The memory of publishes, in bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct PublishBytes(u64);
+
+impl FromStr for PublishBytes {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let bytes = size::parse(text)?;
+        let fits = (MIN_PUBLISH_BYTES..=MAX_PUBLISH_BYTES).contains(&bytes);
+        fits.then_some(Self(bytes)).ok_or_else(|| "give between 16MiB and 1TiB".into())
+    }
+}
+
+impl std::fmt::Display for PublishBytes {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         self.0.fmt(f)
     }

@@ -187,6 +187,7 @@ impl Server {
         store.probe(&access).await?;
         let services =
             Services::new(store.shared(), config.export_root.clone(), Arc::new(RealDisk), Arc::clone(&clock));
+        let services = services.with_publish_bytes(config.publish_bytes);
         let registry = Registry::discover(Arc::new(services), config.cache_root.clone()).await?;
 
         cache_folders.keep();

@@ -3,6 +3,8 @@
 //! Everything here is checked when it is built, so the floors above never hold a chunk size that is no power of two,
 //! an export id that climbs out of its folder, or a range that wraps around.
 
+pub mod size;
+
 use std::fmt;
 use std::str::FromStr;
 

@@ -47,10 +47,22 @@ async fn publish_eight(site: &mut Site) {
 
 /// The first operation of this kind waits until the flag is set; the others pass.
 fn hold_first(disk: &Hooked, operation: &'static str, name: &'static str) -> (Arc<AtomicBool>, Arc<AtomicBool>) {
+    hold(disk, operation, name, 1)
+}
+
+/// As [`hold_first`], for the one of that number.
+fn hold(
+    disk: &Hooked,
+    operation: &'static str,
+    name: &'static str,
+    number: usize,
+) -> (Arc<AtomicBool>, Arc<AtomicBool>) {
     let (held, go) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicBool::new(false)));
+    let seen = AtomicUsize::new(0);
     let (is_held, may_go) = (Arc::clone(&held), Arc::clone(&go));
     disk.hook(move |op, path| {
-        if op == operation && path.ends_with(name) && !is_held.swap(true, Ordering::SeqCst) {
+        if op == operation && path.ends_with(name) && seen.fetch_add(1, Ordering::SeqCst) + 1 == number {
+            is_held.store(true, Ordering::SeqCst);
             while !may_go.load(Ordering::SeqCst) {
                 std::thread::sleep(Duration::from_millis(1));
             }
@@ -148,7 +160,8 @@ async fn a_publish_whose_caller_went_away_cleans_nothing_that_the_next_one_cut()
     let registry = site.start_on("a", Arc::new(disk.clone())).await;
     let volume = create(&registry, "disk", 8).await;
     write(&volume, 0, 0xaa, CHUNK).await;
-    let (held, go) = hold_first(&disk, "sync", "cache.raw");
+    // The first goes on beside the upload; this one is between upload and swap.
+    let (held, go) = hold(&disk, "sync", "cache.raw", 2);
     let caller = tokio::spawn({
         let registry = Arc::clone(&registry);
         async move { registry.snapshot(&id("disk")).await }

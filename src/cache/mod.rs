@@ -445,9 +445,12 @@ impl Cache {
         if state.in_cut() || state.content() != to { self.transition(chunk, state, to) } else { Ok(()) }
     }
 
-    /// Makes the bytes of every completed write durable. One sync at a time: the kernel tells of lost pages once, so whoever
-    /// hears of none must find the failure latched that another one heard of (L6).
-    fn sync_raw(&self) -> Result<(), CacheError> {
+    /// Makes the bytes of every completed write durable, but not their marks. One sync at a time: the kernel tells of lost pages
+    /// once, so whoever hears of none must find the failure latched that another one heard of (L6).
+    ///
+    /// # Errors
+    /// [`CacheError::Failed`] if a sync fails, now or ever before.
+    pub fn sync_raw(&self) -> Result<(), CacheError> {
         let _one_at_a_time = self.syncing.lock();
         self.check_not_failed()?;
         self.raw.sync().map_err(|e| self.fail("sync of cache.raw", &e))

@@ -15,6 +15,7 @@ pub mod health;
 pub mod keys;
 pub mod local;
 pub mod observed;
+pub mod parts;
 pub mod probe;
 pub mod remote;
 pub mod retry;

@@ -35,7 +35,6 @@ use crate::clock::Clock;
 use crate::units::ByteRange;
 use answer::judge;
 pub use config::{RemoteConfig, RemoteConfigError, RemoteKind};
-pub use upload::{MAX_PARTS, MIN_PART_BYTES, UPLOAD_MEMORY_BYTES};
 
 /// How long a connection may take to come about.
 pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
@@ -61,6 +60,8 @@ pub struct RemoteStore {
     parts: Arc<dyn MultipartStore>,
     pages: Arc<dyn PaginatedListStore>,
     tag: VersionTag,
+    /// Whether it keeps the very bytes that it is given: then it is given a copy, since whoever gave a body counts on its memory.
+    keeps_payloads: bool,
     place: String,
     policy: RetryPolicy,
     clock: Arc<dyn Clock>,

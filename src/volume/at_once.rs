@@ -5,6 +5,7 @@
 //! those. No fetch, no sync, no other thread, no allocation, and no lock that is held across more than a page copy.
 //! Must never: pass an overlapping change that arrived earlier, or report an error: the methods that wait find it again.
 
+use std::sync::Arc;
 use std::time::Instant;
 
 use super::{RequestKind, Volume};
@@ -12,7 +13,7 @@ use crate::units::ByteRange;
 
 impl Volume {
     /// Reads a range into `buf`, which is as long; `false` if that would have to wait, or would fail.
-    pub fn read_at_once(&self, range: ByteRange, buf: &mut [u8]) -> bool {
+    pub fn read_at_once(self: &Arc<Self>, range: ByteRange, buf: &mut [u8]) -> bool {
         let Ok(open) = self.open.try_read() else { return false };
         let started = Instant::now();
         let done =
@@ -20,6 +21,8 @@ impl Volume {
         if done {
             self.meter.read(self.geometry.chunks_in(range), 0);
             self.observe(RequestKind::Read, range.len(), started.elapsed(), true);
+            // What is not done here is noted by the method that waits.
+            self.read_ahead(range);
         }
         done
     }

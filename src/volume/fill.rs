@@ -10,37 +10,17 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
 use bytes::Bytes;
+use futures_util::stream::{self, StreamExt};
 use parking_lot::Mutex;
-use tokio::sync::{Semaphore, SemaphorePermit, watch};
+use tokio::sync::watch;
 
+use super::budget::Stream;
 use super::{Services, Volume, VolumeError};
-use crate::cache;
+use crate::cache::{self, Cache, states::Content};
 use crate::manifest::Source;
 use crate::sabotage::{Rule, breaks};
 use crate::store::{Key, SharedStore, StoreError};
 use crate::units::{ByteRange, ChunkIndex, ExportId};
-
-/// The most bytes of chunks on their way from the store to the disk, over all volumes of a server.
-pub const FILL_BUDGET_BYTES: u64 = 256 << 20;
-const PERMIT_BYTES: u64 = 4 << 10;
-
-/// Bounds the chunks in memory between store and disk.
-#[derive(Debug)]
-pub(crate) struct FillBudget(Semaphore);
-
-impl Default for FillBudget {
-    fn default() -> Self {
-        Self(Semaphore::new(usize::try_from(FILL_BUDGET_BYTES / PERMIT_BYTES).unwrap_or(1)))
-    }
-}
-
-impl FillBudget {
-    /// Waits until `bytes` more may be held; they may be while the permit lives.
-    async fn take(&self, bytes: u64) -> Option<SemaphorePermit<'_>> {
-        // A chunk has at most 64 MiB, a quarter of the budget, so nobody waits for ever.
-        self.0.acquire_many(u32::try_from(bytes.div_ceil(PERMIT_BYTES)).unwrap_or(1)).await.ok()
-    }
-}
 
 /// A chunk that was fetched.
 #[derive(Debug, Clone)]
@@ -64,24 +44,76 @@ pub(super) struct Fills {
 }
 
 impl Volume {
-    /// The published content of a chunk that was seen missing; it is in the cache afterwards if there is room.
+    /// The published content of a chunk that was seen missing, for a client that waits for it; it is in the cache afterwards
+    /// if there is room.
     pub(super) async fn fill(self: &Arc<Self>, chunk: ChunkIndex) -> Outcome {
+        let _waits = self.services.fill_budget.client_waits();
+        self.shared_fill(chunk, || self.services.fill_budget.stream()).await
+    }
+
+    /// Makes a chunk resident that nobody waits for, when its turn comes; nothing to do if it is by then.
+    pub(super) async fn fill_ahead(self: &Arc<Self>, chunk: ChunkIndex) -> Result<(), VolumeError> {
+        // Until it has its turn it is not among the fetches under way: a client that comes for it first does not wait along.
+        let bytes = self.geometry.chunk_range(chunk).len();
+        let (_memory, stream) = self.services.fill_budget.background(bytes).await;
+        // Not waiting: who closes the volume waits for everybody else first.
+        if !self.open.try_read().is_ok_and(|open| *open) {
+            return Err(VolumeError::Closed(self.export_id.clone()));
+        }
+        if !self.must_fetch(chunk) {
+            return Ok(());
+        }
+        self.shared_fill(chunk, || stream).await?.kept
+    }
+
+    /// Has fetched what a stream of reads that `range` belongs to will come to next.
+    pub(super) fn read_ahead(self: &Arc<Self>, range: ByteRange) {
+        let Some(chunks) = self.ahead.note(self.geometry, range) else { return };
+        let missing: Vec<_> = chunks.map(ChunkIndex).filter(|chunk| self.must_fetch(*chunk)).collect();
+        if missing.is_empty() {
+            return;
+        }
+        let volume = Arc::clone(self);
+        tokio::spawn(async move {
+            let fills = missing.into_iter().map(|chunk| volume.fill_ahead(chunk));
+            let mut fills = stream::iter(fills).buffer_unordered(super::FETCHES_PER_REQUEST);
+            while let Some(filled) = fills.next().await {
+                // Whatever it is, a read that comes so far will hear of it.
+                if let Err(e) = filled {
+                    tracing::debug!(export = %volume.export_id, "read-ahead ends early: {e}");
+                    return;
+                }
+            }
+        });
+    }
+
+    /// Joins the fetch of a chunk that is under way, or begins it on a stream of its own.
+    async fn shared_fill(self: &Arc<Self>, chunk: ChunkIndex, stream: impl FnOnce() -> Stream) -> Outcome {
+        let image = self.image();
+        let Some(source) = Remote::of(image.source(chunk)) else {
+            // Published as zeros meanwhile.
+            let zeros = vec![0; super::buffer_len(self.geometry.chunk_range(chunk))];
+            return Ok(Filled { bytes: zeros.into(), kept: Ok(()) });
+        };
+        let key = (chunk, source.hash.unwrap_or_default());
+        let ended = || {
+            let alone = !self.fills.under_way.lock().contains_key(&key);
+            alone && self.cache.state(chunk).content() == Content::Clean
+        };
+        // A fill may have ended since the chunk was seen missing: it is not fetched again for that.
+        if ended()
+            && let Some(bytes) = self.clean_chunk(chunk).await?
+        {
+            return Ok(Filled { bytes: bytes.into(), kept: Ok(()) });
+        }
         let mut outcome = {
-            let image = self.image();
-            let source = Remote::of(image.source(chunk));
-            let Some(source) = source else {
-                // Published as zeros meanwhile.
-                let len = super::buffer_len(self.geometry.chunk_range(chunk));
-                return Ok(Filled { bytes: vec![0; len].into(), kept: Ok(()) });
-            };
-            let key = (chunk, source.hash.unwrap_or_default());
             let mut under_way = self.fills.under_way.lock();
             match under_way.get(&key) {
                 Some(outcome) => outcome.clone(),
                 None => {
                     let (tell, outcome) = watch::channel(None);
                     under_way.insert(key, outcome.clone());
-                    tokio::spawn(Arc::clone(self).run_fill(key, source, tell));
+                    tokio::spawn(Arc::clone(self).run_fill(key, source, stream(), tell));
                     outcome
                 }
             }
@@ -91,22 +123,44 @@ impl Volume {
         outcome.clone().ok_or_else(gone)?
     }
 
-    async fn run_fill(self: Arc<Self>, key: FillKey, source: Remote, tell: watch::Sender<Option<Outcome>>) {
-        let outcome = self.fetch_and_keep(key.0, &source).await;
+    /// A chunk's bytes from the cache, if it is clean there right now. After a failed sync nothing there is: the kernel may have
+    /// dropped what a fill wrote.
+    async fn clean_chunk(&self, chunk: ChunkIndex) -> Result<Option<Vec<u8>>, VolumeError> {
+        let read = move |cache: &Cache| {
+            let mut buf = vec![0; super::buffer_len(cache.geometry().chunk_range(chunk))];
+            let clean = cache.read_clean_chunk(chunk, &mut buf)?;
+            Ok((clean && cache.failure().is_none()).then_some(buf))
+        };
+        cache::blocking(&self.cache, read).await.map_err(|e| self.cache_error(e))
+    }
+
+    async fn run_fill(
+        self: Arc<Self>,
+        key: FillKey,
+        source: Remote,
+        stream: Stream,
+        tell: watch::Sender<Option<Outcome>>,
+    ) {
+        let _budget = self.services.fill_budget.take(source.range.len()).await;
+        let outcome = match self.fetch(key.0, &source, Some(stream)).await {
+            Ok(bytes) => {
+                let kept = self.keep(key.0, source, bytes.clone()).await;
+                Ok(Filled { bytes, kept })
+            }
+            Err(e) => Err(e),
+        };
         self.fills.under_way.lock().remove(&key);
         tell.send_replace(Some(outcome));
     }
 
-    async fn fetch_and_keep(self: &Arc<Self>, chunk: ChunkIndex, source: &Remote) -> Outcome {
-        let _budget = self.services.fill_budget.take(source.range.len()).await;
-        let bytes = self.fetch(chunk, source).await?;
+    async fn keep(self: &Arc<Self>, chunk: ChunkIndex, source: Remote, bytes: Bytes) -> Result<(), VolumeError> {
         // Not waiting: who closes the volume waits for the requests, and those wait for this fill.
         let kept = match self.open.try_read() {
             Ok(open) if *open => {
-                let (volume, content, source) = (Arc::clone(self), bytes.clone(), source.clone());
+                let volume = Arc::clone(self);
                 cache::blocking(&self.cache, move |cache| {
                     let published = || Remote::of(volume.image().source(chunk)).is_some_and(|now| now == source);
-                    cache.fill(chunk, &content, published)
+                    cache.fill(chunk, &bytes, published)
                 })
                 .await
                 .map_err(|e| self.cache_error(e))
@@ -116,19 +170,20 @@ impl Volume {
         if let Err(e) = &kept {
             tracing::debug!(export = %self.export_id, %chunk, "a fetched chunk was not kept: {e}");
         }
-        Ok(Filled { bytes, kept })
+        kept
     }
 
     /// As [`Services::fetch`], counted.
-    pub(super) async fn fetch(&self, chunk: ChunkIndex, source: &Remote) -> Result<Bytes, VolumeError> {
+    pub(super) async fn fetch(
+        &self,
+        chunk: ChunkIndex,
+        source: &Remote,
+        stream: Option<Stream>,
+    ) -> Result<Bytes, VolumeError> {
         let started = Instant::now();
-        let fetched = self.fetch_checked(chunk, source).await;
+        let fetched = self.services.fetch(&self.export_id, chunk, source, stream).await;
         self.meter.fetched(started, fetched.as_ref().ok().map(Bytes::len));
-        fetched
-    }
-
-    async fn fetch_checked(&self, chunk: ChunkIndex, source: &Remote) -> Result<Bytes, VolumeError> {
-        self.services.fetch(&self.export_id, chunk, source).await.map_err(|e| match e {
+        fetched.map_err(|e| match e {
             FetchError::Unavailable(text) => VolumeError::Unavailable(text),
             FetchError::Corrupt(text) => {
                 self.fills.corrupt.fetch_add(1, Ordering::Relaxed);
@@ -148,12 +203,14 @@ pub(super) enum FetchError {
 }
 
 impl Services {
-    /// The chunk's bytes from the store, their hash checked; what does not match is fetched once more, then refused.
+    /// The chunk's bytes from the store, their hash checked; what does not match is fetched once more, then refused. The
+    /// `stream`, if the fetch has one of the budget's, is free again once the bytes are here.
     pub(super) async fn fetch(
         &self,
         export_id: &ExportId,
         chunk: ChunkIndex,
         source: &Remote,
+        mut stream: Option<Stream>,
     ) -> Result<Bytes, FetchError> {
         for attempt in [1, 2] {
             let bytes = source.get(&self.store).await.map_err(|e| {
@@ -161,6 +218,7 @@ impl Services {
                 tracing::warn!("{text}");
                 FetchError::Unavailable(text.into())
             })?;
+            drop(stream.take());
             let Some(hash) = source.hash else { return Ok(bytes) };
             let checked = bytes.clone();
             let found = cache::blocking_io(move || *blake3::hash(&checked).as_bytes()).await;

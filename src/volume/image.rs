@@ -230,7 +230,7 @@ impl Image {
         let Some(source) = Remote::of(self.manifest.source(chunk)) else {
             return Ok(vec![0; super::buffer_len(self.geometry().chunk_range(chunk))].into());
         };
-        self.services.fetch(&self.export_id, chunk, &source).await.map_err(|e| match e {
+        self.services.fetch(&self.export_id, chunk, &source, None).await.map_err(|e| match e {
             FetchError::Unavailable(text) => ExportError::StoreUnavailable(text),
             FetchError::Corrupt(text) => ExportError::Damaged(text),
         })

@@ -10,8 +10,10 @@
 //! One rule ties the two sides together. A chunk's state is read *before* the published image: a commit changes the
 //! image first and the states after, so whoever sees a chunk missing finds the image that says what it is.
 
+mod ahead;
 mod ancestry;
 mod at_once;
+mod budget;
 mod change;
 mod fill;
 pub mod image;
@@ -39,8 +41,11 @@ use crate::store::SharedStore;
 pub use crate::store::health::Outage;
 use crate::store::keys::{ExportKeys, ExportRoot};
 use crate::units::{ByteRange, ChunkIndex, ExportId, Generation, Geometry};
+use ahead::ReadAhead;
+pub use budget::DEFAULT_PUBLISH_BYTES;
+use budget::{FillBudget, PublishBudget};
 pub use change::Change;
-use fill::{FillBudget, Fills};
+use fill::Fills;
 use meter::Meter;
 pub use meter::RequestKind;
 use order::Order;
@@ -115,14 +120,24 @@ pub struct Services {
     /// The time.
     pub clock: Arc<dyn Clock>,
     /// Bounds the memory of chunks on their way from the store.
-    pub(crate) fill_budget: FillBudget,
+    pub(crate) fill_budget: Arc<FillBudget>,
+    /// Bounds the memory of chunks on their way to the store.
+    pub(crate) publish_budget: PublishBudget,
 }
 
 impl Services {
     /// Services over a store, a disk and a clock.
     #[must_use]
     pub fn new(store: SharedStore, root: ExportRoot, disk: Arc<dyn Disk>, clock: Arc<dyn Clock>) -> Self {
-        Self { store, root, disk, clock, fill_budget: FillBudget::default() }
+        let fill_budget = FillBudget::new(Arc::clone(&clock));
+        let publish_budget = PublishBudget::new(DEFAULT_PUBLISH_BYTES);
+        Self { store, root, disk, clock, fill_budget, publish_budget }
+    }
+
+    /// The same with another bound on the memory of publishes, in bytes.
+    #[must_use]
+    pub fn with_publish_bytes(self, bytes: u64) -> Self {
+        Self { publish_budget: PublishBudget::new(bytes), ..self }
     }
 }
 
@@ -140,6 +155,7 @@ pub struct Volume {
     /// The generation of the head when it was last read or written.
     head_seen: Mutex<Generation>,
     fills: Fills,
+    ahead: ReadAhead,
     order: Order,
     meter: Meter,
     /// Held by every request and every fill; `false` once closed. Taken exclusively to close.
@@ -177,6 +193,7 @@ impl Volume {
     /// [`VolumeError::Unavailable`] if a missing chunk cannot be had, or the disk does not read.
     pub async fn read(self: &Arc<Self>, range: ByteRange) -> Result<Bytes, VolumeError> {
         let _open = self.enter(range).await?;
+        self.read_ahead(range);
         let volume = Arc::clone(self);
         let (mut buf, missing) = cache::blocking(&self.cache, move |cache| {
             let mut buf = vec![0; buffer_len(range)];
@@ -186,10 +203,9 @@ impl Volume {
         .await
         .map_err(|e| self.cache_error(e))?;
         self.meter.read(self.geometry.chunks_in(range), missing.len());
-        let fetches = missing.into_iter().map(|(chunk, piece)| async move {
-            let filled = self.fill(chunk).await?;
-            Ok::<_, VolumeError>((chunk, piece, filled.bytes))
-        });
+        let fetches = missing
+            .into_iter()
+            .map(|(chunk, piece)| async move { Ok::<_, VolumeError>((chunk, piece, self.fill(chunk).await?.bytes)) });
         let mut fetched = stream::iter(fetches).buffer_unordered(FETCHES_PER_REQUEST);
         while let Some((chunk, piece, bytes)) = fetched.try_next().await? {
             let chunk_at = self.geometry.chunk_range(chunk).offset();
@@ -264,7 +280,7 @@ impl Volume {
         let missing = self.geometry.split(range).map(|(chunk, _)| chunk).filter(|chunk| self.must_fetch(*chunk));
         stream::iter(missing)
             .for_each_concurrent(FETCHES_PER_REQUEST, |chunk| async move {
-                if let Err(e) = self.fill(chunk).await {
+                if let Err(e) = self.fill_ahead(chunk).await {
                     tracing::debug!(export = %self.export_id, %chunk, "prefetch: {e}");
                 }
             })

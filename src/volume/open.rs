@@ -6,6 +6,7 @@ use std::sync::atomic::Ordering;
 
 use parking_lot::{Mutex, RwLock};
 
+use super::ahead::ReadAhead;
 use super::fill::Fills;
 use super::meter::Meter;
 use super::order::Order;
@@ -88,6 +89,7 @@ impl Volume {
             image: Arc::new(RwLock::new(Arc::new(image))),
             head_seen: Mutex::new(head_base.generation),
             fills: Fills::default(),
+            ahead: ReadAhead::default(),
             order: Order::default(),
             meter: Meter::default(),
             open: tokio::sync::RwLock::new(true),

@@ -21,20 +21,23 @@ use parking_lot::Mutex;
 use tracing::Instrument;
 
 use super::ancestry::Ancestry;
+use super::budget::{BACKGROUND_FETCHES, Held};
 use super::fill::Remote;
 use super::objects::StoredHead;
 use super::progress::Publishing;
 use super::registry::{ExportError, Operation, Published};
 use super::{Volume, VolumeError};
 use crate::cache::journal::{self, Journal, Kind, Phase};
-use crate::cache::{self, Cache, publish::CutChunk, states::Content};
+use crate::cache::publish::{CutChunk, SLICE_BYTES};
+use crate::cache::{self, Cache, states::Content};
 use crate::manifest::{Change, Manifest};
 use crate::sabotage::{Rule, breaks};
+use crate::store::parts::upload_floor;
 use crate::store::{BoxError, Condition, StoreError};
 use crate::units::{ChunkIndex, SnapshotId};
 
-/// The most bytes of chunks that a publish holds between disk and upload, unless a single chunk is larger.
-pub const READ_AHEAD_BYTES: u64 = 32 << 20;
+/// How many chunks of a publish are on their way to the upload at a time: as many as fetches that nobody waits for.
+const CHUNKS_AT_A_TIME: usize = BACKGROUND_FETCHES as usize;
 /// How often a swap is tried while the head stays the one we build on.
 const SWAP_ATTEMPTS: usize = 5;
 
@@ -55,6 +58,14 @@ enum Planned {
     Cut(ChunkIndex),
     /// As published: from the cache if it is there, else from the store.
     Published(ChunkIndex),
+}
+
+impl Planned {
+    fn chunk(self) -> ChunkIndex {
+        match self {
+            Self::Cut(chunk) | Self::Published(chunk) => chunk,
+        }
+    }
 }
 
 impl Volume {
@@ -172,10 +183,14 @@ impl Volume {
             self.services.write_manifest(&self.keys.manifest(intent.snapshot_id), manifest.clone()).await?;
             Ok::<_, ExportError>(manifest)
         };
+        // Most of what must be on the disk before the swap goes there beside the upload.
+        let ahead =
+            async { cache::blocking(&self.cache, Cache::sync_raw).await.map_err(|e| self.cache_error(e).into()) };
+        let upload = future::try_join(upload, ahead);
         let mut stopping = self.stopping.subscribe();
         // Only the upload can be given up in the middle; from PREPARED on every step is taken to its end.
         let manifest = tokio::select! {
-            manifest = upload => manifest?,
+            uploaded = upload => uploaded?.0,
             _ = stopping.wait_for(|stop| *stop) => return Err(VolumeError::Closed(self.export_id.clone()).into()),
             () = publishing.cancelled() => return Err(ExportError::Cancelled(self.export_id.clone())),
         };
@@ -235,7 +250,7 @@ impl Volume {
         }
     }
 
-    /// Reads the chunks one after the other, a few ahead, and streams those that are not zeros into the blob. The
+    /// Reads the chunks, as many ahead as the memory of publishes allows, and streams those that are not zeros into the blob. The
     /// very buffer that is uploaded is hashed (S4). No blob if all are zeros.
     async fn upload(
         self: &Arc<Self>,
@@ -244,14 +259,20 @@ impl Volume {
         publishing: &Arc<Publishing>,
     ) -> Result<Vec<(ChunkIndex, Change)>, ExportError> {
         let max_bytes = plan.len() as u64 * self.geometry.chunk_size();
-        let ahead = usize::try_from((READ_AHEAD_BYTES / self.geometry.chunk_size()).clamp(1, 8)).unwrap_or(1);
+        let services = &self.services;
+        let share = &services.publish_budget.share(upload_floor(max_bytes, self.geometry.chunk_size())).await;
         let changes = Arc::new(Mutex::new(Vec::with_capacity(plan.len())));
         let (into, mut offset) = (Arc::clone(&changes), 0);
         publishing.plan(max_bytes);
         let (counter, chunk_bytes) = (Arc::clone(publishing), self.geometry.chunk_size());
         let mut body = stream::iter(plan)
-            .map(|planned| self.read_planned(planned))
-            .buffered(ahead)
+            .then(move |planned| async move {
+                services.fill_budget.let_clients_go_first().await;
+                // In the order of the chunks: none holds what an earlier one waits for.
+                (planned, share.take(self.geometry.chunk_range(planned.chunk()).len()).await)
+            })
+            .map(|(planned, held)| self.read_planned(planned, held))
+            .buffered(CHUNKS_AT_A_TIME)
             .filter_map(move |read| {
                 counter.advance(chunk_bytes);
                 let piece = match read {
@@ -284,18 +305,20 @@ impl Volume {
         Ok(std::mem::take(&mut *changes.lock()))
     }
 
-    async fn read_planned(self: &Arc<Self>, planned: Planned) -> Result<HashedChunk, VolumeError> {
+    async fn read_planned(self: &Arc<Self>, planned: Planned, held: Held) -> Result<HashedChunk, VolumeError> {
         match planned {
             Planned::Cut(chunk) => {
+                let _core = self.services.publish_budget.core().await;
                 let read = move |cache: &Cache| {
-                    let mut buf = vec![0; super::buffer_len(cache.geometry().chunk_range(chunk))];
-                    cache.take_cut_chunk(chunk, &mut buf).map(|()| hashed(chunk, buf.into()))
+                    let mut buf = held.buffer(super::buffer_len(cache.geometry().chunk_range(chunk)));
+                    cache.take_cut_chunk(chunk, &mut buf).map(|()| hashed(chunk, held.by(buf)))
                 };
                 cache::blocking(&self.cache, read).await.map_err(|e| self.cache_error(e))
             }
             Planned::Published(chunk) => {
                 let bytes = self.published_chunk(chunk).await?;
-                Ok(cache::blocking_io(move || hashed(chunk, bytes)).await)
+                let _core = self.services.publish_budget.core().await;
+                Ok(cache::blocking_io(move || hashed(chunk, held.by(bytes))).await)
             }
         }
     }
@@ -315,7 +338,8 @@ impl Volume {
                 return Ok(buf.into());
             }
         }
-        self.fetch(chunk, &source).await
+        let (_memory, stream) = self.services.fill_budget.background(source.range.len()).await;
+        self.fetch(chunk, &source, Some(stream)).await
     }
 
     /// Chunks under a `base_ref` of older tools have no hash. What we write covers every byte by one, so they are
@@ -335,7 +359,7 @@ impl Volume {
                 continue;
             }
             let Some(source @ Remote { hash: None, .. }) = Remote::of(image.source(chunk)) else { continue };
-            let bytes = self.fetch(chunk, &source).await?;
+            let bytes = self.fetch(chunk, &source, None).await?;
             adopted.push(match cache::blocking_io(move || hashed(chunk, bytes)).await {
                 (chunk, None) => (chunk, Change::Zero),
                 (chunk, Some((_, hash))) => {
@@ -428,7 +452,12 @@ pub(super) fn hashed(chunk: ChunkIndex, bytes: Bytes) -> HashedChunk {
     if bytes.iter().all(|b| *b == 0) {
         return (chunk, None);
     }
-    let mut hash = *blake3::hash(&bytes).as_bytes();
+    let mut hasher = blake3::Hasher::new();
+    for slice in bytes.chunks(SLICE_BYTES) {
+        hasher.update(slice);
+        std::thread::yield_now();
+    }
+    let mut hash = *hasher.finalize().as_bytes();
     if breaks(Rule::HashOtherBytes) {
         hash = *blake3::hash(&bytes[..bytes.len() - 1]).as_bytes();
     }

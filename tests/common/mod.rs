@@ -21,6 +21,7 @@ pub mod nbd;
 pub mod proxy;
 pub mod scene;
 pub mod server;
+pub mod shaped;
 pub mod sim;
 pub mod volumes;
 pub mod watched;

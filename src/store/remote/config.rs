@@ -237,7 +237,17 @@ impl RemoteStore {
     {
         let store = Arc::new(store);
         let health = Arc::new(Health::new(clock.now()));
-        Self { objects: store.clone(), parts: store.clone(), pages: store, tag, place, policy, clock, health }
+        Self {
+            objects: store.clone(),
+            parts: store.clone(),
+            pages: store,
+            tag,
+            keeps_payloads: false,
+            place,
+            policy,
+            clock,
+            health,
+        }
     }
 }
 

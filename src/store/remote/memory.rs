@@ -25,6 +25,7 @@ impl RemoteStore {
             parts: memory.clone(),
             pages: Arc::new(OnePage(memory)),
             tag: VersionTag::ETag,
+            keeps_payloads: true,
             place: "memory".into(),
             policy: RetryPolicy::default(),
             clock,

@@ -9,6 +9,7 @@ use tokio::net::{TcpListener, TcpStream};
 
 use super::*;
 use crate::clock::SystemClock;
+use crate::store::parts::MIN_PART_BYTES;
 
 /// One answer of the endpoint.
 #[derive(Debug, Clone)]

@@ -1,4 +1,4 @@
-//! Blobs on their way up: re-cut into equal parts without copying, several in flight, within a fixed memory.
+//! Blobs on their way up: re-cut into equal parts without copying, several in flight (`store/parts.rs`).
 //!
 //! A body that fits one part becomes one put. A longer one becomes a multipart upload: parts of one size (R2 insists)
 //! but the last, each repeated on its own, since putting a part twice puts it once. If anything fails, or the caller
@@ -18,25 +18,14 @@ use tokio::task::JoinSet;
 
 use super::{Conditional, RemoteStore, SILENCE_LIMIT, allowance, path, timed};
 use crate::store::health::Health;
+use crate::store::parts::{PARTS_IN_FLIGHT, part_bytes};
 use crate::store::retry::{Overtime, Request};
 use crate::store::{Body, Key, StoreError};
 
-/// The smallest part, but for the last.
-pub const MIN_PART_BYTES: u64 = 8 << 20;
-/// The most parts of one upload: S3's own limit.
-pub const MAX_PARTS: u64 = 10_000;
-/// The memory for parts in flight. A single part may exceed it: beyond 640 GB the limit on parts makes them that large.
-pub const UPLOAD_MEMORY_BYTES: u64 = 64 << 20;
 /// How long the store may take to put the parts together.
 const ASSEMBLY_LIMIT: Duration = Duration::from_secs(180);
 /// The shortest limit for repeating a request, as a multiple of the time one attempt may take.
 const MIN_ATTEMPTS: u32 = 3;
-
-/// The size of every part but the last, for a blob of at most `max_bytes`.
-fn part_bytes(max_bytes: u64) -> u64 {
-    const MIB: u64 = 1 << 20;
-    max_bytes.div_ceil(MAX_PARTS).div_ceil(MIB).saturating_mul(MIB).max(MIN_PART_BYTES)
-}
 
 /// A body being cut into parts.
 struct Cutter<'a> {
@@ -52,6 +41,12 @@ struct Cutter<'a> {
 struct Part {
     pieces: Vec<Bytes>,
     len: u64,
+}
+
+impl Part {
+    fn payload(self, copied: bool) -> PutPayload {
+        if copied { Bytes::from(self.pieces.concat()).into() } else { PutPayload::from_iter(self.pieces) }
+    }
 }
 
 impl Cutter<'_> {
@@ -102,10 +97,9 @@ pub(super) async fn upload(store: &RemoteStore, key: &Key, max_bytes: u64, body:
     let mut cutter = Cutter { body, rest: Bytes::new(), total: 0, max_bytes };
     let first = cutter.part(key, part_bytes).await?;
     if cutter.ended(key).await? {
-        let payload = PutPayload::from_iter(first.pieces);
-        return repeat(store, request, allowance(first.len), || store.objects.put(&path, payload.clone()))
-            .await
-            .map(drop);
+        let limit = allowance(first.len);
+        let payload = first.payload(store.keeps_payloads);
+        return repeat(store, request, limit, || store.objects.put(&path, payload.clone())).await.map(drop);
     }
     let id = repeat(store, request, SILENCE_LIMIT, || store.parts.create_multipart(&path)).await?;
     let pending = Pending { parts: Arc::clone(&store.parts), path, id, settled: false };
@@ -129,7 +123,6 @@ async fn send_parts(
     cutter: &mut Cutter<'_>,
     part_bytes: u64,
 ) -> Result<(), StoreError> {
-    let slots = usize::try_from(UPLOAD_MEMORY_BYTES / part_bytes).unwrap_or(1).max(1);
     let mut in_flight = JoinSet::new();
     let mut done = Vec::new();
     let mut next = Some(first);
@@ -138,7 +131,7 @@ async fn send_parts(
         in_flight.spawn(put_part(PartPut::new(store, request, pending), count, part));
         count += 1;
         // The slot is free before the next part is gathered, so that the part being gathered is counted too.
-        while in_flight.len() >= slots {
+        while in_flight.len() >= PARTS_IN_FLIGHT {
             done.push(landed(request, in_flight.join_next().await)?);
         }
         next = Some(cutter.part(request.key, part_bytes).await?);
@@ -167,6 +160,7 @@ fn landed(
 /// What the task of one part needs, owned.
 struct PartPut {
     parts: Arc<dyn MultipartStore>,
+    keeps_payloads: bool,
     policy: crate::store::retry::RetryPolicy,
     clock: Arc<dyn crate::clock::Clock>,
     health: Arc<Health>,
@@ -180,6 +174,7 @@ impl PartPut {
     fn new(store: &RemoteStore, request: Request<'_>, pending: &Pending) -> Self {
         Self {
             parts: Arc::clone(&store.parts),
+            keeps_payloads: store.keeps_payloads,
             policy: store.policy,
             clock: Arc::clone(&store.clock),
             health: Arc::clone(&store.health),
@@ -193,8 +188,8 @@ impl PartPut {
 
 async fn put_part(put: PartPut, index: usize, part: Part) -> Result<Landed, StoreError> {
     let request = Request { operation: put.operation, key: &put.key };
-    let payload = PutPayload::from_iter(part.pieces);
     let limit = allowance(part.len);
+    let payload = part.payload(put.keeps_payloads);
     let attempt = || {
         let sent = put.parts.put_part(&put.path, &put.id, index, payload.clone());
         timed(request, limit, Conditional::No, sent)

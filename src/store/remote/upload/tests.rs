@@ -3,25 +3,7 @@ use proptest::prelude::*;
 
 use super::*;
 
-const MIB: u64 = 1 << 20;
-
-#[test]
-fn parts_are_small_until_the_limit_on_their_number_makes_them_larger() {
-    for (max_bytes, expected) in
-        [(0, 8 * MIB), (1, 8 * MIB), (80_000 * MIB, 8 * MIB), (80_000 * MIB + 1, 9 * MIB), (1_000_000 * MIB, 100 * MIB)]
-    {
-        assert_eq!(part_bytes(max_bytes), expected, "{max_bytes}");
-    }
-}
-
 proptest! {
-    #[test]
-    fn a_blob_of_any_size_fits_the_number_of_parts(max_bytes in 0..=u64::MAX / 2) {
-        let part = part_bytes(max_bytes);
-        prop_assert!(max_bytes.div_ceil(part) <= MAX_PARTS);
-        prop_assert!(part >= MIN_PART_BYTES && part.is_multiple_of(MIB));
-    }
-
     #[test]
     fn cutting_keeps_every_byte_in_order_and_all_parts_but_the_last_full(
         lengths in prop::collection::vec(0usize..50, 0..40),

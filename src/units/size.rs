@@ -4,7 +4,7 @@
 ///
 /// # Errors
 /// A text that says what to write instead.
-pub(super) fn parse(text: &str) -> Result<u64, String> {
+pub fn parse(text: &str) -> Result<u64, String> {
     let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
     let unit = text[digits.len()..].to_ascii_lowercase();
     let shift = match unit.as_str() {
@@ -26,7 +26,7 @@ pub(super) fn parse(text: &str) -> Result<u64, String> {
 }
 
 /// As people read it: `10 GiB`, `1.5 MiB`, `512 B`.
-pub(super) fn shown(bytes: u64) -> String {
+pub fn shown(bytes: u64) -> String {
     const UNITS: [&str; 6] = ["KiB", "MiB", "GiB", "TiB", "PiB", "EiB"];
     if bytes < 1024 {
         return format!("{bytes} B");

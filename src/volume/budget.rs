@@ -1,0 +1,323 @@
+//! What fetches and publishes may use of memory and of the store's streams, over all volumes of a server, and who goes first.
+//!
+//! A fetch that a client waits for never queues behind one that nobody waits for. It takes memory from a budget of which
+//! background work holds a part at most, and no other limit. Background work (read-ahead, prefetch, compaction) fetches with few
+//! streams, fewer while clients' fetches are under way, and a publish lets clients go first; neither gives way for ever.
+//!
+//! A publish owns as much memory as its upload needs to go on at all, and beyond that takes what is free. So publishes never
+//! wait for each other in a circle, and many at a time queue for their beginning, not in their middle.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use parking_lot::Mutex;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, SemaphorePermit, watch};
+
+use crate::clock::Clock;
+
+/// The most bytes of chunks on their way from the store to the disk, over all volumes of a server.
+pub const FILL_BUDGET_BYTES: u64 = 256 << 20;
+/// The part of it for chunks that nobody waits for yet.
+pub const BACKGROUND_BYTES: u64 = FILL_BUDGET_BYTES / 2;
+/// The most fetches under way for which one begins that nobody waits for, over all volumes of a server: object storage gives
+/// about its best to so many streams.
+pub const BACKGROUND_FETCHES: u32 = 16;
+/// How long one background fetch gives way to clients' fetches before it runs beside them.
+pub const BACKGROUND_PATIENCE: Duration = Duration::from_secs(1);
+/// How long a publish gives way to clients before it takes up its next chunk.
+pub const PUBLISH_PATIENCE: Duration = Duration::from_millis(100);
+/// The most bytes of chunks between disk and upload, over all publishes of a server, unless it is told otherwise. An upload whose
+/// parts are larger has one of them beyond it.
+pub const DEFAULT_PUBLISH_BYTES: u64 = 256 << 20;
+
+const PERMIT_BYTES: u64 = 4 << 10;
+
+fn permits(bytes: u64) -> u32 {
+    u32::try_from(bytes.div_ceil(PERMIT_BYTES)).unwrap_or(u32::MAX)
+}
+
+/// What goes on now.
+#[derive(Debug, Clone, Copy, Default)]
+struct Now {
+    /// Requests of clients that wait for a missing chunk.
+    waiting: u32,
+    /// Requests to the store for chunks.
+    fetches: u32,
+}
+
+type Counter = fn(&mut Now) -> &mut u32;
+
+/// What all fetches of a server share.
+#[derive(Debug)]
+pub(crate) struct FillBudget {
+    memory: Semaphore,
+    background_memory: Arc<Semaphore>,
+    background_streams: Arc<Semaphore>,
+    now: watch::Sender<Now>,
+    clock: Arc<dyn Clock>,
+}
+
+impl FillBudget {
+    /// A budget that nothing has been taken from.
+    pub(crate) fn new(clock: Arc<dyn Clock>) -> Arc<Self> {
+        Arc::new(Self {
+            memory: Semaphore::new(permits(FILL_BUDGET_BYTES) as usize),
+            background_memory: Arc::new(Semaphore::new(permits(BACKGROUND_BYTES) as usize)),
+            background_streams: Arc::new(Semaphore::new(BACKGROUND_FETCHES as usize)),
+            now: watch::Sender::default(),
+            clock,
+        })
+    }
+
+    /// Waits until `bytes` more may be held; they may be while the permit lives.
+    pub(super) async fn take(&self, bytes: u64) -> Option<SemaphorePermit<'_>> {
+        // A chunk has at most 64 MiB, a quarter of the budget, so nobody waits for ever.
+        self.memory.acquire_many(permits(bytes)).await.ok()
+    }
+
+    /// A client waits for a chunk while this lives.
+    pub(super) fn client_waits(self: &Arc<Self>) -> Counted {
+        self.count(|now| &mut now.waiting)
+    }
+
+    /// A stream for a fetch that a client waits for: there always is one.
+    pub(super) fn stream(self: &Arc<Self>) -> Stream {
+        Stream { _fetch: self.count(|now| &mut now.fetches), _background: None }
+    }
+
+    /// Waits until a fetch of `bytes` that nobody waits for has its turn. The memory is its own until it drops the permit.
+    pub(super) async fn background(self: &Arc<Self>, bytes: u64) -> (Option<OwnedSemaphorePermit>, Stream) {
+        let memory = Arc::clone(&self.background_memory).acquire_many_owned(permits(bytes)).await.ok();
+        let background = Arc::clone(&self.background_streams).acquire_owned().await.ok();
+        let mut now = self.now.subscribe();
+        tokio::select! {
+            biased;
+            _ = now.wait_for(|now| now.fetches < BACKGROUND_FETCHES) => {}
+            () = self.clock.sleep(BACKGROUND_PATIENCE) => {}
+        }
+        (memory, Stream { _fetch: self.count(|now| &mut now.fetches), _background: background })
+    }
+
+    /// Waits while clients wait for missing chunks, for a limited time.
+    pub(super) async fn let_clients_go_first(&self) {
+        let mut now = self.now.subscribe();
+        tokio::select! {
+            biased;
+            _ = now.wait_for(|now| now.waiting == 0) => {}
+            () = self.clock.sleep(PUBLISH_PATIENCE) => {}
+        }
+    }
+
+    fn count(self: &Arc<Self>, counter: Counter) -> Counted {
+        self.now.send_modify(|now| *counter(now) += 1);
+        Counted { budget: Arc::clone(self), counter }
+    }
+}
+
+/// Counts as long as it lives.
+#[derive(Debug)]
+pub(super) struct Counted {
+    budget: Arc<FillBudget>,
+    counter: Counter,
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        self.budget.now.send_modify(|now| {
+            let count = (self.counter)(now);
+            *count = count.saturating_sub(1);
+        });
+    }
+}
+
+/// One of the store's streams; it is free again once the bytes are here.
+#[derive(Debug)]
+pub(super) struct Stream {
+    _fetch: Counted,
+    _background: Option<OwnedSemaphorePermit>,
+}
+
+/// What all publishes of a server share: memory, and the processor's cores.
+#[derive(Debug)]
+pub(crate) struct PublishBudget {
+    free: Arc<Semaphore>,
+    all: u32,
+    cores: Semaphore,
+}
+
+impl PublishBudget {
+    /// A budget of so many bytes.
+    pub(crate) fn new(bytes: u64) -> Self {
+        let all = permits(bytes).max(1);
+        let cores = std::thread::available_parallelism().map_or(1, |cores| cores.get().div_ceil(2));
+        Self { free: Arc::new(Semaphore::new(all as usize)), all, cores: Semaphore::new(cores) }
+    }
+
+    /// One of the cores for reading and hashing a chunk: half of them are left to the clients.
+    pub(super) async fn core(&self) -> Option<SemaphorePermit<'_>> {
+        self.cores.acquire().await.ok()
+    }
+
+    /// The share of one publish: waits for the `floor` of bytes without which its upload would not go on.
+    pub(super) async fn share(&self, floor: u64) -> Arc<PublishShare> {
+        let floor = permits(floor);
+        let taken = Arc::clone(&self.free).acquire_many_owned(floor.min(self.all)).await.ok();
+        let own = Arc::new(Semaphore::new(floor as usize));
+        Arc::new(PublishShare { own, free: Arc::clone(&self.free), _taken: taken, spare: Mutex::default() })
+    }
+}
+
+/// What one publish may hold in memory.
+#[derive(Debug)]
+pub(super) struct PublishShare {
+    own: Arc<Semaphore>,
+    free: Arc<Semaphore>,
+    _taken: Option<OwnedSemaphorePermit>,
+    /// Buffers that were in use before: the kernel need not clear their pages once more.
+    spare: Mutex<Vec<Vec<u8>>>,
+}
+
+impl PublishShare {
+    /// Waits until `bytes` more may be held. Those of one publish ask one after the other.
+    pub(super) async fn take(self: &Arc<Self>, bytes: u64) -> Held {
+        let bytes = permits(bytes);
+        let at_once =
+            [&self.own, &self.free].into_iter().find_map(|s| Arc::clone(s).try_acquire_many_owned(bytes).ok());
+        let permit = match at_once {
+            Some(permit) => Some(permit),
+            // What is its own comes back when a part has arrived, and a part is less than all of it.
+            None => Arc::clone(&self.own).acquire_many_owned(bytes).await.ok(),
+        };
+        Held { _permit: permit, share: Arc::clone(self) }
+    }
+}
+
+/// Memory that a publish holds.
+#[derive(Debug)]
+pub(super) struct Held {
+    _permit: Option<OwnedSemaphorePermit>,
+    share: Arc<PublishShare>,
+}
+
+impl Held {
+    /// A buffer of `len` bytes of any content, to read a chunk into.
+    pub(super) fn buffer(&self, len: usize) -> Vec<u8> {
+        let mut buf = self.share.spare.lock().pop().unwrap_or_default();
+        buf.resize(len, 0);
+        buf
+    }
+
+    /// The bytes that are held: the memory is free again when the last copy of them is gone.
+    pub(super) fn by(self, bytes: impl Into<Holder>) -> Bytes {
+        Bytes::from_owner(Holding(bytes.into(), self))
+    }
+}
+
+/// What the bytes of a chunk are in.
+#[derive(Debug)]
+pub(super) enum Holder {
+    /// One of the publish's own buffers.
+    Buffer(Vec<u8>),
+    /// What the store brought.
+    Fetched(Bytes),
+}
+
+impl From<Vec<u8>> for Holder {
+    fn from(buf: Vec<u8>) -> Self {
+        Self::Buffer(buf)
+    }
+}
+
+impl From<Bytes> for Holder {
+    fn from(bytes: Bytes) -> Self {
+        Self::Fetched(bytes)
+    }
+}
+
+struct Holding(Holder, Held);
+
+impl AsRef<[u8]> for Holding {
+    fn as_ref(&self) -> &[u8] {
+        match &self.0 {
+            Holder::Buffer(buf) => buf,
+            Holder::Fetched(bytes) => bytes,
+        }
+    }
+}
+
+impl Drop for Holding {
+    fn drop(&mut self) {
+        if let Holder::Buffer(buf) = &mut self.0 {
+            self.1.share.spare.lock().push(std::mem::take(buf));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MIB: u64 = 1 << 20;
+
+    async fn takes_at_once(share: &Arc<PublishShare>, bytes: u64) -> Option<Held> {
+        tokio::time::timeout(Duration::from_millis(20), share.take(bytes)).await.ok()
+    }
+
+    #[tokio::test]
+    async fn publishes_hold_no_more_than_the_budget_and_each_at_least_its_floor() {
+        let budget = PublishBudget::new(64 * MIB);
+        let (a, b) = (budget.share(16 * MIB).await, budget.share(16 * MIB).await);
+        let mut held = Vec::new();
+        for _ in 0..12 {
+            held.push(takes_at_once(&a, 4 * MIB).await.expect("its own, and what is free"));
+        }
+        assert!(takes_at_once(&a, 4 * MIB).await.is_none());
+        for _ in 0..4 {
+            held.push(takes_at_once(&b, 4 * MIB).await.expect("nobody else may have taken its floor"));
+        }
+        assert!(takes_at_once(&b, 4 * MIB).await.is_none());
+        held.clear();
+        assert!(takes_at_once(&b, 4 * MIB).await.is_some());
+    }
+
+    #[tokio::test]
+    async fn memory_is_free_again_when_the_last_copy_of_its_bytes_is_gone() {
+        let budget = PublishBudget::new(4 * MIB);
+        let share = budget.share(4 * MIB).await;
+        let bytes = share.take(4 * MIB).await.by(vec![7; 10]);
+        let copy = bytes.slice(3..5);
+        drop(bytes);
+        assert!(takes_at_once(&share, 4 * MIB).await.is_none());
+        drop(copy);
+        assert!(takes_at_once(&share, 4 * MIB).await.is_some());
+    }
+
+    #[tokio::test]
+    async fn a_buffer_is_used_again_once_nobody_has_its_bytes() {
+        let share = PublishBudget::new(4 * MIB).share(4 * MIB).await;
+        let held = share.take(MIB).await;
+        let buf = held.buffer(10);
+        let place = buf.as_ptr();
+        let bytes = held.by(buf);
+        let copy = bytes.clone();
+        drop(bytes);
+        let held = share.take(MIB).await;
+        let other = held.buffer(10);
+        assert_ne!(other.as_ptr(), place, "a copy is still in use");
+        drop(copy);
+        let again = held.buffer(5);
+        assert_eq!((again.as_ptr(), again.len()), (place, 5));
+    }
+
+    #[tokio::test]
+    async fn a_floor_beyond_the_budget_is_granted_to_one_at_a_time() {
+        let budget = PublishBudget::new(MIB);
+        let first = budget.share(4 * MIB).await;
+        assert!(takes_at_once(&first, 4 * MIB).await.is_some());
+        let second = tokio::time::timeout(Duration::from_millis(20), budget.share(4 * MIB)).await;
+        assert!(second.is_err());
+        drop(first);
+        budget.share(4 * MIB).await;
+    }
+}

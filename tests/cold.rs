@@ -1,0 +1,259 @@
+//! The cold path and publishing, by what they ask for: requests to the store, bytes held, operations of the disk. How long it
+//! takes is measured by `benches/cold.rs`.
+
+#![allow(clippy::unwrap_used, clippy::cast_possible_truncation, missing_docs)]
+
+mod common;
+
+use std::collections::BTreeSet;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use common::hooked::Hooked;
+use common::shaped::{Shape, Shaped};
+use common::volumes::*;
+use nbd_server::clock::SystemClock;
+use nbd_server::disk::RealDisk;
+use nbd_server::store::remote::RemoteStore;
+use nbd_server::units::Geometry;
+use nbd_server::volume::registry::Registry;
+use nbd_server::volume::{Services, Volume};
+use tempfile::TempDir;
+
+/// As fast as it can be: what counts here is what is asked for.
+const AT_ONCE: Shape =
+    Shape { first_byte: Duration::ZERO, stream_bytes_per_second: u64::MAX, streams: 1024, forgets_blobs: false };
+const MIB: u64 = 1 << 20;
+
+/// A store with the export "disk" in it, of which nothing is cached.
+struct Cold {
+    store: Arc<Shaped>,
+    registry: Arc<Registry>,
+    volume: Arc<Volume>,
+    _dirs: [TempDir; 2],
+}
+
+impl Cold {
+    /// Every chunk is full of the low byte of its number, plus one.
+    async fn new(chunks: u64) -> Self {
+        let store = Arc::new(Shaped::new(Arc::new(RemoteStore::memory()), AT_ONCE));
+        let dirs = [(); 2].map(|()| tempfile::tempdir().unwrap());
+        let origin = start(&store, dirs[0].path()).await;
+        let volume = create(&origin, "disk", chunks).await;
+        for i in 0..chunks {
+            write(&volume, i * CHUNK, byte_of(i), CHUNK).await;
+        }
+        origin.snapshot(&id("disk")).await.unwrap();
+        origin.close().await;
+        let registry = start(&store, dirs[1].path()).await;
+        let volume = registry.volume(&id("disk")).await.unwrap();
+        store.forget_asked();
+        Self { store, registry, volume, _dirs: dirs }
+    }
+
+    async fn resident(&self) -> u64 {
+        status(&self.registry, "disk").await.resident_chunks
+    }
+
+    /// Waits until so many ranges were asked for, and then whether more follow.
+    async fn asked(&self, count: usize) -> usize {
+        until(|| self.store.asked().len() >= count).await;
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        self.store.asked().len()
+    }
+}
+
+async fn start(store: &Arc<Shaped>, cache_root: &Path) -> Arc<Registry> {
+    let services = Services::new(store.clone(), root(), Arc::new(RealDisk), Arc::new(SystemClock));
+    Registry::discover(Arc::new(services), cache_root.to_owned()).await.unwrap()
+}
+
+fn byte_of(chunk: u64) -> u8 {
+    (chunk % 255) as u8 + 1
+}
+
+async fn until(mut done: impl FnMut() -> bool) {
+    while !done() {
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+}
+
+#[tokio::test]
+async fn misses_of_many_chunks_are_all_asked_for_at_once() {
+    let cold = Cold::new(64).await;
+    cold.store.answer(false);
+    let reads: Vec<_> = (0..32u64)
+        .map(|i| {
+            let volume = cold.volume.clone();
+            tokio::spawn(async move { read(&volume, (i * 29 % 64) * CHUNK, 1).await })
+        })
+        .collect();
+    assert_eq!(cold.asked(32).await, 32);
+    cold.store.answer(true);
+    for (i, bytes) in (0u64..).zip(futures_util::future::join_all(reads).await) {
+        assert_eq!(bytes.unwrap()[0], byte_of(i * 29 % 64));
+    }
+    assert_eq!(cold.store.asked().len(), 32);
+}
+
+#[tokio::test]
+async fn a_sequential_reader_finds_its_next_chunks_here_and_each_is_fetched_once() {
+    let cold = Cold::new(256).await;
+    let volume = &cold.volume;
+    for i in 0..16 * 4 {
+        assert_eq!(read(volume, i * CHUNK / 4, CHUNK / 4).await[0], byte_of(i / 4));
+    }
+    // It has read 16 chunks, and asked for no more than the window beyond them.
+    until(|| cold.store.asked().len() >= 32).await;
+    assert!(cold.asked(32).await <= 16 + 64);
+    for i in 16 * 4..256 * 4 {
+        assert_eq!(read(volume, i * CHUNK / 4, CHUNK / 4).await[0], byte_of(i / 4));
+    }
+    assert_eq!(cold.asked(256).await, 256);
+    assert_eq!(cold.resident().await, 256);
+}
+
+#[tokio::test]
+async fn random_reading_fetches_only_what_it_reads() {
+    let cold = Cold::new(1024).await;
+    let mut read_chunks = BTreeSet::new();
+    for i in 0..200u64 {
+        let chunk = i * 389 % 1024;
+        read_chunks.insert(chunk);
+        read(&cold.volume, chunk * CHUNK + 512, 512).await;
+    }
+    assert_eq!(cold.asked(200).await, read_chunks.len());
+}
+
+#[tokio::test]
+async fn several_sequential_readers_at_once_are_all_read_ahead_of() {
+    let cold = Cold::new(1024).await;
+    for i in 0..8 * 4 {
+        for reader in 0..8 {
+            read(&cold.volume, reader * 128 * CHUNK + i * CHUNK / 4, CHUNK / 4).await;
+        }
+    }
+    until(|| cold.store.asked().len() >= 8 * 16).await;
+}
+
+#[tokio::test]
+async fn a_clients_miss_is_asked_for_at_once_while_background_fetches_wait_for_their_turn() {
+    let cold = Cold::new(256).await;
+    cold.store.answer(false);
+    let prefetch = {
+        let volume = cold.volume.clone();
+        tokio::spawn(async move { volume.prefetch(range(0, 128 * CHUNK)).await })
+    };
+    assert_eq!(cold.asked(16).await, 16, "the background has its sixteen streams and no more");
+    let miss = {
+        let volume = cold.volume.clone();
+        // One that the prefetch will come to, but has not yet.
+        tokio::spawn(async move { read(&volume, 100 * CHUNK, 1).await })
+    };
+    assert_eq!(cold.asked(17).await, 17);
+    let in_blob = |chunk: u64| chunk * CHUNK;
+    assert_eq!(cold.store.asked()[16].offset(), in_blob(100));
+    cold.store.answer(true);
+    assert_eq!(miss.await.unwrap()[0], byte_of(100));
+    prefetch.await.unwrap().unwrap();
+    assert_eq!(cold.asked(128).await, 128, "what the client had fetched is not fetched again");
+}
+
+#[tokio::test]
+async fn writing_over_a_fresh_export_or_whole_chunks_asks_the_store_for_nothing() {
+    let cold = Cold::new(64).await;
+    for i in 0..64 {
+        write(&cold.volume, i * CHUNK, 9, CHUNK).await;
+    }
+    let fresh = create(&cold.registry, "fresh", 64).await;
+    for i in 0..64 {
+        write(&fresh, i * CHUNK + 512, 9, 512).await;
+    }
+    assert_eq!(cold.store.asked(), []);
+}
+
+#[tokio::test]
+async fn a_cut_costs_one_record_however_many_chunks_are_dirty() {
+    let dir = tempfile::tempdir().unwrap();
+    let disk = Hooked::new(RealDisk);
+    let store = Arc::new(Shaped::new(Arc::new(RemoteStore::memory()), AT_ONCE));
+    let services = Services::new(store.clone(), root(), Arc::new(disk.clone()), Arc::new(SystemClock));
+    let registry = Registry::discover(Arc::new(services), dir.path().to_owned()).await.unwrap();
+    let mut costs = Vec::new();
+    for (name, chunks) in [("few", 2), ("many", 2_000)] {
+        let volume = create(&registry, name, chunks).await;
+        for i in 0..chunks {
+            write(&volume, i * CHUNK, 1, 512).await;
+        }
+        // What happens from the call to the journal is the cut.
+        let (operations, over) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
+        let (counted, journal) = (operations.clone(), over.clone());
+        disk.hook(move |op, path| {
+            if path.to_string_lossy().contains("snapshot.journal") && op != "open" {
+                journal.store(1, Ordering::SeqCst);
+            } else if journal.load(Ordering::SeqCst) == 0 && op != "open" {
+                counted.fetch_add(1, Ordering::SeqCst);
+            }
+            Ok(())
+        });
+        registry.snapshot(&id(name)).await.unwrap();
+        disk.serve_all();
+        assert_eq!(over.load(Ordering::SeqCst), 1);
+        costs.push(operations.load(Ordering::SeqCst));
+    }
+    assert_eq!(costs[0], costs[1]);
+    assert!(costs[0] <= 2, "{costs:?}");
+}
+
+#[tokio::test]
+async fn a_publish_of_more_than_its_memory_goes_through() {
+    let dirs = [(); 2].map(|()| tempfile::tempdir().unwrap());
+    let store = Arc::new(Shaped::new(Arc::new(RemoteStore::memory()), AT_ONCE));
+    let services = Services::new(store.clone(), root(), Arc::new(RealDisk), Arc::new(SystemClock));
+    // Less than the three parts that this blob has, and less than the exports need together.
+    let services = services.with_publish_bytes(12 * MIB);
+    let registry = Registry::discover(Arc::new(services), dirs[0].path().to_owned()).await.unwrap();
+    let names = ["a", "b", "c"];
+    for name in names {
+        registry.create(id(name), Geometry::new(24 * MIB, MIB).unwrap()).await.unwrap();
+        let volume = registry.volume(&id(name)).await.unwrap();
+        for i in 0..24 {
+            write(&volume, i * MIB, i as u8 + 1, MIB).await;
+        }
+    }
+    let published = names.map(|name| {
+        let registry = registry.clone();
+        async move { registry.snapshot(&id(name)).await.unwrap() }
+    });
+    assert!(futures_util::future::join_all(published).await.iter().all(|p| p.created));
+    let elsewhere = start(&store, dirs[1].path()).await;
+    for name in names {
+        let volume = elsewhere.volume(&id(name)).await.unwrap();
+        for i in 0..24 {
+            assert_eq!(read(&volume, i * MIB + 5, 1).await[0], i as u8 + 1);
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_start_asks_for_one_small_object_of_each_export_and_an_opening_for_its_manifest_once() {
+    let mut site = Site::new();
+    let registry = site.start("origin").await;
+    for i in 0..100 {
+        create(&registry, &format!("disk-{i}"), 4).await;
+    }
+    let volume = registry.volume(&id("disk-7")).await.unwrap();
+    write(&volume, 0, 7, CHUNK).await;
+    registry.snapshot(&id("disk-7")).await.unwrap();
+    registry.close().await;
+    site.store.forget_counts();
+    let registry = site.elsewhere().await;
+    assert_eq!((site.store.count("list_folders"), site.store.count("get")), (1, 100));
+    assert_eq!(site.store.count("list") + site.store.count("put") + site.store.count("get_range"), 0);
+    site.store.forget_counts();
+    registry.volume(&id("disk-7")).await.unwrap();
+    // The head, the manifest, and the head once more after the journal was looked at.
+    assert_eq!(site.store.count("get"), 3);
+}
