@@ -5,74 +5,24 @@ mod common;
 
 use std::fs::{self, File};
 use std::os::unix::fs::{FileExt, MetadataExt};
-use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
+use std::process::Stdio;
 use std::sync::Arc;
 
 use bytes::Bytes;
-use common::server::{TestServer, nbd_server, run, run_to_end};
+use common::images::{MIB, SIZE, done, image, left_over, offline, on_s3, refused, same, text};
+use common::moto::Moto;
+use common::server::{TestServer, nbd_server, run};
 use common::volumes::{self, Site};
 use common::watched::Fate;
+use futures_util::FutureExt;
 use futures_util::stream::{self, StreamExt};
 use nbd_server::clock::SystemClock;
 use nbd_server::disk::RealDisk;
+use nbd_server::store::{Condition, Key};
 use nbd_server::units::ChunkIndex;
 use nbd_server::volume::Services;
 use nbd_server::volume::registry::{ExportError, Published};
 use serde_json::{Value, json};
-
-const MIB: u64 = 1 << 20;
-/// Not a multiple of a chunk, nor of a sector.
-const SIZE: u64 = 33 * MIB + 1000;
-
-/// An image with data, holes and written zeros.
-fn image(dir: &Path) -> PathBuf {
-    let path = dir.join("disk.img");
-    let file = File::create(&path).unwrap();
-    file.set_len(SIZE).unwrap();
-    for (offset, byte) in [(0, 1), (5 * MIB - 3, 2), (20 * MIB, 3), (SIZE - 10, 4)] {
-        file.write_all_at(&[byte; 10], offset).unwrap();
-    }
-    file.write_all_at(&vec![0; 4 << 20], 12 * MIB).unwrap();
-    path
-}
-
-/// A command on the store below a directory, without a server.
-fn offline(dir: &Path, args: &[&str]) -> Command {
-    let mut command = nbd_server();
-    command.args(args).arg("--local-root").arg(dir.join("store")).env("TMPDIR", dir);
-    command
-}
-
-#[track_caller]
-fn done(command: &mut Command) -> Output {
-    let output = run_to_end(command);
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    output
-}
-
-#[track_caller]
-fn refused(command: &mut Command, status: i32, part: &str) {
-    let output = run_to_end(command);
-    let error = String::from_utf8_lossy(&output.stderr);
-    assert_eq!(output.status.code(), Some(status), "{error}");
-    assert!(error.contains(part), "{part:?} is not in: {error}");
-    assert!(output.stdout.is_empty());
-}
-
-fn text(path: &Path) -> &str {
-    path.to_str().unwrap()
-}
-
-fn same(a: &Path, b: &Path) {
-    run("qemu-img", &["compare", "-f", "raw", "-F", "raw", text(a), text(b)]);
-    assert!(fs::read(a).unwrap() == fs::read(b).unwrap(), "to the byte, beyond the last sector too");
-}
-
-fn left_over(dir: &Path) -> Vec<String> {
-    let names = fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap());
-    names.filter(|name| name.contains("nbd-server-")).collect()
-}
 
 #[test]
 fn an_image_comes_back_to_the_byte_and_as_sparse_as_it_was() {
@@ -89,7 +39,8 @@ fn an_image_comes_back_to_the_byte_and_as_sparse_as_it_was() {
     same(&image, &back);
     assert!(fs::metadata(&back).unwrap().blocks() * 512 < 17 * MIB, "holes stay holes");
     refused(&mut offline(dir.path(), &["export-image", "vm", text(&back)]), 2, "--force");
-    let by_id = done(&mut offline(dir.path(), &["export-image", &format!("vm@{id}"), text(&back), "--force", "-q"]));
+    let named = format!("vm@{id}");
+    let by_id = done(&mut offline(dir.path(), &["export-image", &named, text(&back), "--force", "-q"]));
     assert!(by_id.stdout.is_empty());
     same(&image, &back);
     assert!(left_over(dir.path()).is_empty());
@@ -138,6 +89,39 @@ fn other_formats_come_in_and_go_out_through_qemu_img() {
         1,
         "install it (Debian: qemu-utils)",
     );
+    assert!(left_over(dir.path()).is_empty());
+}
+
+#[test]
+fn images_go_to_a_bucket_and_come_back_with_and_without_a_server() {
+    let moto = Moto::start();
+    moto.create_bucket("disks");
+    let endpoint = moto.endpoint();
+    let dir = tempfile::tempdir().unwrap();
+    let image = image(dir.path());
+    let s3 = |args: &[&str]| done(&mut on_s3(dir.path(), &endpoint, args));
+    s3(&["import", text(&image), "vm"]);
+    let packed = dir.path().join("disk.qcow2");
+    run("qemu-img", &["convert", "-f", "raw", "-O", "qcow2", text(&image), text(&packed)]);
+    s3(&["import", text(&packed), "packed"]);
+    // Nobody serves it yet.
+    let (back, back_packed) = (dir.path().join("back.img"), dir.path().join("back.qcow2"));
+    s3(&["export-image", "vm", text(&back)]);
+    same(&image, &back);
+    s3(&["export-image", "packed", text(&back_packed), "--format", "qcow2"]);
+    run("qemu-img", &["compare", "-f", "qcow2", "-F", "qcow2", text(&packed), text(&back_packed)]);
+    // A server serves what was imported before its start and beside it, and what it publishes goes out.
+    let server = TestServer::on_s3(&endpoint, "disks", &[]);
+    s3(&["import", text(&image), "late"]);
+    server.ok("POST", "/v1/exports/open", json!({"export_id": "late"}));
+    for name in ["vm", "late"] {
+        run("nbdcopy", &[&server.nbd_uri(name), text(&back)]);
+        same(&image, &back);
+        run("qemu-io", &["-f", "raw", "-c", "write -P 9 8M 64k", "-c", "flush", &server.nbd_uri(name)]);
+        server.ok("POST", &format!("/v1/exports/{name}/snapshot"), Value::Null);
+        s3(&["export-image", name, text(&back), "--force"]);
+        assert!(fs::read(&back).unwrap()[8 << 20..][..65_536] == [9; 65_536]);
+    }
     assert!(left_over(dir.path()).is_empty());
 }
 
@@ -258,6 +242,31 @@ async fn an_import_whose_last_step_is_unclear_is_settled_by_reading_the_head() {
 }
 
 #[tokio::test]
+async fn what_a_head_may_still_name_is_not_deleted() {
+    let site = Site::new();
+    let key: Key = "exports/vm/volume.json".parse().unwrap();
+    let foreign = r#"{"version":1,"export_id":"vm","image_size":32768,"chunk_size":4096}"#;
+    let inner = Arc::clone(&site.store.inner);
+    let mut once = true;
+    // Nobody knows what became of our head; and then there is one of another server's.
+    site.store.judge(move |op, asked| {
+        let unclear = op == "put" && asked.as_str().ends_with("volume.json") && std::mem::take(&mut once);
+        if unclear {
+            inner
+                .put(&key, Bytes::from_static(foreign.as_bytes()), Condition::IfAbsent)
+                .now_or_never()
+                .unwrap()
+                .unwrap();
+        }
+        if unclear { Fate::Failed } else { Fate::Served }
+    });
+    let refused = import(&site, "vm").await;
+    assert!(matches!(refused, Err(ExportError::Exists(_))), "{refused:?}");
+    let left = site.store.inner.list(&"exports/vm/snapshots".parse().unwrap()).await.unwrap();
+    assert_eq!(left.len(), 2, "blob and manifest: {left:?}");
+}
+
+#[tokio::test]
 async fn an_import_that_the_store_fails_at_any_call_is_whole_or_not_there() {
     for fate in [Fate::Failed, Fate::LandedUnseen] {
         for fatal in 0.. {
@@ -276,6 +285,9 @@ async fn an_import_that_the_store_fails_at_any_call_is_whole_or_not_there() {
             if head {
                 is_whole(&mut site, "vm").await;
             } else {
+                // What cannot land any more is taken back, if the store can be asked to.
+                let left = site.store.inner.list(&"exports/vm/snapshots".parse().unwrap()).await.unwrap();
+                assert!(fate == Fate::Failed || left.is_empty(), "{fatal}: {left:?}");
                 assert!(import(&site, "vm").await.unwrap().created, "it can be tried again");
                 is_whole(&mut site, "vm").await;
             }

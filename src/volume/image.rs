@@ -103,7 +103,9 @@ impl Services {
     ) -> Result<Manifest, ExportError> {
         let changes = Arc::new(Mutex::new(Vec::new()));
         let (into, mut offset) = (Arc::clone(&changes), 0);
+        // A store may look again whether there is more.
         let mut body = chunks
+            .fuse()
             .then(|read| async {
                 match read {
                     // The very buffer that is uploaded is hashed.

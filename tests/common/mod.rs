@@ -16,6 +16,7 @@ pub mod attached;
 pub mod certs;
 pub mod hooked;
 pub mod http;
+pub mod images;
 pub mod moto;
 pub mod nbd;
 pub mod proxy;
