@@ -4,6 +4,7 @@
 use std::ffi::OsString;
 use std::io::Write;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use nbd_server::cli;
 use nbd_server::config::{
@@ -13,6 +14,9 @@ use nbd_server::nbd::PassedSocket;
 use nbd_server::server::{self, Logging, PassedError};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
+/// What a cancelled command began on a thread gets this long to end. A local store removes its temporary file; but a thread
+/// that waits for a pipe, on whose other side nobody moves, never ends.
+const LAST_WORK: Duration = Duration::from_secs(1);
 const FAILURE: u8 = 1;
 const USAGE: u8 = 2;
 
@@ -90,11 +94,14 @@ fn surrounded<T>(sockets_passed: bool, work: impl FnOnce(&Surroundings<'_>) -> T
 
 /// A client command, from start to end.
 fn ask(command: cli::Command) -> ExitCode {
+    server::show_warnings();
     let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(e) => return complain(&format!("cannot start the runtime: {e}"), FAILURE),
     };
-    match surrounded(false, |surroundings| runtime.block_on(command.run(surroundings))) {
+    let ended = surrounded(false, |surroundings| runtime.block_on(command.run(surroundings)));
+    runtime.shutdown_timeout(LAST_WORK);
+    match ended {
         Ok(text) => print(&text),
         Err(e) => {
             complain(&e, FAILURE);

@@ -37,7 +37,7 @@ use crate::store::probe::ProbeError;
 use crate::store::remote::RemoteConfigError;
 use crate::volume::Services;
 use crate::volume::registry::{ExportError, Registry};
-pub use logging::Logging;
+pub use logging::{Logging, show_warnings};
 pub use passed::{PassedError, sockets as passed_sockets};
 pub(crate) use ready::quoted;
 

@@ -11,7 +11,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use common::images::{MIB, SIZE, done, image, left_over, offline, on_s3, refused, same, text};
 use common::moto::Moto;
-use common::server::{TestServer, nbd_server, run};
+use common::server::{S3_KEYS, TestServer, nbd_server, run, run_to_end};
 use common::volumes::{self, Site};
 use common::watched::Fate;
 use futures_util::FutureExt;
@@ -41,8 +41,13 @@ fn an_image_comes_back_to_the_byte_and_as_sparse_as_it_was() {
     refused(&mut offline(dir.path(), &["export-image", "vm", text(&back)]), 2, "--force");
     let named = format!("vm@{id}");
     let by_id = done(&mut offline(dir.path(), &["export-image", &named, text(&back), "--force", "-q"]));
-    assert!(by_id.stdout.is_empty());
+    assert_eq!(String::from_utf8(by_id.stdout).unwrap(), format!("{id}\n"));
     same(&image, &back);
+    let by_id = done(&mut offline(dir.path(), &["export-image", &named, text(&back), "--force", "--json"]));
+    let expected = json!({
+        "export_id": "vm", "snapshot_id": id, "image_size": SIZE, "format": "raw", "file": text(&back),
+    });
+    assert_eq!(serde_json::from_slice::<Value>(&by_id.stdout).unwrap(), expected);
     assert!(left_over(dir.path()).is_empty());
 }
 
@@ -58,6 +63,7 @@ fn stdin_and_stdout_carry_raw_images() {
     assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
     assert!(out.stdout == fs::read(&image).unwrap());
     refused(&mut offline(dir.path(), &["export-image", "vm", "-", "--format", "qcow2"]), 2, "name a file");
+    refused(&mut offline(dir.path(), &["export-image", "vm", "-", "--json"]), 2, "no place for --json");
     refused(&mut offline(dir.path(), &["import", "-", "b", "--format", "qcow2"]), 2, "name a file");
     assert!(left_over(dir.path()).is_empty());
 }
@@ -210,6 +216,18 @@ fn what_cannot_be_an_export_is_refused_before_anything_is_stored() {
     let image = image(dir.path());
     done(nbd_server().args(["import", text(&image), "vm", "--config", text(&config)]));
     assert!(dir.path().join("elsewhere/exports/vm/volume.json").exists());
+}
+
+#[test]
+fn a_store_that_does_not_answer_is_waited_for_and_the_user_hears_why() {
+    let dir = tempfile::tempdir().unwrap();
+    let image = image(dir.path());
+    let away = ["--storage-backend=s3", "--bucket=disks", "--endpoint-url=http://127.0.0.1:9", "--store-timeout=1"];
+    let output = run_to_end(nbd_server().args(["import", text(&image), "vm"]).args(away).envs(S3_KEYS));
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    assert!(said.contains("the store does not answer yet, trying for up to 1 s"), "{said}");
+    assert!(said.lines().last().unwrap().starts_with("error: the store did not serve"), "{said}");
 }
 
 /// The image of the tests over a store that fails to order: eight chunks, one of them zeros.

@@ -1,7 +1,7 @@
 //! `export-image`: a published image becomes a file, straight from the store; no server takes part.
 //!
 //! Every chunk is checked against its hash. A file appears under its name only when it is whole and on the disk; what a
-//! failure leaves is a temporary file that is removed.
+//! failure or a cancellation leaves is a temporary file that is removed.
 
 use std::fs::File;
 use std::io::{self, Write};
@@ -13,8 +13,10 @@ use std::sync::Arc;
 use bytes::Bytes;
 use clap::Args;
 use futures_util::stream::{self, StreamExt, TryStreamExt};
+use serde_json::json;
 use tempfile::NamedTempFile;
 
+use super::interrupt::Interrupts;
 use super::progress::Progress;
 use super::{CliError, convert, size};
 use crate::cache;
@@ -44,7 +46,10 @@ pub struct ExportImage {
     /// Replace a file that exists
     #[arg(long)]
     force: bool,
-    /// Print nothing
+    /// Print the result as JSON
+    #[arg(long, conflicts_with = "quiet")]
+    json: bool,
+    /// Print the snapshot's id alone, and no progress
     #[arg(short, long)]
     quiet: bool,
     /// The store.
@@ -73,54 +78,92 @@ impl FromStr for Source {
 
 impl ExportImage {
     pub(super) async fn run(self, surroundings: &Surroundings<'_>) -> Result<String, CliError> {
-        let to_stdout = self.file == Path::new("-");
-        if to_stdout && self.format != "raw" {
-            let text = format!("stdout can only be raw, not {}: name a file instead", self.format);
-            return Err(CliError::Unconfirmed(text));
-        }
-        let exists = !to_stdout && self.file.symlink_metadata().is_ok();
-        let device = exists && self.file.metadata().is_ok_and(|meta| meta.file_type().is_block_device());
-        if exists && !self.force {
-            let text = format!("{} exists: add --force to replace it, or choose another name", self.file.display());
-            return Err(CliError::Unconfirmed(text));
-        }
-        if device && self.format != "raw" {
-            return Err(CliError::Unconfirmed("a block device can only become raw: name a file instead".into()));
-        }
+        let target = self.target()?;
         // Nothing is written to the store, so it is not probed: credentials that may only read are enough.
         let store = Offline::connect(&self.storage.check(surroundings)?)?;
-        let image = Arc::new(Image::find(store.services(), &self.source.name, self.source.snapshot).await?);
-        tokio::select! {
-            done = self.copy(&image, to_stdout, device) => done?,
-            Ok(()) = tokio::signal::ctrl_c() => return Err(ExportError::Cancelled(self.source.name.clone()).into()),
-        }
-        Ok(if self.quiet || to_stdout {
+        let mut interrupts = Interrupts::listen()?;
+        let image = tokio::select! {
+            biased;
+            () = interrupts.next() => return Err(self.cancelled(target)),
+            copied = self.copy(&store, target) => copied?,
+        };
+        let (snapshot, bytes) = (image.snapshot(), image.geometry().image_size());
+        let (name, file) = (&self.source.name, self.file.display());
+        Ok(if target == Target::Stdout {
             String::new()
+        } else if self.json {
+            let answer = json!({
+                "export_id": name, "snapshot_id": snapshot.to_string(), "image_size": bytes, "format": self.format,
+                "file": self.file.to_string_lossy(),
+            });
+            format!("{answer}\n")
+        } else if self.quiet {
+            format!("{snapshot}\n")
         } else {
-            let size = size::shown(image.geometry().image_size());
-            format!("wrote {} of {size} from {}\n", self.file.display(), self.source.name)
+            format!("wrote {file}, {} of {name} as of snapshot {snapshot}\n", size::shown(bytes))
         })
     }
 
-    async fn copy(&self, image: &Arc<Image>, to_stdout: bool, device: bool) -> Result<(), CliError> {
-        let quiet = self.quiet;
-        if to_stdout {
-            return stream_out(image, io::stdout(), quiet).await.map_err(|e| self.failed(e));
+    /// Where it goes, if it may.
+    fn target(&self) -> Result<Target, CliError> {
+        let refused = |text: String| Err(CliError::Unconfirmed(text));
+        if self.file == Path::new("-") {
+            return match (self.format.as_str(), self.json) {
+                ("raw", false) => Ok(Target::Stdout),
+                ("raw", true) => refused("stdout carries the image, so there is no place for --json: drop it".into()),
+                (format, _) => refused(format!("stdout can only be raw, not {format}: name a file instead")),
+            };
         }
-        if device {
-            let opened = File::options().write(true).open(&self.file);
-            let file = opened.map_err(|e| self.io(e))?;
-            let written = file.try_clone().map_err(|e| self.io(e))?;
-            stream_out(image, written, quiet).await.map_err(|e| self.failed(e))?;
-            return file.sync_all().map_err(|e| self.io(e));
+        let exists = self.file.symlink_metadata().is_ok();
+        if exists && !self.force {
+            let file = self.file.display();
+            return refused(format!("{file} exists: add --force to replace it, or choose another name"));
         }
+        match self.file.metadata() {
+            Ok(meta) if meta.file_type().is_block_device() && self.format == "raw" => Ok(Target::Device),
+            Ok(meta) if meta.file_type().is_block_device() => {
+                refused("a block device can only become raw: name a file instead".into())
+            }
+            _ => Ok(Target::File),
+        }
+    }
+
+    fn cancelled(&self, target: Target) -> CliError {
+        let file = self.file.display();
+        CliError::Cancelled(match target {
+            Target::Stdout => "what went to stdout is not the whole image".into(),
+            Target::Device => format!("{file} holds a part of the image"),
+            Target::File => format!("{file} is as it was before"),
+        })
+    }
+
+    async fn copy(&self, store: &Offline, target: Target) -> Result<Arc<Image>, CliError> {
+        let image = Arc::new(Image::find(store.services(), &self.source.name, self.source.snapshot).await?);
+        match target {
+            Target::Stdout => self.stream_out(&image, io::stdout()).await?,
+            Target::Device => {
+                let file = File::options().write(true).open(&self.file).map_err(|e| self.io(e))?;
+                let written = file.try_clone().map_err(|e| self.io(e))?;
+                self.stream_out(&image, written).await?;
+                file.sync_all().map_err(|e| self.io(e))?;
+            }
+            Target::File => self.write_file(&image).await?,
+        }
+        Ok(image)
+    }
+
+    async fn write_file(&self, image: &Arc<Image>) -> Result<(), CliError> {
         let raw = self.temporary()?;
-        sparse(image, raw.as_file(), quiet).await.map_err(|e| self.failed(e))?;
+        let file = raw.as_file().try_clone().map_err(|e| self.io(e))?;
+        let progress = self.progress("exporting", image);
+        progress.during(sparse(image, file, &progress)).await.map_err(|e| self.failed(e))?;
+        drop(progress);
         let whole = if self.format == "raw" {
             raw
         } else {
             let converted = self.temporary()?;
-            convert::from_raw(raw.path(), &self.format, converted.path()).await?;
+            let progress = self.progress("converting", image);
+            convert::from_raw(raw.path(), &self.format, converted.path(), &progress).await?;
             converted
         };
         // Reopened by name: another program may have put a new file there.
@@ -128,6 +171,16 @@ impl ExportImage {
         let kept = if self.force { whole.persist(&self.file) } else { whole.persist_noclobber(&self.file) };
         kept.map_err(|e| self.io(e.error))?;
         File::open(self.folder()).and_then(|folder| folder.sync_all()).map_err(|e| self.io(e))
+    }
+
+    fn progress(&self, what: &'static str, image: &Image) -> Progress {
+        Progress::new(what, image.geometry().image_size(), self.quiet || self.json)
+    }
+
+    /// Every byte from first to last.
+    async fn stream_out(&self, image: &Arc<Image>, to: impl Write + Send + 'static) -> Result<(), CliError> {
+        let progress = self.progress("exporting", image);
+        progress.during(stream_out(image, to, &progress)).await.map_err(|e| self.failed(e))
     }
 
     fn folder(&self) -> &Path {
@@ -149,6 +202,17 @@ impl ExportImage {
             Failure::Io(e) => self.io(e),
         }
     }
+}
+
+/// Where an image goes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Target {
+    /// A new file, or one in place of another.
+    File,
+    /// A device that is written over.
+    Device,
+    /// Whoever reads it.
+    Stdout,
 }
 
 /// Which of the two sides of a copy failed.
@@ -183,11 +247,10 @@ fn data(image: &Arc<Image>) -> impl stream::Stream<Item = Result<(ChunkIndex, By
 }
 
 /// A file with a hole wherever the image has zeros.
-async fn sparse(image: &Arc<Image>, file: &File, quiet: bool) -> Result<(), Failure> {
+async fn sparse(image: &Arc<Image>, file: File, progress: &Progress) -> Result<(), Failure> {
     let geometry = image.geometry();
     file.set_len(geometry.image_size())?;
-    let file = Arc::new(file.try_clone()?);
-    let mut progress = Progress::new("exporting", geometry.image_size(), quiet);
+    let file = Arc::new(file);
     let mut chunks = std::pin::pin!(data(image));
     while let Some((chunk, bytes)) = chunks.try_next().await? {
         let (file, range) = (Arc::clone(&file), geometry.chunk_range(chunk));
@@ -197,11 +260,9 @@ async fn sparse(image: &Arc<Image>, file: &File, quiet: bool) -> Result<(), Fail
     Ok(())
 }
 
-/// Every byte from first to last.
-async fn stream_out(image: &Arc<Image>, to: impl Write + Send + 'static, quiet: bool) -> Result<(), Failure> {
+async fn stream_out(image: &Arc<Image>, to: impl Write + Send + 'static, progress: &Progress) -> Result<(), Failure> {
     let geometry = image.geometry();
     let zeros = Bytes::from(vec![0; usize::try_from(geometry.chunk_size()).map_err(io::Error::other)?]);
-    let mut progress = Progress::new("exporting", geometry.image_size(), quiet);
     let (mut at, mut to) = (0, to);
     let mut chunks = std::pin::pin!(data(image));
     loop {

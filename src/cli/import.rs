@@ -1,10 +1,11 @@
 //! `import`: a disk image becomes a new export, straight in the store; no server and no cache take part.
 //!
 //! The file is read once, its holes are skipped, and runs of zeros of a whole chunk are not stored. What cannot be read
-//! twice or is not raw becomes a temporary sparse file first. Nothing is left of an import that fails or is cancelled.
+//! twice or is not raw becomes a temporary sparse file first. Nothing is left of an import that fails or is cancelled,
+//! neither in the store nor of the temporary file.
 
 use std::fs::File;
-use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::io::{self, Read, Seek, SeekFrom};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -13,17 +14,18 @@ use bytes::Bytes;
 use clap::Args;
 use futures_util::StreamExt;
 use futures_util::stream;
-use parking_lot::Mutex;
 use rustix::io::Errno;
 use serde_json::json;
 use tempfile::NamedTempFile;
 
+use super::interrupt::Interrupts;
 use super::progress::Progress;
 use super::{CliError, convert, size};
 use crate::cache;
 use crate::config::{Storage, Surroundings};
 use crate::server::Offline;
 use crate::units::{ChunkIndex, DEFAULT_CHUNK_BYTES, ExportId, Geometry};
+use crate::volume::registry::{ExportError, Published};
 
 /// How much of a stream is looked at for zeros at a time.
 const SPOOL_BYTES: usize = 64 << 10;
@@ -63,40 +65,22 @@ pub struct Import {
 impl Import {
     pub(super) async fn run(self, surroundings: &Surroundings<'_>) -> Result<String, CliError> {
         let store = Offline::connect(&self.storage.check(surroundings)?)?;
-        // Before hours of reading.
-        store.probe().await?;
+        let mut interrupts = Interrupts::listen()?;
         // Lives until the image is stored.
-        let (path, _temporary) = self.raw().await?;
+        let (path, _temporary) = tokio::select! {
+            biased;
+            () = interrupts.next() => return Err(self.cancelled()),
+            raw = self.raw(&store) => raw?,
+        };
         let read = |what: &str| format!("{} cannot be {what}", path.display());
         let file = File::open(&path).map_err(|source| CliError::Io { what: read("opened"), source })?;
         let len = (&file).seek(SeekFrom::End(0)).map_err(|source| CliError::Io { what: read("measured"), source })?;
         let geometry = Geometry::new(len, self.chunk_size)
             .map_err(|e| CliError::Image(format!("{} cannot become an export: {e}", self.file.display())))?;
-        let progress = Mutex::new(Progress::new("importing", len, self.quiet || self.json));
-        let file = Arc::new(file);
-        let chunks = stream::unfold(Some(0), |from| {
-            let (file, progress) = (Arc::clone(&file), &progress);
-            async move {
-                let from = from?;
-                progress.lock().reach(from);
-                let read = cache::blocking_io(move || next_chunk(&file, geometry, from)).await;
-                match read {
-                    Ok(None) => None,
-                    Ok(Some((chunk, bytes))) => {
-                        let next = geometry.chunk_range(chunk).end();
-                        Some((Ok((chunk, bytes)), Some(next)))
-                    }
-                    Err(e) => Some((Err(e), None)),
-                }
-            }
-        });
-        let cancelled = async {
-            if tokio::signal::ctrl_c().await.is_err() {
-                std::future::pending::<()>().await;
-            }
-        };
-        let published = store.services().import(&self.name, geometry, chunks.boxed(), cancelled).await?;
-        drop(progress);
+        let published = self.store(&store, file, geometry, interrupts.next()).await.map_err(|e| match e {
+            ExportError::Cancelled(_) => self.cancelled(),
+            e => e.into(),
+        })?;
         let snapshot = published.snapshot_id.map(|id| id.to_string()).unwrap_or_default();
         Ok(if self.json {
             let answer = json!({
@@ -113,17 +97,58 @@ impl Import {
         })
     }
 
-    /// The raw file to read, and the temporary one behind it, if there is one.
-    async fn raw(&self) -> Result<(PathBuf, Option<NamedTempFile>), CliError> {
+    async fn store(
+        &self,
+        store: &Offline,
+        file: File,
+        geometry: Geometry,
+        cancelled: impl Future<Output = ()> + Send,
+    ) -> Result<Published, ExportError> {
+        let progress = self.progress("importing", geometry.image_size());
+        let file = Arc::new(file);
+        let chunks = stream::unfold(Some(0), |from| {
+            let (file, progress) = (Arc::clone(&file), &progress);
+            async move {
+                let from = from?;
+                progress.reach(from);
+                let read = cache::blocking_io(move || next_chunk(&file, geometry, from)).await;
+                match read {
+                    Ok(None) => None,
+                    Ok(Some((chunk, bytes))) => {
+                        let next = geometry.chunk_range(chunk).end();
+                        Some((Ok((chunk, bytes)), Some(next)))
+                    }
+                    Err(e) => Some((Err(e), None)),
+                }
+            }
+        });
+        progress.during(store.services().import(&self.name, geometry, chunks.boxed(), cancelled)).await
+    }
+
+    fn progress(&self, what: &'static str, total_bytes: u64) -> Progress {
+        Progress::new(what, total_bytes, self.quiet || self.json)
+    }
+
+    fn cancelled(&self) -> CliError {
+        CliError::Cancelled(format!("there is no export {}, as before", self.name))
+    }
+
+    /// The raw file to read, and the temporary one behind it, if there is one. The store is tried out first: before hours
+    /// of reading.
+    async fn raw(&self, store: &Offline) -> Result<(PathBuf, Option<NamedTempFile>), CliError> {
+        store.probe().await?;
         if self.file == Path::new("-") {
             if let Some(format) = self.format.as_ref().filter(|format| *format != "raw") {
                 return Err(CliError::Unconfirmed(format!("stdin can only be raw, not {format}: name a file instead")));
             }
-            let (mut temporary, dir) = (self.temporary()?, self.temp_dir.clone());
-            let spooled =
-                cache::blocking_io(move || spool(&mut io::stdin().lock(), temporary.as_file_mut()).map(|()| temporary));
-            let what = format!("stdin could not be copied into {}", dir.display());
-            let temporary = spooled.await.map_err(|source| CliError::Io { what, source })?;
+            let temporary = self.temporary()?;
+            let what = format!("stdin could not be copied into {}", self.temp_dir.display());
+            let progress = self.progress("reading stdin", 0);
+            let spooled = match temporary.as_file().try_clone() {
+                Ok(to) => progress.during(spool(io::stdin(), to, &progress)).await,
+                Err(e) => Err(e),
+            };
+            spooled.map_err(|source| CliError::Io { what, source })?;
             return Ok((temporary.path().to_owned(), Some(temporary)));
         }
         let what = format!("{} cannot be read", self.file.display());
@@ -132,11 +157,13 @@ impl Import {
         if format == "raw" {
             return Ok((self.file.clone(), None));
         }
+        let info = convert::info(&self.file, format).await?;
         if self.format.is_none() {
-            convert::refuse_references(&self.file, format).await?;
+            convert::refuse_references(&self.file, format, &info)?;
         }
         let temporary = self.temporary()?;
-        convert::to_raw(&self.file, format, temporary.path()).await?;
+        let progress = self.progress("converting", convert::virtual_bytes(&info));
+        convert::to_raw(&self.file, format, temporary.path(), &progress).await?;
         Ok((temporary.path().to_owned(), Some(temporary)))
     }
 
@@ -146,28 +173,47 @@ impl Import {
     }
 }
 
-/// A stream as a sparse file.
-fn spool(from: &mut impl Read, to: &mut File) -> io::Result<()> {
-    let mut buf = vec![0; SPOOL_BYTES];
-    let mut len = 0;
+/// A stream as a sparse file. Whoever writes it may take its time, so this can be given up in the middle: the thread that
+/// waits then holds nothing but the two.
+async fn spool(from: impl Read + Send + 'static, to: File, progress: &Progress) -> io::Result<()> {
+    let mut spool = Spool { from, to, buf: vec![0; SPOOL_BYTES], len: 0 };
     loop {
+        let (same, more) = cache::blocking_io(move || spool.step().map(|more| (spool, more))).await?;
+        progress.reach(same.len);
+        if !more {
+            return Ok(());
+        }
+        spool = same;
+    }
+}
+
+/// A stream on its way into a file.
+struct Spool<R> {
+    from: R,
+    to: File,
+    buf: Vec<u8>,
+    len: u64,
+}
+
+impl<R: Read> Spool<R> {
+    /// Copies the next bytes; whether there may be more.
+    fn step(&mut self) -> io::Result<bool> {
         let mut filled = 0;
-        while filled < buf.len() {
-            match from.read(&mut buf[filled..])? {
+        while filled < self.buf.len() {
+            match self.from.read(&mut self.buf[filled..])? {
                 0 => break,
                 read => filled += read,
             }
         }
-        let piece = &buf[..filled];
-        if piece.iter().all(|byte| *byte == 0) {
-            to.seek(SeekFrom::Current(i64::try_from(filled).map_err(io::Error::other)?))?;
-        } else {
-            to.write_all(piece)?;
+        let piece = &self.buf[..filled];
+        if piece.iter().any(|byte| *byte != 0) {
+            self.to.write_all_at(piece, self.len)?;
         }
-        len += filled as u64;
-        if filled < buf.len() {
-            return to.set_len(len);
+        self.len += filled as u64;
+        if filled < self.buf.len() {
+            self.to.set_len(self.len)?;
         }
+        Ok(filled == self.buf.len())
     }
 }
 
@@ -191,14 +237,18 @@ fn next_chunk(file: &File, geometry: Geometry, from: u64) -> io::Result<Option<(
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::MetadataExt;
+
     use super::*;
 
-    #[test]
-    fn a_stream_becomes_the_same_file_with_its_zeros_as_holes() {
+    #[tokio::test]
+    async fn a_stream_becomes_the_same_file_with_its_zeros_as_holes() {
         let mut image = vec![0; 3 * SPOOL_BYTES + 5];
         image[SPOOL_BYTES + 1] = 7;
         let mut file = tempfile::tempfile().unwrap();
-        spool(&mut &image[..], &mut file).unwrap();
+        let from = io::Cursor::new(image.clone());
+        spool(from, file.try_clone().unwrap(), &Progress::new("", 0, true)).await.unwrap();
+        assert!(file.metadata().unwrap().blocks() * 512 <= 2 * SPOOL_BYTES as u64);
         file.rewind().unwrap();
         let mut read = Vec::new();
         file.read_to_end(&mut read).unwrap();

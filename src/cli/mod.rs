@@ -16,6 +16,7 @@ mod export;
 mod export_image;
 mod generate;
 mod import;
+mod interrupt;
 mod progress;
 mod publish;
 mod snapshot;
@@ -113,6 +114,9 @@ pub enum CliError {
     /// The user pressed Ctrl-C twice.
     #[error("what was asked of export {0} was not waited for: the server goes on with it, or gives it up by itself")]
     GaveUpWaiting(ExportId),
+    /// The user pressed Ctrl-C, or somebody else wanted the program to end.
+    #[error("cancelled: {0}")]
+    Cancelled(String),
     /// There is no default for a flag.
     #[error(transparent)]
     Config(#[from] ConfigError),
@@ -153,6 +157,7 @@ impl CliError {
             }
             Self::GaveUpWaiting(_) => Some("`nbd-server export status NAME` shows what is going on"),
             Self::Config(_)
+            | Self::Cancelled(_)
             | Self::Unconfirmed(_)
             | Self::Store(_)
             | Self::Export(_)
@@ -170,6 +175,7 @@ impl CliError {
             Self::NoAnswer { .. }
             | Self::Refused(_)
             | Self::GaveUpWaiting(_)
+            | Self::Cancelled(_)
             | Self::Store(_)
             | Self::Export(_)
             | Self::Image(_)

@@ -6,8 +6,8 @@
 use std::time::Duration;
 
 use serde_json::Value;
-use tokio::signal::unix::{SignalKind, signal};
 
+use super::interrupt::Interrupts;
 use super::progress::Progress;
 use super::{CliError, Common, number};
 use crate::config::Surroundings;
@@ -25,8 +25,7 @@ pub(super) async fn publish(
 ) -> Result<Value, CliError> {
     let client = common.client(surroundings)?;
     let (path, status) = (format!("/v1/exports/{name}/{call}"), format!("/v1/exports/{name}/status"));
-    let caught = |source| CliError::Io { what: "Ctrl-C cannot be waited for".into(), source };
-    let mut interrupts = signal(SignalKind::interrupt()).map_err(caught)?;
+    let mut interrupts = Interrupts::listen()?;
     let mut ticks = tokio::time::interval(POLL);
     let (mut progress, mut cancelling) = (None, false);
     let mut publishing = std::pin::pin!(client.post(&path, None));
@@ -42,7 +41,7 @@ pub(super) async fn publish(
                     progress.reach(number(&status["progress"], "done_bytes").min(total));
                 }
             }
-            _ = interrupts.recv() => {
+            () = interrupts.next() => {
                 if std::mem::replace(&mut cancelling, true) {
                     return Err(CliError::GaveUpWaiting(name.clone()));
                 }

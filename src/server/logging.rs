@@ -53,6 +53,12 @@ impl Logging {
     }
 }
 
+/// Lets what is wrong on the way of a command be seen on stderr, once per process; its end it tells itself.
+pub fn show_warnings() {
+    let lines = fmt::layer().with_writer(std::io::stderr).with_ansi(false).with_target(false).without_time();
+    tracing_subscriber::registry().with(lines.with_filter(filter(LogLevel::Warn))).init();
+}
+
 fn filter(level: LogLevel) -> Targets {
     let level = match level {
         LogLevel::Error => LevelFilter::ERROR,

@@ -39,6 +39,7 @@ pub type Chunks<'a> = BoxStream<'a, std::io::Result<(ChunkIndex, Bytes)>>;
 pub struct Image {
     services: Arc<Services>,
     export_id: ExportId,
+    snapshot: SnapshotId,
     manifest: Manifest,
 }
 
@@ -200,17 +201,24 @@ impl Image {
     ) -> Result<Self, ExportError> {
         let not_found = || ExportError::NotFound(id.clone(), "in the store");
         let head = services.read_head(id).await?.ok_or_else(not_found)?.head;
-        let manifest = match snapshot {
+        let (snapshot, manifest) = match snapshot {
             Some(asked) => {
                 let asked = services.published(id, &head, asked).await?;
-                services.read_manifest(id, head.geometry, asked).await?
+                (Some(asked), services.read_manifest(id, head.geometry, asked).await?)
             }
-            None if head.current.is_none() && head.seed.is_none() => {
-                return Err(ExportError::NothingPublished(id.clone()));
+            None => {
+                let (base, manifest) = services.published_image(&head).await?;
+                (base.snapshot, manifest)
             }
-            None => services.published_image(&head).await?.1,
         };
-        Ok(Self { services, export_id: id.clone(), manifest })
+        let snapshot = snapshot.ok_or_else(|| ExportError::NothingPublished(id.clone()))?;
+        Ok(Self { services, export_id: id.clone(), snapshot, manifest })
+    }
+
+    /// The snapshot that it is.
+    #[must_use]
+    pub fn snapshot(&self) -> SnapshotId {
+        self.snapshot
     }
 
     /// Its sizes.
