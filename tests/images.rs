@@ -89,6 +89,10 @@ fn other_formats_come_in_and_go_out_through_qemu_img() {
     let back = dir.path().join("o.img");
     done(&mut offline(dir.path(), &["export-image", "o", text(&back)]));
     run("qemu-img", &["compare", "-f", "raw", "-F", "raw", text(&raw), text(&back)]);
+    let flat = dir.path().join("flat.vmdk");
+    run("qemu-img", &["create", "-q", "-f", "vmdk", "-o", "subformat=monolithicFlat", text(&flat), "1M"]);
+    refused(&mut offline(dir.path(), &["import", text(&flat), "f"]), 1, "flat-flat.vmdk\": if you trust it");
+    done(&mut offline(dir.path(), &["import", text(&flat), "f", "--format", "vmdk"]));
     let without = dir.path().join("none");
     refused(
         offline(dir.path(), &["import", text(&overlay), "p"]).env("PATH", &without),

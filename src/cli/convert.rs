@@ -59,8 +59,10 @@ pub(super) fn virtual_bytes(info: &Value) -> u64 {
 /// [`CliError::Image`].
 pub(super) fn refuse_references(image: &Path, format: &str, info: &Value) -> Result<(), CliError> {
     let data = &info["format-specific"]["data"];
-    let others = [&info["backing-filename"], &data["data-file"]].into_iter();
-    match others.filter_map(Value::as_str).next() {
+    // The extents of a vmdk; one that is whole is its own extent.
+    let extents = data["extents"].as_array().into_iter().flatten().map(|extent| &extent["filename"]);
+    let others = [&info["backing-filename"], &data["data-file"]].into_iter().chain(extents);
+    match others.filter_map(Value::as_str).find(|other| info["filename"] != *other) {
         None => Ok(()),
         Some(other) => Err(CliError::Image(format!(
             "{} builds on another file, {other:?}: if you trust it, say so with --format {format}",
