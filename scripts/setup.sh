@@ -31,6 +31,8 @@ need nbd-client nbd-client
 need curl curl
 need openssl openssl
 need jq jq
+need groff-base groff
+need iproute2 ip
 if [ "${1:-}" = bench ]; then
     need nbdkit nbdkit
     # Debian's server of the same name as ours; its service needs a configuration, and has none.

@@ -43,9 +43,16 @@ const MIN_PUBLISH_BYTES: u64 = 16 << 20;
 /// The most memory of publishes that can be asked for.
 const MAX_PUBLISH_BYTES: u64 = 1 << 40;
 
+/// What scripts can rely on.
+const EXIT_STATUSES: &str = "Exit status:
+  0  it is done
+  1  it was refused, failed or was cancelled
+  2  the command line, the configuration or the environment is wrong, or a yes is missing
+  3  no server answers at the admin socket";
+
 /// Network block devices that live in object storage, with a lazy local cache.
 #[derive(Debug, Parser)]
-#[command(name = "nbd-server", version, about, max_term_width = 110)]
+#[command(name = "nbd-server", version, about, max_term_width = 110, after_help = EXIT_STATUSES)]
 pub struct Cli {
     /// What to do.
     #[command(subcommand)]
@@ -71,11 +78,16 @@ pub enum ConfigCommand {
     /// Say whether serve would take a configuration file, with the environment variables as they are.
     Check(Check),
     /// Show every setting that serve would have with the same flags, and where each comes from.
+    #[command(after_long_help = "Examples:
+  nbd-server config show
+  nbd-server config show --config config.toml")]
     Show(Box<Serve>),
 }
 
 /// The flags of `config check`.
 #[derive(Debug, Args)]
+#[command(after_long_help = "Examples:
+  nbd-server config check config.toml")]
 pub struct Check {
     /// The file
     #[arg(value_name = "FILE")]
@@ -103,8 +115,17 @@ impl Check {
 
 /// The flags of `serve`, as written.
 #[derive(Debug, Args)]
-#[command(after_help = "Credentials come from the usual environment variables (AWS_ACCESS_KEY_ID, \
-    AWS_SECRET_ACCESS_KEY, GOOGLE_APPLICATION_CREDENTIALS, AZURE_STORAGE_ACCOUNT_NAME, ...) and are never logged.")]
+#[command(
+    after_long_help = "Credentials come from the usual environment variables (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, GOOGLE_APPLICATION_CREDENTIALS, AZURE_STORAGE_ACCOUNT_NAME, ...) and are never logged.
+
+Examples:
+  # on a local directory
+  nbd-server serve
+  # on a bucket
+  nbd-server serve --storage-backend s3 --bucket my-disks --region eu-central-1
+  # with settings from a file, for clients of this machine alone
+  nbd-server serve --config config.toml --listen unix:nbd.sock"
+)]
 pub struct Serve {
     /// Directory for the local caches, one folder per export; one server at a time
     /// [default: /var/lib/nbd-server/cache for root, else ~/.local/state/nbd-server/cache]

@@ -10,6 +10,9 @@ use crate::units::ExportId;
 
 /// The flags of `attach-command`.
 #[derive(Debug, Args)]
+#[command(after_long_help = "Examples:
+  nbd-server attach-command vm-1
+  nbdinfo $(nbd-server attach-command vm-1 -q)")]
 pub struct AttachCommand {
     /// The export
     #[arg(value_name = "NAME")]

@@ -16,6 +16,8 @@ pub enum Command {
 
 /// The flags of `cache reset`.
 #[derive(Debug, Args)]
+#[command(after_long_help = "Examples:
+  nbd-server cache reset vm-1 --yes")]
 pub struct Reset {
     /// The export
     #[arg(value_name = "NAME")]

@@ -9,6 +9,8 @@ use crate::units::ExportId;
 
 /// The flags of `compact`.
 #[derive(Debug, Args)]
+#[command(after_long_help = "Examples:
+  nbd-server compact vm-1")]
 pub struct Compact {
     /// The export
     #[arg(value_name = "NAME")]

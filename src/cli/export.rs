@@ -29,6 +29,9 @@ pub enum Command {
 
 /// The flags of `export list`.
 #[derive(Debug, Args)]
+#[command(after_long_help = "Examples:
+  nbd-server export list
+  nbd-server export list --json | jq -r '.[] | select(.state == \"failed\") | .reason'")]
 pub struct List {
     #[command(flatten)]
     common: Common,
@@ -36,6 +39,9 @@ pub struct List {
 
 /// The flags of `export create`.
 #[derive(Debug, Args)]
+#[command(after_long_help = "Examples:
+  nbd-server export create vm-3 10GiB
+  nbd-server export create db-1 256MiB --chunk-size 64KiB")]
 pub struct Create {
     /// Name of the new export
     #[arg(value_name = "NAME")]
@@ -52,6 +58,12 @@ pub struct Create {
 
 /// The flags of `export open`.
 #[derive(Debug, Args)]
+#[command(after_long_help = "Examples:
+  # an export that another server, or an import, has put into the store
+  nbd-server export open vm-2
+  # the same, to look at it alone
+  nbd-server export close vm-2
+  nbd-server export open vm-2 --read-only")]
 pub struct Open {
     /// The export
     #[arg(value_name = "NAME")]
@@ -65,6 +77,10 @@ pub struct Open {
 
 /// The flags of `export clone`.
 #[derive(Debug, Args)]
+#[command(after_long_help = "Examples:
+  nbd-server export clone vm-1 vm-3
+  # from its oldest snapshot
+  nbd-server export clone vm-1 vm-4 --snapshot $(nbd-server snapshot list vm-1 -q | tail -n 1)")]
 pub struct CloneExport {
     /// The export to clone
     #[arg(value_name = "SOURCE")]
@@ -81,6 +97,9 @@ pub struct CloneExport {
 
 /// The flags of `export status`.
 #[derive(Debug, Args)]
+#[command(after_long_help = "Examples:
+  nbd-server export status vm-1
+  nbd-server export status vm-1 --json | jq .dirty_chunks")]
 pub struct Status {
     /// The export
     #[arg(value_name = "NAME")]
@@ -91,6 +110,8 @@ pub struct Status {
 
 /// The flags of `export cancel`.
 #[derive(Debug, Args)]
+#[command(after_long_help = "Examples:
+  nbd-server export cancel vm-1")]
 pub struct Cancel {
     /// The export
     #[arg(value_name = "NAME")]
@@ -101,6 +122,10 @@ pub struct Cancel {
 
 /// The flags of `export close`.
 #[derive(Debug, Args)]
+#[command(after_long_help = "Examples:
+  # publish what was written, then move the export to another server
+  nbd-server snapshot create vm-1
+  nbd-server export close vm-1")]
 pub struct Close {
     /// The export
     #[arg(value_name = "NAME")]

@@ -33,6 +33,12 @@ const MAX_AHEAD: u64 = 16;
 
 /// The flags of `export-image`.
 #[derive(Debug, Args)]
+#[command(after_long_help = "Examples:
+  # a backup of the newest snapshot, with holes where there are zeros
+  nbd-server export-image vm-1 backup.img
+  # one snapshot, for another hypervisor
+  nbd-server export-image vm-1@$(nbd-server snapshot list vm-1 -q | tail -n 1) old.qcow2 --format qcow2
+  nbd-server export-image vm-1 - | gzip > backup.img.gz")]
 pub struct ExportImage {
     /// The export, or one snapshot of it as NAME@SNAPSHOT [default: its newest snapshot]
     #[arg(value_name = "NAME[@SNAPSHOT]")]

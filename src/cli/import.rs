@@ -32,8 +32,15 @@ const SPOOL_BYTES: usize = 64 << 10;
 
 /// The flags of `import`.
 #[derive(Debug, Args)]
-#[command(after_help = "The export must not exist yet. A running server does not notice it by itself: \
-    `nbd-server export open NAME` loads it there.")]
+#[command(
+    after_long_help = "The export must not exist yet. A running server does not notice it by itself: `nbd-server export open NAME` loads it there.
+
+Examples:
+  nbd-server import disk.img vm-3
+  nbd-server export open vm-3
+  nbd-server import disk.qcow2 vm-4
+  gzip -dc disk.img.gz | nbd-server import - vm-5"
+)]
 pub struct Import {
     /// The image; - reads a raw one from stdin
     #[arg(value_name = "FILE")]

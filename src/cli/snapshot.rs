@@ -20,6 +20,10 @@ pub enum Command {
 
 /// The flags of `snapshot create`.
 #[derive(Debug, Args)]
+#[command(after_long_help = "Examples:
+  nbd-server snapshot create vm-1
+  # every export
+  nbd-server export list -q | xargs -n 1 nbd-server snapshot create")]
 pub struct Create {
     /// The export
     #[arg(value_name = "NAME")]
@@ -30,6 +34,10 @@ pub struct Create {
 
 /// The flags of `snapshot list`.
 #[derive(Debug, Args)]
+#[command(after_long_help = "Examples:
+  nbd-server snapshot list vm-1
+  # the id of the newest
+  nbd-server snapshot list vm-1 -q | head -n 1")]
 pub struct List {
     /// The export
     #[arg(value_name = "NAME")]

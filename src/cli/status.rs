@@ -9,6 +9,9 @@ use crate::config::Surroundings;
 
 /// The flags of `status`.
 #[derive(Debug, Args)]
+#[command(after_long_help = "Examples:
+  nbd-server status
+  nbd-server status --json | jq -e .store.reachable")]
 pub struct Status {
     #[command(flatten)]
     common: Common,

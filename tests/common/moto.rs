@@ -97,7 +97,12 @@ impl Drop for Moto {
     }
 }
 
-fn program() -> PathBuf {
+/// The program.
+///
+/// # Panics
+/// With the remedy, if there is none.
+#[must_use]
+pub fn program() -> PathBuf {
     if let Some(path) = std::env::var_os("NBD_TEST_MOTO") {
         return path.into();
     }
