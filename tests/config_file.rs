@@ -18,9 +18,9 @@ fn file(text: &str) -> (tempfile::TempDir, PathBuf) {
     (dir, path)
 }
 
-fn config(verb: &str, dir: &Path) -> Command {
+fn config(words: [&str; 2], dir: &Path) -> Command {
     let mut command = nbd_server();
-    command.args(["config", verb]).env("HOME", dir);
+    command.args(words).env("HOME", dir);
     command
 }
 
@@ -35,7 +35,7 @@ fn run(command: &mut Command) -> (Option<i32>, String, String) {
 fn a_flag_goes_before_a_variable_before_the_file_before_the_default() {
     let (dir, path) = file("chunk-size = '8KiB'\nstore-timeout = 7\nlisten = ['127.0.0.1:1', '127.0.0.1:2']\n");
     let show = |flags: &[&str], variables: &[(&str, &str)]| {
-        let mut command = config("show", dir.path());
+        let mut command = config(["config", "show"], dir.path());
         command.arg("--config").arg(&path).args(flags).envs(variables.iter().copied());
         let (status, out, err) = run(&mut command);
         assert_eq!((status, err.as_str()), (Some(0), ""));
@@ -61,7 +61,8 @@ fn a_flag_goes_before_a_variable_before_the_file_before_the_default() {
 
     // What is shown is a configuration, and the same one.
     let (again, copy) = file(&text);
-    let (status, shown, err) = run(config("show", again.path()).arg("--config").arg(&copy).env("HOME", dir.path()));
+    let (status, shown, err) =
+        run(config(["config", "show"], again.path()).arg("--config").arg(&copy).env("HOME", dir.path()));
     assert_eq!(status, Some(0), "{err}");
     let values =
         |text: &str| text.lines().map(|line| line.split("  # ").next().unwrap().to_owned()).collect::<Vec<_>>();
@@ -82,7 +83,7 @@ fn the_server_works_by_its_file() {
 #[test]
 fn a_file_is_checked_without_starting_anything() {
     let (dir, path) = file("storage-backend = 's3'\nbucket = 'b'\n");
-    let (status, out, err) = run(config("check", dir.path()).arg(&path));
+    let (status, out, err) = run(config(["config", "check"], dir.path()).arg(&path));
     assert_eq!((status, out, err.as_str()), (Some(0), format!("{} can be used\n", path.display()), ""));
     assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1, "nothing was made");
 }
@@ -107,7 +108,7 @@ fn what_is_wrong_is_named_with_its_line_by_check_show_and_serve() {
         let path = path.to_str().unwrap();
         let mut serve = nbd_server();
         serve.args(["serve", "--listen=127.0.0.1:0", "--config", path]).env("HOME", dir.path());
-        for mut command in [config("check", dir.path()), config("show", dir.path()), serve] {
+        for mut command in [config(["config", "check"], dir.path()), config(["config", "show"], dir.path()), serve] {
             match command.get_args().nth(1).and_then(|verb| verb.to_str()) {
                 Some("check") => drop(command.arg(path)),
                 Some("show") => drop(command.args(["--config", path])),
@@ -122,13 +123,14 @@ fn what_is_wrong_is_named_with_its_line_by_check_show_and_serve() {
     }
     // Even where a flag overrides it.
     let (dir, path) = file("chunk-size = 5000");
-    let (status, _, err) = run(config("show", dir.path()).arg("--chunk-size=4096").arg("--config").arg(&path));
+    let (status, _, err) =
+        run(config(["config", "show"], dir.path()).arg("--chunk-size=4096").arg("--config").arg(&path));
     assert!(status == Some(2) && err.contains("line 1"), "{err}");
 
-    let (status, _, err) = run(config("check", dir.path()).arg(dir.path().join("missing.toml")));
+    let (status, _, err) = run(config(["config", "check"], dir.path()).arg(dir.path().join("missing.toml")));
     assert!(status == Some(2) && err.contains("missing.toml cannot be read"), "{err}");
     fs::write(dir.path().join("large"), vec![b'#'; (1 << 20) + 1]).unwrap();
-    let (status, _, err) = run(config("check", dir.path()).arg(dir.path().join("large")));
+    let (status, _, err) = run(config(["config", "check"], dir.path()).arg(dir.path().join("large")));
     assert!(status == Some(2) && err.contains("1048576 bytes"), "{err}");
 }
 
@@ -136,9 +138,63 @@ fn what_is_wrong_is_named_with_its_line_by_check_show_and_serve() {
 fn no_secret_is_shown() {
     let (dir, path) = file("storage-backend = 's3'\nbucket = 'b'\nendpoint-url = 'http://me:hunter2@host'\n");
     let keys = [("AWS_ACCESS_KEY_ID", "AKIAIDENTITY"), ("AWS_SECRET_ACCESS_KEY", "hunter2")];
-    let (status, out, err) = run(config("show", dir.path()).arg("--config").arg(&path).envs(keys));
+    let (status, out, err) = run(config(["config", "show"], dir.path()).arg("--config").arg(&path).envs(keys));
     assert_eq!(status, Some(0), "{err}");
     assert!(!out.contains("hunter2") && out.contains("endpoint-url = \"…@…\""), "{out}");
+}
+
+/// A value for each flag that is not its default, and what else it needs to have a meaning.
+const VALUES: [(&str, &str, &[&str]); 20] = [
+    ("--cache-root", "/x/cache", &[]),
+    ("--listen", "127.0.0.1:7", &[]),
+    ("--tls", "on", &["--tls-cert=/x/c.pem", "--tls-key=/x/k.pem"]),
+    ("--tls-cert", "/x/c.pem", &["--tls=on", "--tls-key=/x/k.pem"]),
+    ("--tls-key", "/x/k.pem", &["--tls=on", "--tls-cert=/x/c.pem"]),
+    ("--tls-client-ca", "/x/ca.pem", &["--tls=on", "--tls-cert=/x/c.pem", "--tls-key=/x/k.pem"]),
+    ("--admin-sock", "/x/admin.sock", &[]),
+    ("--admin-group", "disks", &[]),
+    ("--metrics-listen", "127.0.0.1:9464", &[]),
+    ("--chunk-size", "64KiB", &[]),
+    ("--export-root", "here", &[]),
+    ("--storage-backend", "memory", &[]),
+    ("--local-root", "/x/store", &[]),
+    ("--bucket", "disks", &["--storage-backend=gcs"]),
+    ("--endpoint-url", "http://127.0.0.1:9", &["--storage-backend=s3", "--bucket=disks"]),
+    ("--region", "eu-central-1", &["--storage-backend=s3", "--bucket=disks"]),
+    ("--r2-account-id", "0123456789abcdef0123456789abcdef", &["--storage-backend=r2", "--bucket=disks"]),
+    ("--store-timeout", "7", &[]),
+    ("--log-level", "debug", &[]),
+    ("--log-format", "json", &[]),
+];
+
+#[test]
+fn every_setting_is_taken_as_flag_as_variable_and_from_the_file() {
+    let show = |args: &[&str], env: Option<(&str, &str)>| {
+        let home = tempfile::tempdir().unwrap();
+        let mut command = config(["config", "show"], home.path());
+        let (status, out, err) = run(command.args(args).envs(env));
+        assert_eq!(status, Some(0), "{err}");
+        out
+    };
+    let switch = ("--allow-unsafe-store", "true", &[][..]);
+    for (flag, value, others) in VALUES.into_iter().chain([switch]) {
+        let key = flag.trim_start_matches("--");
+        let variable = format!("NBD_SERVER_{}", key.to_uppercase().replace('-', "_"));
+        let given = if value.parse::<u64>().is_ok() { value.to_owned() } else { format!("{value:?}") };
+        let (_dir, path) = file(&format!("{key} = {given}\n"));
+        let shown = if key == "listen" { format!("[{given}]") } else { given };
+        let (as_flag, from_file) = (format!("{flag}={value}"), format!("--config={}", path.display()));
+        for (arg, env, whence) in [
+            (Some(&as_flag), None, "flag".to_owned()),
+            (None, Some((&*variable, value)), format!("environment variable {variable}")),
+            (Some(&from_file), None, format!("{} line 1", path.display())),
+        ] {
+            let args: Vec<&str> = arg.map(String::as_str).into_iter().chain(others.iter().copied()).collect();
+            let text = show(&args, env);
+            let line = format!("{key} = {shown}  # {whence}");
+            assert!(text.lines().any(|shown| shown == line), "{line:?} is not in\n{text}");
+        }
+    }
 }
 
 /// The file takes all that `serve` takes: whoever adds a flag adds a setting.
@@ -153,8 +209,10 @@ fn every_flag_of_serve_is_a_setting() {
         .filter(|flag| !["config", "help"].contains(flag))
         .collect();
     assert!(flags.len() > 15, "{flags:?}");
-    let (_, shown, _) = run(&mut config("show", dir.path()));
+    let (_, shown, _) = run(&mut config(["config", "show"], dir.path()));
     for flag in flags {
+        let tried = VALUES.iter().any(|(tried, ..)| tried.trim_start_matches("--") == flag);
+        assert!(tried || flag == "allow-unsafe-store", "{flag} is not tried above");
         let named = |line: &str| line.starts_with(&format!("{flag} = ")) || line == format!("# {flag} is not set");
         assert!(shown.lines().any(named), "{flag} is not in\n{shown}");
     }
