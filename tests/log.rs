@@ -4,7 +4,8 @@
 mod common;
 
 use std::fs;
-use std::io::Write;
+use std::io::{Read, Write};
+use std::net::TcpListener;
 use std::process::Command;
 use std::sync::{Arc, Mutex};
 
@@ -12,7 +13,7 @@ use bytes::Bytes;
 use common::certs::Pki;
 use common::moto::Moto;
 use common::nbd::Raw;
-use common::server::TestServer;
+use common::server::{TestServer, nbd_server, run_to_end};
 use nbd_server::clock::SystemClock;
 use nbd_server::nbd::wire::Mode;
 use nbd_server::store::remote::{RemoteConfig, RemoteKind, RemoteStore};
@@ -71,6 +72,65 @@ fn no_credential_is_ever_logged_not_even_at_trace() {
         assert!(!log.contains(secret), "{secret} in\n{log}");
         let escaped = secret.replace('/', "%2F");
         assert!(!log.contains(&escaped), "{escaped} in\n{log}");
+    }
+}
+
+/// An endpoint that refuses everything, and says in its answer what it was asked: the worst a log could repeat.
+fn telltale() -> String {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    #[allow(clippy::disallowed_methods, reason = "a test's own thread, which ends with the process")]
+    std::thread::spawn(move || {
+        for mut stream in listener.incoming().map_while(Result::ok) {
+            let mut head = Vec::new();
+            let mut byte = [0];
+            while !head.ends_with(b"\r\n\r\n") && stream.read(&mut byte).is_ok_and(|read| read == 1) {
+                head.push(byte[0]);
+            }
+            let _ = write!(stream, "HTTP/1.1 403 No\r\nconnection: close\r\ncontent-length: {}\r\n\r\n", head.len());
+            let _ = stream.write_all(&head);
+        }
+    });
+    format!("http://{address}")
+}
+
+#[test]
+fn no_provider_s_credential_is_logged_whatever_the_store_answers_or_if_it_does_not() {
+    let dir = tempfile::tempdir().unwrap();
+    let key = "aHVudGVyMmh1bnRlcjI=";
+    let account = ("AZURE_STORAGE_ACCOUNT_NAME", "account");
+    let telltale = telltale();
+    for (backend, variables, secrets) in [
+        ("azure", &[account, ("AZURE_STORAGE_ACCOUNT_KEY", key)][..], &[key, "hunter2"][..]),
+        ("azure", &[account, ("AZURE_STORAGE_SAS_TOKEN", "sv=2021&sig=hunter2%3D&sp=rw")], &["hunter2", "sig="]),
+        ("azure", &[account, ("AZURE_STORAGE_TOKEN", "hunter2hunter2")], &["hunter2"]),
+        ("azure", &[account, ("AZURE_STORAGE_ACCOUNT_KEY", "hunter2!no-base64")], &["hunter2"]),
+        ("azure", &[account, ("AZURE_STORAGE_SAS_TOKEN", "hunter2")], &["hunter2"]),
+        ("gcs", &[("GOOGLE_BEARER_TOKEN", "hunter2hunter2")], &["hunter2"]),
+        ("gcs", &[("GOOGLE_SERVICE_ACCOUNT_KEY", r#"{"private_key":"hunter2","client_email":3}"#)], &["hunter2"]),
+        (
+            "s3",
+            &[("AWS_ACCESS_KEY_ID", ID), ("AWS_SECRET_ACCESS_KEY", SECRET), ("AWS_SESSION_TOKEN", TOKEN)],
+            &[SECRET, TOKEN, ID],
+        ),
+        // What no header carries: the client library panics.
+        ("s3", &[("AWS_ACCESS_KEY_ID", ID), ("AWS_SECRET_ACCESS_KEY", "hunter2\n")], &["hunter2"]),
+        ("gcs", &[("GOOGLE_BEARER_TOKEN", "hunter2\n")], &["hunter2"]),
+        ("azure", &[account, ("AZURE_STORAGE_TOKEN", "hunter2\n")], &["hunter2"]),
+    ] {
+        for endpoint in [&*telltale, "http://127.0.0.1:9"] {
+            let mut serve = nbd_server();
+            serve.args(["serve", "--log-level=trace", "--listen=127.0.0.1:0", "--bucket=disks", "--store-timeout=1"]);
+            serve.args(["--storage-backend", backend, "--endpoint-url", endpoint]).env("HOME", dir.path());
+            serve.arg("--cache-root").arg(dir.path().join("cache")).arg("--admin-sock").arg(dir.path().join("a.sock"));
+            let output = run_to_end(serve.envs(variables.iter().copied()));
+            let log = String::from_utf8(output.stderr).unwrap();
+            assert!(output.status.code().is_some_and(|status| [1, 2].contains(&status)), "{variables:?}: {log}");
+            assert!(log.lines().last().unwrap().starts_with("error: ") && !log.contains("panicked"), "{log}");
+            for secret in secrets {
+                assert!(!log.contains(secret), "{secret} in\n{log}");
+            }
+        }
     }
 }
 

@@ -82,6 +82,14 @@ pub enum RemoteConfigError {
         /// What is wrong with it.
         reason: &'static str,
     },
+    /// A variable of the environment cannot be a credential; its value is not shown.
+    #[error(
+        "{variable} holds a line break or another control character: set it without, as of a file that ends in one"
+    )]
+    ControlCharacter {
+        /// Its name.
+        variable: &'static str,
+    },
     /// The client could not be made of these values.
     #[error("cannot connect to the {backend} store: {source}")]
     Rejected {
@@ -180,6 +188,17 @@ impl Environment<'_> {
         names.iter().any(|name| self.get(name).is_some())
     }
 
+    /// Refuses what no header can carry: the client library would panic.
+    fn check(&self, names: &[&'static str]) -> Result<(), RemoteConfigError> {
+        let control = |name: &str| self.get(name).is_some_and(|value| value.contains(char::is_control));
+        // A whole file as a value.
+        let mut sent = names.iter().filter(|name| **name != "GOOGLE_SERVICE_ACCOUNT_KEY");
+        match sent.find(|name| control(name)) {
+            Some(variable) => Err(RemoteConfigError::ControlCharacter { variable }),
+            None => Ok(()),
+        }
+    }
+
     /// The variables that are set, under the names the client library knows.
     fn settings<K: std::str::FromStr>(&self, names: &[&str]) -> Vec<(K, String)> {
         let known = |name: &&str| Some((name.to_ascii_lowercase().parse().ok()?, self.get(name)?));
@@ -215,6 +234,11 @@ impl RemoteStore {
             .with_timeout_disabled()
             .with_connect_timeout(CONNECT_TIMEOUT)
             .with_allow_http(endpoint.as_deref().is_some_and(|url| url.starts_with("http://")));
+        environment.check(match config.kind {
+            RemoteKind::S3 | RemoteKind::R2 => AWS_VARIABLES,
+            RemoteKind::Gcs => GOOGLE_VARIABLES,
+            RemoteKind::Azure => AZURE_VARIABLES,
+        })?;
         match config.kind {
             RemoteKind::S3 | RemoteKind::R2 => {
                 let store = config.aws(&environment, options, bucket, endpoint)?;
