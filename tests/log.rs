@@ -134,6 +134,27 @@ fn no_provider_s_credential_is_logged_whatever_the_store_answers_or_if_it_does_n
     }
 }
 
+#[test]
+fn an_export_that_turns_out_to_be_damaged_is_logged_once() {
+    let mut server = TestServer::start(&[], &[]);
+    server.ok("POST", "/v1/exports/create", json!({"export_id": "vm", "size": 4096}));
+    let snapshot = server.ok("POST", "/v1/exports/vm/compact", Value::Null)["snapshot_id"].clone();
+    server.stop();
+    let manifest = format!("exports/vm/snapshots/{}/manifest.json", snapshot.as_str().unwrap());
+    fs::write(server.local_root().join(&manifest), "damage").unwrap();
+    server.start_again();
+    for _ in 0..3 {
+        let (status, answer) = server.api("GET", "/v1/exports/vm/status", Value::Null);
+        assert_eq!((status, &answer["code"]), (503, &json!("damaged")));
+        assert!(answer["detail"].as_str().unwrap().starts_with(&format!("{manifest}: not a manifest")), "{answer}");
+    }
+    assert_eq!(server.ok("GET", "/v1/exports", Value::Null)[0]["state"], "failed");
+    let log = server.log();
+    let told: Vec<_> = log.lines().filter(|line| line.contains("cannot be served")).collect();
+    assert!(told.len() == 1 && told[0].contains("export=vm") && told[0].contains(&manifest), "{log}");
+    server.stop();
+}
+
 #[derive(Clone, Default)]
 struct Heard(Arc<Mutex<Vec<u8>>>);
 

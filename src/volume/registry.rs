@@ -212,7 +212,12 @@ impl Export {
             Ok(volume) => Ok(Arc::clone(volume)),
             Err(e) => {
                 if !matches!(e, ExportError::StoreUnavailable(_)) {
-                    *self.head.lock() = Err(ExportError::to_string(&e));
+                    let reason = Err(e.to_string());
+                    let before = std::mem::replace(&mut *self.head.lock(), reason.clone());
+                    // Once, however often it is tried.
+                    if before != reason {
+                        tracing::error!(export = %id, "cannot be served: {e}");
+                    }
                 }
                 Err(e)
             }
