@@ -8,8 +8,10 @@ use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::process::{Command, Stdio};
 
+use common::moto::Moto;
 use common::nbd::Raw;
-use common::server::{TestServer, nbd_server, run_to_end};
+use common::proxy::{Proxy, State};
+use common::server::{TestServer, nbd_server, run, run_to_end};
 use nbd_server::nbd::wire::Mode;
 use serde_json::{Value, json};
 
@@ -147,6 +149,29 @@ fn an_outage_of_the_store_is_counted_and_its_end_is_seen() {
     fs::rename(&aside, &blob).unwrap();
     assert_eq!(client.read(0, 512), [7; 512]);
     assert_eq!(Page::of(&server).get("nbd_server_store_up", &[]), 1.0);
+}
+
+#[test]
+fn the_parts_of_an_upload_that_are_sent_again_count_as_retries() {
+    let moto = Moto::start();
+    moto.create_bucket("disks");
+    let proxy = Proxy::start(&moto.endpoint());
+    let server = TestServer::on_s3(&proxy.endpoint(), "disks", &[]);
+    server.ok("POST", "/v1/exports/create", json!({"export_id": "vm", "size": 32 << 20}));
+    run("qemu-io", &["-f", "raw", "-c", "write -P 7 0 32M", "-c", "flush", &server.nbd_uri("vm")]);
+    assert_eq!(Page::of(&server).get("nbd_server_store_retries_total", &[]), 0.0);
+    // In the middle of the blob, whose parts are all that is under way.
+    proxy.set_after(12 << 20, State::Cut);
+    std::thread::scope(|scope| {
+        let publish = scope.spawn(|| server.ok("POST", "/v1/exports/vm/snapshot", Value::Null));
+        proxy.wait_for(State::Cut);
+        while Page::of(&server).get("nbd_server_store_retries_total", &[]) == 0.0 {
+            assert!(!publish.is_finished(), "nothing was sent again");
+            std::thread::sleep(std::time::Duration::from_millis(10));
+        }
+        proxy.set(State::Open);
+        assert_eq!(publish.join().unwrap()["snapshot_created"], true);
+    });
 }
 
 #[test]

@@ -38,7 +38,6 @@ impl Watched {
         self.nbd.describe(&mut page);
         self.store.health.describe(&mut page);
         self.store.observed.describe(&mut page);
-        self.store.retrying.describe(&mut page);
         self.registry.describe(&mut page);
         page
     }

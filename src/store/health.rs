@@ -11,7 +11,7 @@ use std::time::SystemTime;
 use parking_lot::Mutex;
 
 use super::StoreError;
-use crate::metrics::{Kind, Page};
+use crate::metrics::{Counter, Kind, Page};
 
 /// How the store is, as the last attempt at a request found it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -35,19 +35,23 @@ pub struct Outage {
 
 /// What is known of a store; shared by all that ask it.
 #[derive(Debug)]
-pub struct Health(Mutex<Reachability>);
+pub struct Health {
+    state: Mutex<Reachability>,
+    retries: Counter,
+}
 
 impl Health {
     /// Of a store that nobody asked yet: up until an attempt fails.
     #[must_use]
     pub fn new(now: SystemTime) -> Self {
-        Self(Mutex::new(Reachability { up: true, since: now, last_error: None }))
+        let state = Mutex::new(Reachability { up: true, since: now, last_error: None });
+        Self { state, retries: Counter::default() }
     }
 
     /// How the store is.
     #[must_use]
     pub fn reachability(&self) -> Reachability {
-        self.0.lock().clone()
+        self.state.lock().clone()
     }
 
     /// The outage, if the last attempt failed.
@@ -69,7 +73,7 @@ impl Health {
                 None
             }
         };
-        let mut state = self.0.lock();
+        let mut state = self.state.lock();
         let up = failure.is_none();
         if state.up != up {
             (state.up, state.since) = (up, now);
@@ -83,10 +87,17 @@ impl Health {
         }
     }
 
-    /// Writes it as a metric.
+    /// A request is made again.
+    pub(crate) fn note_retry(&self) {
+        self.retries.increment();
+    }
+
+    /// Writes it as metrics.
     pub fn describe(&self, page: &mut Page) {
         let help = "Whether the object store gave a definite answer to the last request.";
-        page.family(Kind::Gauge, "nbd_server_store_up", help).sample(&[], u8::from(self.0.lock().up));
+        page.family(Kind::Gauge, "nbd_server_store_up", help).sample(&[], u8::from(self.state.lock().up));
+        let help = "Further attempts at requests, and at parts of uploads, that the object store had not served.";
+        page.family(Kind::Counter, "nbd_server_store_retries_total", help).sample(&[], self.retries.get());
     }
 }
 

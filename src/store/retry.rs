@@ -18,7 +18,6 @@ use super::keys::ExportRoot;
 use super::probe::{ProbeError, probe};
 use super::{Body, BoxError, Condition, Key, Object, SharedStore, Store, StoreError, Version};
 use crate::clock::Clock;
-use crate::metrics::{Counter, Kind, Page};
 use crate::sabotage::{Rule, breaks};
 use crate::units::ByteRange;
 
@@ -115,6 +114,9 @@ impl RetryPolicy {
         let mut attempts = 0;
         loop {
             attempts += 1;
+            if attempts > 1 {
+                health.note_retry();
+            }
             let left = self.limit.saturating_sub(elapsed());
             let outcome = match overtime {
                 Overtime::Finish => attempt().await,
@@ -148,7 +150,6 @@ pub struct Retrying {
     policy: RetryPolicy,
     clock: Arc<dyn Clock>,
     health: Arc<Health>,
-    retries: Counter,
 }
 
 impl Retrying {
@@ -156,7 +157,7 @@ impl Retrying {
     #[must_use]
     pub fn new(inner: SharedStore, policy: RetryPolicy, clock: Arc<dyn Clock>) -> Self {
         let health = Arc::new(Health::new(clock.now()));
-        Self { inner, policy, clock, health, retries: Counter::default() }
+        Self { inner, policy, clock, health }
     }
 
     /// Notes in `health` how the store does: one that its backend shares knows of the parts of an upload, too.
@@ -165,30 +166,17 @@ impl Retrying {
         Self { health, ..self }
     }
 
-    /// Writes what was counted.
-    pub fn describe(&self, page: &mut Page) {
-        let help = "Further attempts at requests that the object store had not served; parts of uploads not counted.";
-        page.family(Kind::Counter, "nbd_server_store_retries_total", help).sample(&[], self.retries.get());
-    }
-
     async fn repeat<T, F>(
         &self,
         operation: &'static str,
         key: &Key,
         overtime: Overtime,
-        mut attempt: impl FnMut() -> F,
+        attempt: impl FnMut() -> F,
     ) -> Result<T, StoreError>
     where
         F: Future<Output = Result<T, StoreError>>,
     {
-        let mut again = false;
-        let counted = || {
-            if std::mem::replace(&mut again, true) {
-                self.retries.increment();
-            }
-            attempt()
-        };
-        self.policy.run(&*self.clock, &self.health, Request { operation, key }, overtime, counted).await
+        self.policy.run(&*self.clock, &self.health, Request { operation, key }, overtime, attempt).await
     }
 
     /// Probes the store, as soon as it can be asked: an outage at start is waited for as any other, what the probe
