@@ -76,7 +76,7 @@ pub enum Command {
 #[derive(Debug, Args)]
 pub struct Common {
     /// Unix socket of the server's admin API
-    /// [default: /run/nbd-server/nbd-server.sock for root, else $XDG_RUNTIME_DIR/nbd-server.sock]
+    /// [default: $XDG_RUNTIME_DIR/nbd-server.sock if there is one, for root or else: /run/nbd-server/nbd-server.sock]
     #[arg(long, value_name = "PATH", env = "NBD_SERVER_ADMIN_SOCK")]
     admin_sock: Option<PathBuf>,
 
@@ -222,7 +222,10 @@ impl Common {
     }
 
     fn client(&self, surroundings: &Surroundings<'_>) -> Result<Client, CliError> {
-        let path = self.admin_sock.clone().map_or_else(|| surroundings.admin_sock(), Ok)?;
+        let path = match &self.admin_sock {
+            Some(path) => path.clone(),
+            None => default_socket(surroundings.admin_sock(), Surroundings::system_admin_sock())?,
+        };
         Ok(Client::new(path))
     }
 
@@ -235,6 +238,17 @@ impl Common {
             return ids.iter().map(|id| format!("{id}\n")).collect();
         }
         text()
+    }
+}
+
+/// The socket of the user's own server, or if there is none, the system's.
+fn default_socket(own: Result<PathBuf, ConfigError>, system: PathBuf) -> Result<PathBuf, ConfigError> {
+    // What may not be looked at is there: to be refused at it says more than another place.
+    let there = |path: &Path| path.try_exists().unwrap_or(true);
+    match own {
+        Ok(own) if there(&own) => Ok(own),
+        _ if there(&system) => Ok(system),
+        own => own,
     }
 }
 
@@ -251,4 +265,21 @@ fn number(answer: &Value, field: &str) -> u64 {
 /// The snapshot that an answer names, or that there is none.
 fn snapshot_or_none(answer: &Value, field: &str) -> String {
     answer[field].as_str().unwrap_or("none").to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_systems_server_is_asked_where_the_user_has_none() {
+        let dir = tempfile::tempdir().unwrap();
+        let (own, system) = (dir.path().join("own"), dir.path().join("system"));
+        let chosen = || default_socket(Ok(own.clone()), system.clone()).unwrap();
+        assert_eq!(chosen(), own, "where one would be started");
+        std::fs::write(&system, "").unwrap();
+        assert_eq!(chosen(), system);
+        std::fs::write(&own, "").unwrap();
+        assert_eq!(chosen(), own);
+    }
 }

@@ -34,12 +34,17 @@ impl Surroundings<'_> {
 
     pub(crate) fn admin_sock(&self) -> Result<PathBuf, ConfigError> {
         if self.root {
-            return Ok(Path::new("/run").join(NAME).join(SOCKET));
+            return Ok(Self::system_admin_sock());
         }
         match self.folder("XDG_RUNTIME_DIR") {
             Some(runtime) => Ok(runtime.join(SOCKET)),
             None => Ok(self.state("--admin-sock")?.join(SOCKET)),
         }
+    }
+
+    /// Where the system's server has it.
+    pub(crate) fn system_admin_sock() -> PathBuf {
+        Path::new("/run").join(NAME).join(SOCKET)
     }
 
     fn state(&self, flag: &'static str) -> Result<PathBuf, ConfigError> {
