@@ -1,6 +1,6 @@
 # Two commands matter: `make test` installs what is missing and runs every test; `make check` looks at the source.
 
-.PHONY: all setup test check sabotage fmt bench bench-quick bench-cold
+.PHONY: all setup test check sabotage deb fmt bench bench-quick bench-cold
 
 all: check test
 
@@ -20,6 +20,14 @@ check:
 # Breaks each rule of docs/testing.md in a build of its own and sees to it that a test catches it.
 sabotage: setup
 	scripts/sabotage.py
+
+# A Debian package, by what Cargo.toml says of it, with man pages and completions; prints where it is.
+deb: setup
+	cargo build --release --locked --bin nbd-server
+	mkdir -p target/release/man
+	target/release/nbd-server man target/release/man
+	target/release/nbd-server completions bash >target/release/man/nbd-server.bash
+	.tools/bin/cargo-deb --no-build
 
 # Writes docs/benchmarks.md. On a machine that does nothing else meanwhile.
 bench bench-quick:

@@ -41,6 +41,8 @@ fi
 need prometheus promtool
 need systemd systemd-analyze
 need dpkg dpkg-deb
+need dpkg-dev dpkg-shlibdeps
+need util-linux unshare runuser
 need python3 $python
 $python -c 'import ensurepip' 2>/dev/null || missing+=(python3-venv)
 $python -c 'import nbd' 2>/dev/null || missing+=(python3-libnbd)
@@ -79,3 +81,10 @@ command -v cargo >/dev/null || {
     echo "setup: there is no cargo here: install Rust (https://rustup.rs), then repeat" >&2
     exit 1
 }
+
+# Makes the Debian package.
+cargo_deb=3.8.0
+if [ "$(.tools/bin/cargo-deb --version 2>/dev/null)" != "cargo-deb $cargo_deb" ]; then
+    echo "setup: installing into .tools: cargo-deb $cargo_deb"
+    cargo install --quiet --locked --root .tools "cargo-deb@$cargo_deb"
+fi

@@ -39,11 +39,7 @@ fn values<'a>(text: &'a str, key: &str) -> Vec<&'a str> {
 /// The package, built around the program under test and unpacked.
 fn unpacked() -> tempfile::TempDir {
     let dir = tempfile::tempdir().unwrap();
-    let package = dir.path().join("nbd-server.deb");
-    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("scripts/build-deb.sh");
-    // Not compressed: the program of a test is large.
-    let env = [("NBD_DEB_BINARY", env!("CARGO_BIN_EXE_nbd-server")), ("DPKG_DEB_COMPRESSOR_TYPE", "none")];
-    succeeds(Command::new(script).arg(&package).envs(env));
+    let package = common::package::build(dir.path());
     succeeds(Command::new("dpkg-deb").arg("-x").arg(&package).arg(dir.path().join("root")));
     succeeds(Command::new("dpkg-deb").arg("-e").arg(&package).arg(dir.path().join("control")));
     dir
@@ -59,13 +55,15 @@ fn the_package_holds_a_service_that_starts_as_its_unit_says() {
         ("lib/systemd/system/nbd-server.socket", 0o644),
         ("usr/lib/sysusers.d/nbd-server.conf", 0o644),
         ("etc/nbd-server/config.toml", 0o644),
-        ("usr/share/doc/nbd-server/operations.md", 0o644),
+        ("usr/share/doc/nbd-server-objects/operations.md", 0o644),
+        ("usr/share/man/man1/nbd-server-serve.1", 0o644),
+        ("usr/share/bash-completion/completions/nbd-server", 0o644),
     ] {
         assert_eq!(fs::metadata(root.join(name)).unwrap().permissions().mode() & 0o777, mode, "{name}");
     }
     let control = fs::read_to_string(dir.path().join("control/control")).unwrap();
-    assert!(control.contains(concat!("Version: ", env!("CARGO_PKG_VERSION"), "\n")), "{control}");
-    for script in ["postinst", "prerm"] {
+    assert!(control.contains(concat!("Version: ", env!("CARGO_PKG_VERSION"), "-1\n")), "{control}");
+    for script in ["postinst", "prerm", "postrm"] {
         succeeds(Command::new("sh").arg("-n").arg(dir.path().join("control").join(script)));
     }
 

@@ -19,6 +19,7 @@ pub mod http;
 pub mod images;
 pub mod moto;
 pub mod nbd;
+pub mod package;
 pub mod proxy;
 pub mod scene;
 pub mod server;
