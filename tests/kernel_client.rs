@@ -119,6 +119,7 @@ fn the_kernels_client_keeps_its_file_systems_over_restart_crash_and_snapshot() {
         server.ok("POST", "/v1/exports/create", json!({ "export_id": disk.export, "size": size }));
     }
     let vm = &mut Vm::boot();
+    the_sample_nbdtab_attaches_a_device(vm, &server);
 
     for disk in DISKS {
         disk.attach(vm, &server);
@@ -142,6 +143,19 @@ fn the_kernels_client_keeps_its_file_systems_over_restart_crash_and_snapshot() {
 
     synced_files_survive_a_crash_of_the_server(vm, &mut server);
     a_snapshot_holds_the_file_systems(vm, &server);
+}
+
+/// As it stands: what is one host there is two here, so the guest carries connections on, well enough to attach.
+fn the_sample_nbdtab_attaches_a_device(vm: &mut Vm, server: &TestServer) {
+    server.ok("POST", "/v1/exports/create", json!({ "export_id": "vm-1", "size": 8 * MIB }));
+    let sample = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/contrib/nbdtab")).unwrap();
+    let port = server.nbd_address().rsplit_once(':').unwrap().1.to_owned();
+    vm.run(&format!("nc -ll -p 10809 -e nc {HOST} {port} >/dev/null 2>&1 & echo $! >/tmp/relay; sleep 1"));
+    let said = vm.run(&format!("cat >/etc/nbdtab <<'TABLE'\n{sample}TABLE\nnbd-client nbd0 2>&1"));
+    assert!(!said.contains("arning"), "{said}");
+    assert_eq!(vm.run("cat /sys/block/nbd0/size").trim(), (8 * MIB / 512).to_string());
+    assert_eq!(vm.run("ls /sys/block/nbd0/mq").split_whitespace().count(), CONNECTIONS, "conns=4");
+    vm.run("nbd-client -d /dev/nbd0; kill $(cat /tmp/relay)");
 }
 
 fn deleted_files_give_their_space_back(vm: &mut Vm, server: &TestServer, disk: &Disk) {
