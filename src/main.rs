@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use nbd_server::cli;
 use nbd_server::config::{
-    self, Command, Config, ConfigCommand, ConfigError, FileError, ReadError, Serve, Surroundings,
+    self, Command, Config, ConfigCommand, ConfigError, FileError, Origins, ReadError, Serve, Surroundings,
 };
 use nbd_server::nbd::PassedSocket;
 use nbd_server::server::{self, Logging, PassedError};
@@ -61,7 +61,7 @@ fn run() -> Result<ExitCode, Refused> {
         Command::Serve(flags) => {
             let passed = server::passed_sockets()?;
             let config = checked(flags, !passed.is_empty())?;
-            Ok(serve(config, passed, args))
+            Ok(serve(config, passed, args, origins))
         }
         Command::Config(ConfigCommand::Check(check)) => {
             let (meant, _) = config::read(check.serve())?;
@@ -113,8 +113,8 @@ fn ask(command: cli::Command) -> ExitCode {
     }
 }
 
-fn serve(config: Config, passed: Vec<PassedSocket>, args: Vec<OsString>) -> ExitCode {
-    let logging = Logging::start(config.log_level, config.log_format, args);
+fn serve(config: Config, passed: Vec<PassedSocket>, args: Vec<OsString>, origins: Origins) -> ExitCode {
+    let logging = Logging::start(config.log_level, config.log_format, args, origins);
     allow_many_connections();
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => runtime,

@@ -260,6 +260,11 @@ fn sighup_takes_the_level_from_the_configuration_file() {
     server.wait_for_log("the log's level is now Debug");
     attach();
     server.wait_for_log("it negotiated");
+    assert!(!server.log().contains("after a restart"), "{}", server.log());
+    fs::write(&path, "log-level = 'debug'\nchunk-size = '8KiB'\nlisten = ['127.0.0.1:9']\nbucket = 'b'\n").unwrap();
+    server.signal(1);
+    // The flag --listen goes before the file, then as now.
+    server.wait_for_log("SIGHUP: changed, but in force after a restart alone: chunk-size, bucket");
     fs::write(&path, "log-level = 'loud'").unwrap();
     server.signal(1);
     let line = server.wait_for_log("the log's level stays");

@@ -3,7 +3,7 @@
 //! The file's values take the place of the defaults of the flags, so the same parsers judge them and the same rules
 //! decide which value counts. A setting that the file names wrongly is refused even if a flag overrides it.
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::fmt::Write;
 
 use clap::parser::ValueSource;
@@ -132,6 +132,20 @@ impl Origins {
             };
         }
         text
+    }
+
+    /// The settings of a `serve` whose values are other ones than in `before`, by name.
+    #[must_use]
+    pub fn changed_since(&self, before: &Self) -> Vec<String> {
+        let serve = serve();
+        let keys = serve.get_arguments().filter_map(|arg| Some((arg, arg.get_long()?)));
+        let changed = |(arg, _): &(&Arg, &str)| self.of_serve(arg) != before.of_serve(arg);
+        keys.filter(|(arg, key)| is_named(arg, key)).filter(changed).map(|(_, key)| key.to_owned()).collect()
+    }
+
+    fn of_serve(&self, arg: &Arg) -> Vec<&OsStr> {
+        let values = self.matches.subcommand_matches("serve").and_then(|serve| serve.get_raw(arg.get_id().as_str()));
+        values.into_iter().flatten().collect()
     }
 
     fn whence(&self, arg: &Arg, source: Option<ValueSource>) -> String {

@@ -12,7 +12,10 @@ use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 use tracing_subscriber::{Layer, Registry, fmt, reload};
 
-use crate::config::{self, Command, LogFormat, LogLevel, ReadError};
+use crate::config::{self, Command, LogFormat, LogLevel, Origins, ReadError};
+
+/// The setting that a reload takes.
+const TAKEN: &str = "log-level";
 
 /// The log of this process.
 #[derive(Debug)]
@@ -21,12 +24,14 @@ pub struct Logging {
     filter: reload::Handle<Targets, Registry>,
     /// What the level is read from again.
     args: Vec<OsString>,
+    /// What came of them at the start.
+    origins: Origins,
 }
 
 impl Logging {
-    /// Begins to log, once per process. `args` are those of the program.
+    /// Begins to log, once per process. `args` are those of the program, `origins` what was read from them.
     #[must_use]
-    pub fn start(level: LogLevel, format: LogFormat, args: Vec<OsString>) -> Self {
+    pub fn start(level: LogLevel, format: LogFormat, args: Vec<OsString>, origins: Origins) -> Self {
         let (filter, handle) = reload::Layer::new(filter(level));
         let lines = fmt::layer().with_writer(std::io::stderr).with_ansi(false).with_target(false);
         let lines = match format {
@@ -34,15 +39,21 @@ impl Logging {
             LogFormat::Json => lines.json().flatten_event(true).with_span_list(false).boxed(),
         };
         tracing_subscriber::registry().with(lines.with_filter(filter)).init();
-        Self { level, filter: handle, args }
+        Self { level, filter: handle, args, origins }
     }
 
-    /// Reads arguments, environment and configuration file again, and takes the log's level from them.
+    /// Reads arguments, environment and configuration file again, and takes the log's level from them. Says which other
+    /// settings have changed, and have no effect.
     ///
     /// # Errors
     /// [`ReadError`]; then the level stays.
     pub fn reload(&mut self) -> Result<(), ReadError> {
-        let (cli, _) = config::read(self.args.clone())?;
+        let (cli, origins) = config::read(self.args.clone())?;
+        let mut changed = origins.changed_since(&self.origins);
+        changed.retain(|key| key != TAKEN);
+        if !changed.is_empty() {
+            tracing::warn!("SIGHUP: changed, but in force after a restart alone: {}", changed.join(", "));
+        }
         let Command::Serve(flags) = cli.command else { return Ok(()) };
         let level = flags.log_level();
         if level != self.level && self.filter.reload(filter(level)).is_ok() {
