@@ -144,7 +144,7 @@ fn no_secret_is_shown() {
 }
 
 /// A value for each flag that is not its default, and what else it needs to have a meaning.
-const VALUES: [(&str, &str, &[&str]); 20] = [
+const VALUES: [(&str, &str, &[&str]); 21] = [
     ("--cache-root", "/x/cache", &[]),
     ("--listen", "127.0.0.1:7", &[]),
     ("--tls", "on", &["--tls-cert=/x/c.pem", "--tls-key=/x/k.pem"]),
@@ -163,6 +163,7 @@ const VALUES: [(&str, &str, &[&str]); 20] = [
     ("--region", "eu-central-1", &["--storage-backend=s3", "--bucket=disks"]),
     ("--r2-account-id", "0123456789abcdef0123456789abcdef", &["--storage-backend=r2", "--bucket=disks"]),
     ("--store-timeout", "7", &[]),
+    ("--publish-memory", "64MiB", &[]),
     ("--log-level", "debug", &[]),
     ("--log-format", "json", &[]),
 ];

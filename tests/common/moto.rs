@@ -40,7 +40,12 @@ impl Moto {
         let free = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a free port");
         let address = free.local_addr().expect("the port's number");
         drop(free);
-        let child = Command::new(program)
+        let python = program.with_file_name("python3");
+        let mut command = Command::new(if python.exists() { &python } else { program });
+        if python.exists() {
+            command.arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/common/moto_server.py"));
+        }
+        let child = command
             .args(["-H", "127.0.0.1", "-p", &address.port().to_string()])
             .stdin(Stdio::null())
             .stdout(Stdio::null())
