@@ -4,6 +4,7 @@
 mod common;
 
 use std::fs;
+use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
@@ -165,26 +166,30 @@ fn ctrl_c_gives_a_snapshot_up_and_leaves_the_export_as_before() {
     done(&server, &["export", "create", "vm", "64MiB"]);
     assert!(done(&server, &["export", "cancel", "vm"]).starts_with("nothing was given up"));
     run("qemu-io", &["-f", "raw", "-c", "write -P 7 0 32M", "-c", "flush", &server.nbd_uri("vm")]);
-    for by_command in [false, true] {
-        // In the middle of the upload the store falls silent.
+    // In the middle of the upload the store falls silent.
+    let half_way = || {
         proxy.set_after(4 << 20, State::Frozen);
         let mut create = nbd_server();
         create.args(["snapshot", "create", "vm"]).env("NBD_SERVER_ADMIN_SOCK", server.socket());
         let child = create.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
         proxy.wait_for(State::Frozen);
+        child
+    };
+    for signal in [Some("-INT"), Some("-TERM"), None] {
+        let child = half_way();
         let during = json_of(&server, &["export", "status", "vm"]);
         assert_eq!(
             (&during["operation_state"], &during["progress"]["total_bytes"]),
             (&json!("snapshotting"), &json!(32 << 20))
         );
         assert!(done(&server, &["export", "status", "vm"]).contains(" of 32 MiB\n"));
-        let cancel = by_command.then(|| {
+        let cancel = signal.is_none().then(|| {
             let mut cancel = nbd_server();
             cancel.args(["export", "cancel", "vm", "--json"]).env("NBD_SERVER_ADMIN_SOCK", server.socket());
             cancel.stdout(Stdio::piped()).spawn().unwrap()
         });
-        if !by_command {
-            run("kill", &["-INT", &child.id().to_string()]);
+        if let Some(signal) = signal {
+            run("kill", &[signal, &child.id().to_string()]);
         }
         // What was uploaded is removed, for which the store has to answer again.
         std::thread::sleep(std::time::Duration::from_millis(300));
@@ -200,7 +205,15 @@ fn ctrl_c_gives_a_snapshot_up_and_leaves_the_export_as_before() {
         assert_eq!((&after["operation_state"], &after["dirty_chunks"]), (&json!("idle"), &json!(32)));
         assert_eq!((&after["snapshot_generation"], after.get("progress")), (&json!(0), None));
     }
-    assert!(done(&server, &["snapshot", "create", "vm"]).contains("generation 1"));
+    // A terminal that is lost takes the command with it, and not what the server does.
+    let child = half_way();
+    run("kill", &["-HUP", &child.id().to_string()]);
+    assert_eq!(child.wait_with_output().unwrap().status.signal(), Some(1));
+    proxy.set(State::Open);
+    while json_of(&server, &["export", "status", "vm"])["operation_state"] != "idle" {
+        std::thread::sleep(std::time::Duration::from_millis(20));
+    }
+    assert_eq!(json_of(&server, &["export", "status", "vm"])["snapshot_generation"], 1);
 }
 
 /// Every command of the program, as the words that name it.

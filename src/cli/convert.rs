@@ -113,7 +113,8 @@ fn start(args: &[&str], files: &[&Path]) -> Result<Child, CliError> {
     // Absolute, so that no name is taken for an option or a protocol.
     let absolute = |path: &&Path| std::path::absolute(path).unwrap_or_else(|_| path.to_path_buf());
     let mut command = Command::new(QEMU_IMG);
-    command.args(args).args(files.iter().map(absolute)).kill_on_drop(true);
+    // A Ctrl-C is for us, who then end it; else it would fail first, and that would be what is told.
+    command.args(args).args(files.iter().map(absolute)).kill_on_drop(true).process_group(0);
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
     command.spawn().map_err(|e| match e.kind() {
         io::ErrorKind::NotFound => CliError::Image(

@@ -25,7 +25,7 @@ pub(super) async fn publish(
 ) -> Result<Value, CliError> {
     let client = common.client(surroundings)?;
     let (path, status) = (format!("/v1/exports/{name}/{call}"), format!("/v1/exports/{name}/status"));
-    let mut interrupts = Interrupts::listen()?;
+    let mut interrupts = Interrupts::listen_for_server()?;
     let mut ticks = tokio::time::interval(POLL);
     let (mut progress, mut cancelling) = (None, false);
     let mut publishing = std::pin::pin!(client.post(&path, None));
