@@ -211,9 +211,10 @@ fn a_terminal_shows_a_bar_and_ctrl_c_is_a_key() {
     assert_eq!(quiet.lines().count(), 2, "the id and the status: {quiet:?}");
 
     // The terminal makes a signal of the key.
-    let (bin, _) = slow_qemu_img(dir.path());
+    let (bin, began) = slow_qemu_img(dir.path());
     let mut import = offline(dir.path(), &["import", text(&raw), "typed", "--format", "qcow2"]);
-    let said = at_a_terminal(import.env("PATH", path_with(&bin)), "(sleep 1; printf '\\003'; sleep 1)");
+    let keys = format!("(until [ -e {} ]; do sleep 0.1; done; sleep 1; printf '\\003'; sleep 1)", began.display());
+    let said = at_a_terminal(import.env("PATH", path_with(&bin)), &keys);
     assert!(said.contains("converting [############------------] 512 KiB of 1 MiB, "), "{said:?}");
     assert!(said.contains("cancelled: there is no export typed") && said.contains("status 1"), "{said:?}");
     assert!(left_over(dir.path()).is_empty());
