@@ -25,6 +25,7 @@ pub mod request;
 mod serve;
 pub mod tls;
 mod transmission;
+mod tray;
 pub mod wire;
 
 use std::os::fd::AsFd;

@@ -12,6 +12,7 @@ use bytes::Bytes;
 
 use super::errno::Errno;
 use super::request::Refusal;
+use super::tray::Tray;
 use super::wire::{self, ChunkHeader, Mode, Request, chunk, cmd};
 
 /// Holes are looked for in aligned blocks of this size, in bytes. It is the page and the block of the file systems
@@ -59,7 +60,9 @@ impl From<Refusal> for Outcome {
 /// Frames ready to be sent: small parts are gathered in one buffer, the data of READs is only referred to.
 #[derive(Debug, Default)]
 pub struct Frames {
-    heads: Vec<u8>,
+    heads: Tray,
+    /// Where a head is encoded first.
+    scratch: Vec<u8>,
     segments: Vec<Segment>,
     /// The length of what is only referred to.
     body_bytes: usize,
@@ -74,7 +77,7 @@ enum Segment {
 impl Frames {
     /// Forgets everything and keeps the memory.
     pub fn clear(&mut self) {
-        self.heads.clear();
+        self.heads.truncate(0);
         self.segments.clear();
         self.body_bytes = 0;
     }
@@ -82,7 +85,7 @@ impl Frames {
     /// The stretches of bytes to send, in order; none is empty.
     pub fn slices(&self) -> impl Iterator<Item = &[u8]> + Clone {
         self.segments.iter().map(|segment| match segment {
-            Segment::Head(range) => &self.heads[range.clone()],
+            Segment::Head(range) => &self.heads.bytes()[range.clone()],
             Segment::Body(bytes) => bytes,
         })
     }
@@ -102,7 +105,7 @@ impl Frames {
     /// Appends what another has gathered.
     pub fn append(&mut self, other: Self) {
         let base = self.heads.len();
-        self.heads.extend_from_slice(&other.heads);
+        self.heads.append(other.heads.bytes());
         self.segments.extend(other.segments.into_iter().map(|segment| match segment {
             Segment::Head(range) => Segment::Head(base + range.start..base + range.end),
             body @ Segment::Body(_) => body,
@@ -110,9 +113,31 @@ impl Frames {
         self.body_bytes += other.body_bytes;
     }
 
+    /// All there is to send, if no data of a READ is among it.
+    #[must_use]
+    pub fn only_head(&self) -> &[u8] {
+        if self.body_bytes == 0 { self.heads.bytes() } else { &[] }
+    }
+
+    /// Forgets the first `len` bytes of [`only_head`](Self::only_head).
+    pub fn drop_front(&mut self, len: usize) {
+        if len > 0 {
+            self.heads.drop_front(len);
+            self.segments.clear();
+            self.head_from(0);
+        }
+    }
+
     fn head(&mut self, encode: impl FnOnce(&mut Vec<u8>)) {
         let start = self.heads.len();
-        encode(&mut self.heads);
+        self.scratch.clear();
+        encode(&mut self.scratch);
+        self.heads.append(&self.scratch);
+        self.head_from(start);
+    }
+
+    /// What the heads hold from `start` on is to be sent next.
+    fn head_from(&mut self, start: usize) {
         let end = self.heads.len();
         match self.segments.last_mut() {
             _ if start == end => {}
@@ -181,39 +206,37 @@ impl Asked {
         frames: &mut Frames,
         read: impl FnOnce(&mut [u8]) -> bool,
     ) -> bool {
-        let mut sent_otherwise = None;
-        let mut done = false;
-        frames.head(|out| {
-            let start = out.len();
-            if self.in_chunks() {
-                let follows = u32::try_from(len).unwrap_or(u32::MAX);
-                let header = ChunkHeader {
-                    done: true,
-                    kind: chunk::OFFSET_DATA,
-                    cookie: self.cookie,
-                    offset: self.offset,
-                    len: 8 + follows,
-                };
-                wire::encode_chunk(out, self.mode, header);
-                out.extend_from_slice(&self.offset.to_be_bytes());
-            } else {
-                wire::encode_simple(out, 0, self.cookie);
-            }
-            let at = out.len();
-            out.resize(at + len, 0);
-            done = read(&mut out[at..]);
-            let data = &out[at..];
-            if done && self.in_chunks() && blocks(self.offset, data).any(|block| block.hole) {
-                sent_otherwise = Some(Bytes::copy_from_slice(data));
-            }
-            if !done || sent_otherwise.is_some() {
-                out.truncate(start);
-            }
-        });
-        if let Some(bytes) = sent_otherwise {
-            self.encode_data(&bytes, whole, frames);
+        let Frames { heads, scratch, .. } = frames;
+        let start = heads.len();
+        scratch.clear();
+        if self.in_chunks() {
+            let follows = u32::try_from(len).unwrap_or(u32::MAX);
+            let header = ChunkHeader {
+                done: true,
+                kind: chunk::OFFSET_DATA,
+                cookie: self.cookie,
+                offset: self.offset,
+                len: 8 + follows,
+            };
+            wire::encode_chunk(scratch, self.mode, header);
+            scratch.extend_from_slice(&self.offset.to_be_bytes());
+        } else {
+            wire::encode_simple(scratch, 0, self.cookie);
         }
-        done
+        heads.append(scratch);
+        let data = heads.room(len);
+        if !read(data) {
+            heads.truncate(start);
+            return false;
+        }
+        if self.in_chunks() && blocks(self.offset, data).any(|block| block.hole) {
+            let bytes = Bytes::copy_from_slice(data);
+            heads.truncate(start);
+            self.encode_data(&bytes, whole, frames);
+        } else {
+            frames.head_from(start);
+        }
+        true
     }
 
     fn in_chunks(&self) -> bool {
