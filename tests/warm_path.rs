@@ -92,19 +92,27 @@ fn counted(summary: &str) -> BTreeMap<&str, u64> {
         .collect()
 }
 
-/// The system calls of a whole life of the server, with so many rounds of reads in it.
-fn calls_with(rounds: u64) -> BTreeMap<String, u64> {
+/// How many system calls of each name `rounds` more rounds of `exchange` cost the server, with so many `clients`.
+fn calls_of(clients: usize, rounds: u64, exchange: impl Fn(&mut [Raw], u64)) -> impl Fn(&str) -> u64 {
+    // The calls of a whole life of the server, with few rounds in it and with more.
+    let (few, many) = (calls_of_a_life(clients, 10, &exchange), calls_of_a_life(clients, 10 + rounds, &exchange));
+    move |name| many.get(name).unwrap_or(&0).saturating_sub(*few.get(name).unwrap_or(&0))
+}
+
+fn calls_of_a_life(clients: usize, rounds: u64, exchange: impl Fn(&mut [Raw], u64)) -> BTreeMap<String, u64> {
     let (_dir, summary) = common::nbd::scratch("calls");
     let strace = ["strace", "-D", "-f", "-c", "-o", summary.to_str().unwrap()].map(str::to_owned).to_vec();
     let mut server = TestServer::start_through(strace, &["--listen", "127.0.0.1:0"], &[]);
     server.ok("POST", "/v1/exports/create", serde_json::json!({"export_id": "disk", "size": MIB}));
-    let mut client = Raw::connect_to(&server.nbd_address());
-    client.negotiate("disk", Mode::Simple);
-    client.write(0, &vec![1; usize::try_from(MIB).unwrap()]);
-    // Reads alone: the tracer may hold a write up, and then writes are handed on for a while.
-    let (requests, len) = batch(&client, cmd::READ);
-    exchange(&mut client.stream, &requests, &mut vec![0; len], rounds);
-    drop(client);
+    let attach = |_| {
+        let mut client = Raw::connect_to(&server.nbd_address());
+        client.negotiate("disk", Mode::Simple);
+        client
+    };
+    let mut clients: Vec<Raw> = (0..clients).map(attach).collect();
+    clients[0].write(0, &vec![1; usize::try_from(MIB).unwrap()]);
+    exchange(&mut clients, rounds);
+    drop(clients);
     server.stop();
     // The tracer ends after the server.
     let patience = Instant::now() + Duration::from_secs(60);
@@ -119,14 +127,62 @@ fn calls_with(rounds: u64) -> BTreeMap<String, u64> {
     counted(&text).into_iter().map(|(name, calls)| (name.to_owned(), calls)).collect()
 }
 
+/// What is called to wait, receive, send and wake.
+const AROUND: [&str; 8] = ["epoll_wait", "recvfrom", "sendto", "writev", "sendmsg", "futex", "read", "write"];
+
 #[test]
-fn a_warm_read_is_one_system_call_and_its_share_of_a_batch() {
+fn a_warm_read_is_one_system_call_and_its_share_of_a_batch_on_each_of_four_connections_too() {
     let _alone = alone();
-    let (few, many) = (calls_with(10), calls_with(10 + ROUNDS));
-    let more = |name: &str| many.get(name).unwrap_or(&0).saturating_sub(*few.get(name).unwrap_or(&0));
-    assert_eq!(more("preadv2"), DEPTH * ROUNDS, "one each");
-    // One wait, one receive and one send.
-    let others: u64 = ["epoll_wait", "recvfrom", "sendto", "writev", "futex", "read", "write"].map(more).iter().sum();
-    let per_batch = others / ROUNDS;
-    assert!(per_batch < 8, "{per_batch} calls per batch of {DEPTH} besides: {few:?}, {many:?}");
+    for clients in [1, 4] {
+        // Reads alone: the tracer may hold a write up, and then writes are handed on for a while.
+        let calls = calls_of(clients, ROUNDS, |clients, rounds| {
+            let (requests, len) = batch(&clients[0], cmd::READ);
+            let mut replies = vec![0; len];
+            for _ in 0..rounds {
+                clients.iter_mut().for_each(|client| client.stream.write_all(&requests).unwrap());
+                clients.iter_mut().for_each(|client| client.stream.read_exact(&mut replies).unwrap());
+            }
+        });
+        let batches = ROUNDS * clients as u64;
+        assert_eq!(calls("preadv2"), DEPTH * batches, "one each");
+        // One wait, one receive and one send.
+        let per_batch = AROUND.map(&calls).iter().sum::<u64>() / batches;
+        assert!(per_batch < 8, "{per_batch} calls per batch of {DEPTH} besides, {clients} connections");
+    }
+}
+
+#[test]
+fn a_warm_read_of_a_mebibyte_is_one_read_and_few_sends() {
+    let _alone = alone();
+    let calls = calls_of(1, ROUNDS, |clients, rounds| {
+        let client = &mut clients[0];
+        let request = client.encode(0, cmd::READ, 1, 0, MIB);
+        exchange(&mut client.stream, &request, &mut vec![0; 16 + usize::try_from(MIB).unwrap()], rounds);
+    });
+    assert_eq!(calls("preadv2"), ROUNDS);
+    // The socket may take it in parts, with a wait before each.
+    let around = AROUND.map(&calls).iter().sum::<u64>() / ROUNDS;
+    assert!(around < 24, "{around} calls besides");
+}
+
+#[test]
+fn a_flush_is_one_sync_and_its_reply_is_sent_by_the_thread_that_did_it() {
+    let _alone = alone();
+    let calls = calls_of(1, ROUNDS, |clients, rounds| {
+        let client = &mut clients[0];
+        let mut write = client.encode(0, cmd::WRITE, 1, 0, LEN as u64);
+        write.extend([7; LEN]);
+        let flush = client.encode(0, cmd::FLUSH, 2, 0, 0);
+        for _ in 0..rounds {
+            for request in [&write, &flush] {
+                exchange(&mut client.stream, request, &mut [0; 16], 1);
+            }
+        }
+    });
+    // A write to a chunk that is dirty already leaves nothing to seal.
+    assert_eq!(calls("fdatasync"), ROUNDS);
+    // Those of writes may be among them: the tracer holds one up now and then, and it is handed on.
+    assert!(calls("sendto") >= ROUNDS, "{} replies sent by the thread that has them", calls("sendto"));
+    let around = AROUND.map(&calls).iter().sum::<u64>() / ROUNDS;
+    assert!(around < 20, "{around} calls besides");
 }

@@ -16,8 +16,8 @@ use tokio_rustls::server::TlsStream;
 
 use super::Shared;
 use super::handshake::{self, Close, ExportInfo, Handshake, Negotiated, Step, TlsState};
-use super::hangup::HangUp;
 use super::request::Attachment;
+use super::socket::Socket;
 use super::transmission;
 use crate::units::{ExportId, Geometry};
 use crate::volume::Volume;
@@ -36,19 +36,19 @@ where
     let mut talk = Talk::new(shared);
     match talk.negotiate(&mut stream, &mut stop).await {
         Ok(Next::Transmit(attached)) => {
-            let hang_up = HangUp::of(&stream);
-            transmit(stream, hang_up, talk, attached, stop).await;
+            let socket = Socket::of(&stream);
+            transmit(stream, socket, talk, attached, stop).await;
         }
         // In a box: a plain connection shall not be as large as one with a TLS session in it.
         Ok(Next::Secure) => {
-            let hang_up = HangUp::of(&stream);
-            Box::pin(run_in_tls(stream, hang_up, talk, stop)).await;
+            let socket = Socket::of(&stream).under_tls();
+            Box::pin(run_in_tls(stream, socket, talk, stop)).await;
         }
         Err(why) => leave(stream, &why).await,
     }
 }
 
-async fn run_in_tls<S>(stream: S, hang_up: HangUp, mut talk: Talk<'_>, mut stop: watch::Receiver<bool>)
+async fn run_in_tls<S>(stream: S, socket: Socket, mut talk: Talk<'_>, mut stop: watch::Receiver<bool>)
 where
     S: AsyncRead + AsyncWrite + Unpin,
 {
@@ -58,13 +58,13 @@ where
         Err((why, None)) => return log_left(&why),
     };
     match talk.negotiate(&mut stream, &mut stop).await {
-        Ok(Next::Transmit(attached)) => transmit(stream, hang_up, talk, attached, stop).await,
+        Ok(Next::Transmit(attached)) => transmit(stream, socket, talk, attached, stop).await,
         Ok(Next::Secure) => leave(stream, &Left::TwiceSecured).await,
         Err(why) => leave(stream, &why).await,
     }
 }
 
-async fn transmit<S>(stream: S, hang_up: HangUp, talk: Talk<'_>, attached: Attached, stop: watch::Receiver<bool>)
+async fn transmit<S>(stream: S, socket: Socket, talk: Talk<'_>, attached: Attached, stop: watch::Receiver<bool>)
 where
     S: AsyncRead + AsyncWrite,
 {
@@ -78,7 +78,7 @@ where
     tracing::debug!("it negotiated {negotiated:?}");
     let Negotiated { mode, contexts } = negotiated;
     let attachment = Attachment { mode, contexts, size: export.size, read_only: export.read_only };
-    transmission::run(stream, hang_up, &input, volume, attachment, shared, stop).await;
+    transmission::run(stream, socket, &input, volume, attachment, shared, stop).await;
     tracing::info!("a client is gone");
 }
 

@@ -5,7 +5,9 @@
 //! Must never: queue without bound. Every reply holds a [`Slot`] until it is sent, and a connection has so many of them.
 //!
 //! The reader and the writer of a connection are two halves of one task. What the reader answers itself wakes nobody: the
-//! writer has its turn when the reader next waits. What another thread answers wakes the task.
+//! writer has its turn when the reader next waits. What another thread answers wakes the task; but a short reply that is
+//! the only one owed is sent by that thread itself, if nothing is being sent: a client that waits for a flush shall not
+//! wait for one more change of threads.
 
 use std::future::poll_fn;
 use std::io::{self, IoSlice};
@@ -20,6 +22,7 @@ use tokio::sync::{Semaphore, SemaphorePermit};
 use super::errno::Errno;
 use super::limits::{Bites, Limits};
 use super::reply::{Asked, Frames, Outcome};
+use super::socket::Socket;
 
 /// How many stretches of memory one write takes at most; far below the system's 1024, and it lives on the stack.
 const GATHERED_SLICES: usize = 64;
@@ -34,6 +37,7 @@ pub(super) struct Outbox {
     connection: Semaphore,
     shared: Arc<Semaphore>,
     limits: Limits,
+    socket: Socket,
     line: Mutex<Line>,
 }
 
@@ -47,6 +51,8 @@ struct Line {
     held: Share,
     /// Requests that are not answered yet.
     owed: usize,
+    /// The writer is sending, or has failed to.
+    sending: bool,
     /// No more requests are taken.
     closed: bool,
     /// The client gets no more replies.
@@ -54,6 +60,13 @@ struct Line {
     /// The reader waits for nothing but that the writer has had its turn.
     reader_let_go_first: bool,
     writer: Option<Waker>,
+}
+
+impl Line {
+    /// Whether nothing is being sent or will be, but for what is put here next, and nobody waits for the end.
+    fn is_idle(&self) -> bool {
+        self.owed == 0 && self.frames.is_empty() && !(self.sending || self.closed || self.gone)
+    }
 }
 
 /// Parts of the limits, as permits of the semaphores of the same names.
@@ -92,13 +105,14 @@ impl Drop for Slot {
 pub(super) struct Waited(pub(super) bool);
 
 impl Outbox {
-    pub(super) fn new(limits: Limits, shared: Arc<Semaphore>) -> Arc<Self> {
+    pub(super) fn new(limits: Limits, shared: Arc<Semaphore>, socket: Socket) -> Arc<Self> {
         Arc::new(Self {
             requests: Semaphore::new(limits.requests),
             allowance: Semaphore::new(limits.allowance_bytes),
             connection: Semaphore::new(limits.connection_bytes),
             shared,
             limits,
+            socket,
             line: Mutex::default(),
         })
     }
@@ -148,6 +162,11 @@ impl Outbox {
         give(&self.allowance, share.allowance);
         give(&self.connection, share.connection);
         give(&self.shared, share.shared);
+    }
+
+    /// Whether the client has closed, or at least will send no more.
+    pub(super) fn client_has_hung_up(&self) -> bool {
+        self.socket.has_hung_up()
     }
 
     /// Waits until every slot has been given back.
@@ -242,7 +261,8 @@ impl Outbox {
     async fn next(&self) -> Option<Sending<'_>> {
         poll_fn(|context| {
             let line = &mut *self.line.lock();
-            if !line.frames.is_empty() {
+            line.sending = !line.frames.is_empty();
+            if line.sending {
                 let frames = std::mem::replace(&mut line.frames, std::mem::take(&mut line.spare));
                 let share = std::mem::take(&mut line.held);
                 return Poll::Ready(Some(Sending { frames, share, outbox: self }));
@@ -317,6 +337,13 @@ impl Ticket {
         let writer = {
             let line = &mut *slot.outbox.line.lock();
             line.owed -= 1;
+            if line.is_idle() {
+                let sent = slot.outbox.socket.send_now(frames.only_head());
+                frames.drop_front(sent);
+                if frames.is_empty() {
+                    return;
+                }
+            }
             if !line.gone {
                 line.frames.append(frames);
                 line.held.add(std::mem::take(&mut slot.share));
@@ -383,92 +410,4 @@ async fn send<W: AsyncWrite + Unpin>(writer: &mut W, frames: &Frames, stalled: D
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::nbd::wire::{Mode, Request};
-    use tokio::io::AsyncReadExt;
-
-    fn asked(cookie: u64) -> Asked {
-        Asked::new(&Request { flags: 0, kind: 0, cookie, offset: 0, len: 0 }, Mode::Simple)
-    }
-
-    fn outbox(limits: Limits) -> Arc<Outbox> {
-        Outbox::new(limits, Arc::new(Semaphore::new(limits.shared_bytes)))
-    }
-
-    #[tokio::test]
-    async fn replies_arrive_whole_however_small_the_pieces_the_client_takes() {
-        let outbox = outbox(Limits::default());
-        let mut expected = Vec::new();
-        for cookie in 0..200u64 {
-            let bytes: Vec<u8> = (0..cookie * 7).map(|i| u8::try_from(i % 251).unwrap()).collect();
-            expected.extend_from_slice(&[0x67, 0x44, 0x66, 0x98, 0, 0, 0, 0]);
-            expected.extend_from_slice(&cookie.to_be_bytes());
-            expected.extend_from_slice(&bytes);
-            let (slot, _) = outbox.slot(bytes.len(), &Bites::default()).await.unwrap();
-            let data = Outcome::Data { bytes: bytes.into(), whole: false };
-            // From another thread and from the connection's own, in turn.
-            match cookie % 2 {
-                0 => Outbox::ticket(asked(cookie), slot).answer(data),
-                _ => Outbox::answer_at_once(asked(cookie), slot, data),
-            }
-        }
-        outbox.close();
-        let (mut ours, mut theirs) = tokio::io::duplex(13);
-        let from = Arc::clone(&outbox);
-        let sender = tokio::spawn(async move { send_all(&mut ours, &from, Duration::from_secs(5)).await });
-        let mut got = Vec::new();
-        theirs.read_to_end(&mut got).await.unwrap();
-        sender.await.unwrap().unwrap();
-        assert!(got == expected);
-        tokio::time::timeout(Duration::from_secs(1), outbox.all_back()).await.expect("every slot came back");
-    }
-
-    #[tokio::test]
-    async fn a_ticket_that_is_dropped_unanswered_answers_eio() {
-        let outbox = outbox(Limits::default());
-        let (slot, _) = outbox.slot(0, &Bites::default()).await.unwrap();
-        drop(Outbox::ticket(asked(1), slot));
-        let sending = outbox.next().await.unwrap();
-        let sent: Vec<u8> = sending.frames.slices().flatten().copied().collect();
-        assert_eq!(sent, [0x67, 0x44, 0x66, 0x98, 0, 0, 0, 5, 0, 0, 0, 0, 0, 0, 0, 1]);
-    }
-
-    #[tokio::test]
-    async fn small_requests_go_on_when_others_have_used_up_what_is_shared() {
-        let limits = Limits { shared_bytes: 1 << 20, ..Limits::default() };
-        let shared = Arc::new(Semaphore::new(limits.shared_bytes));
-        let (greedy, modest) = (Outbox::new(limits, Arc::clone(&shared)), Outbox::new(limits, shared));
-        let bites = Bites::default();
-        let _held = greedy.slot(1 << 20, &bites).await.unwrap();
-        let soon = Duration::from_millis(50);
-        assert!(tokio::time::timeout(soon, modest.slot(1 << 20, &bites)).await.is_err());
-        assert!(tokio::time::timeout(soon, modest.slot(4096, &bites)).await.is_ok());
-    }
-
-    #[tokio::test]
-    async fn a_client_that_takes_nothing_is_given_up_after_the_deadline() {
-        let outbox = outbox(Limits::default());
-        let (slot, _) = outbox.slot(0, &Bites::default()).await.unwrap();
-        let late = Outbox::ticket(asked(2), outbox.slot(0, &Bites::default()).await.unwrap().0);
-        Outbox::ticket(asked(1), slot).answer(Outcome::Data { bytes: vec![1; 4096].into(), whole: false });
-        let (mut ours, _theirs) = tokio::io::duplex(16);
-        let error = send_all(&mut ours, &outbox, Duration::from_millis(20)).await.unwrap_err();
-        assert_eq!(error.kind(), io::ErrorKind::TimedOut);
-        outbox.abandon();
-        late.answer(Outcome::Done);
-        tokio::time::timeout(Duration::from_secs(1), outbox.all_back()).await.expect("every slot came back");
-    }
-
-    #[tokio::test]
-    async fn replies_that_are_never_sent_give_back_what_all_share() {
-        let limits = Limits::default();
-        let shared = Arc::new(Semaphore::new(limits.shared_bytes));
-        let outbox = Outbox::new(limits, Arc::clone(&shared));
-        let (slot, _) = outbox.slot(1 << 20, &Bites::default()).await.unwrap();
-        Outbox::answer_at_once(asked(1), slot, Outcome::Done);
-        assert!(shared.available_permits() < limits.shared_bytes);
-        drop(outbox);
-        assert_eq!(shared.available_permits(), limits.shared_bytes);
-    }
-}
+mod tests;

@@ -16,7 +16,6 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::watch;
 
 use super::Shared;
-use super::hangup::HangUp;
 use super::inbox::{DIRECT_PAYLOAD_BYTES, Gone, Inbox};
 use super::limits::{MAX_DRAINED_PAYLOAD_BYTES, MAX_PAYLOAD_BYTES};
 use super::outbox::{self, Outbox, Slot};
@@ -24,6 +23,7 @@ use super::pool;
 use super::reply::{Asked, Outcome};
 use super::request::{self, Attachment, Command, MAX_BLOCK_STATUS_PAYLOAD_BYTES, Refusal};
 use super::serve::{self, MAX_EXTENTS, Task};
+use super::socket::Socket;
 use super::wire::{self, BadMagic, Request, cflag};
 use crate::units::ByteRange;
 use crate::volume::Volume;
@@ -58,7 +58,7 @@ enum End {
 /// Serves an attached client until either side ends it.
 pub(super) async fn run<S>(
     stream: S,
-    hang_up: HangUp,
+    socket: Socket,
     early: &[u8],
     volume: Arc<Volume>,
     attachment: Attachment,
@@ -69,15 +69,9 @@ pub(super) async fn run<S>(
 {
     let limits = shared.limits;
     let (reader, mut writer) = tokio::io::split(stream);
-    let outbox = Outbox::new(limits, Arc::clone(&shared.bytes));
-    let mut connection = Connection {
-        inbox: Inbox::new(reader, early, limits.stalled),
-        volume,
-        attachment,
-        outbox: &outbox,
-        hang_up,
-        shared,
-    };
+    let outbox = Outbox::new(limits, Arc::clone(&shared.bytes), socket);
+    let mut connection =
+        Connection { inbox: Inbox::new(reader, early, limits.stalled), volume, attachment, outbox: &outbox, shared };
     let sent = {
         let mut sending = pin!(outbox::send_all(&mut writer, &outbox, limits.stalled));
         let end = {
@@ -133,7 +127,6 @@ struct Connection<'a, R> {
     volume: Arc<Volume>,
     attachment: Attachment,
     outbox: &'a Arc<Outbox>,
-    hang_up: HangUp,
     shared: &'a Shared,
 }
 
@@ -190,7 +183,7 @@ impl<R: AsyncRead + Unpin> Connection<'_, R> {
             return Err(End::Stopping);
         };
         // "A write of a connection that died must not land after a newer connection's."
-        if waited.0 && self.hang_up.is_seen() {
+        if waited.0 && self.outbox.client_has_hung_up() {
             return Err(End::HungUp);
         }
         let asked = Asked::new(&request, self.attachment.mode);

@@ -1,0 +1,168 @@
+use super::*;
+use crate::nbd::wire::{Mode, Request};
+use std::io::Read;
+use std::os::unix::net::UnixStream;
+use tokio::io::AsyncReadExt;
+
+fn asked(cookie: u64) -> Asked {
+    Asked::new(&Request { flags: 0, kind: 0, cookie, offset: 0, len: 0 }, Mode::Simple)
+}
+
+/// A socket that nothing can be sent on beside the stream.
+fn no_socket() -> Socket {
+    Socket::of(&UnixStream::pair().unwrap().0).under_tls()
+}
+
+fn outbox(limits: Limits) -> Arc<Outbox> {
+    Outbox::new(limits, Arc::new(Semaphore::new(limits.shared_bytes)), no_socket())
+}
+
+#[tokio::test]
+async fn replies_arrive_whole_however_small_the_pieces_the_client_takes() {
+    let outbox = outbox(Limits::default());
+    let mut expected = Vec::new();
+    for cookie in 0..200u64 {
+        let bytes: Vec<u8> = (0..cookie * 7).map(|i| u8::try_from(i % 251).unwrap()).collect();
+        expected.extend_from_slice(&[0x67, 0x44, 0x66, 0x98, 0, 0, 0, 0]);
+        expected.extend_from_slice(&cookie.to_be_bytes());
+        expected.extend_from_slice(&bytes);
+        let (slot, _) = outbox.slot(bytes.len(), &Bites::default()).await.unwrap();
+        let data = Outcome::Data { bytes: bytes.into(), whole: false };
+        // From another thread and from the connection's own, in turn.
+        match cookie % 2 {
+            0 => Outbox::ticket(asked(cookie), slot).answer(data),
+            _ => Outbox::answer_at_once(asked(cookie), slot, data),
+        }
+    }
+    outbox.close();
+    let (mut ours, mut theirs) = tokio::io::duplex(13);
+    let from = Arc::clone(&outbox);
+    let sender = tokio::spawn(async move { send_all(&mut ours, &from, Duration::from_secs(5)).await });
+    let mut got = Vec::new();
+    theirs.read_to_end(&mut got).await.unwrap();
+    sender.await.unwrap().unwrap();
+    assert!(got == expected);
+    tokio::time::timeout(Duration::from_secs(1), outbox.all_back()).await.expect("every slot came back");
+}
+
+#[tokio::test]
+async fn a_ticket_that_is_dropped_unanswered_answers_eio() {
+    let outbox = outbox(Limits::default());
+    let (slot, _) = outbox.slot(0, &Bites::default()).await.unwrap();
+    drop(Outbox::ticket(asked(1), slot));
+    let sending = outbox.next().await.unwrap();
+    let sent: Vec<u8> = sending.frames.slices().flatten().copied().collect();
+    assert_eq!(sent, [0x67, 0x44, 0x66, 0x98, 0, 0, 0, 5, 0, 0, 0, 0, 0, 0, 0, 1]);
+}
+
+#[tokio::test]
+async fn small_requests_go_on_when_others_have_used_up_what_is_shared() {
+    let limits = Limits { shared_bytes: 1 << 20, ..Limits::default() };
+    let shared = Arc::new(Semaphore::new(limits.shared_bytes));
+    let (greedy, modest) =
+        (Outbox::new(limits, Arc::clone(&shared), no_socket()), Outbox::new(limits, shared, no_socket()));
+    let bites = Bites::default();
+    let _held = greedy.slot(1 << 20, &bites).await.unwrap();
+    let soon = Duration::from_millis(50);
+    assert!(tokio::time::timeout(soon, modest.slot(1 << 20, &bites)).await.is_err());
+    assert!(tokio::time::timeout(soon, modest.slot(4096, &bites)).await.is_ok());
+}
+
+#[tokio::test]
+async fn a_client_that_takes_nothing_is_given_up_after_the_deadline() {
+    let outbox = outbox(Limits::default());
+    let (slot, _) = outbox.slot(0, &Bites::default()).await.unwrap();
+    let late = Outbox::ticket(asked(2), outbox.slot(0, &Bites::default()).await.unwrap().0);
+    Outbox::ticket(asked(1), slot).answer(Outcome::Data { bytes: vec![1; 4096].into(), whole: false });
+    let (mut ours, _theirs) = tokio::io::duplex(16);
+    let error = send_all(&mut ours, &outbox, Duration::from_millis(20)).await.unwrap_err();
+    assert_eq!(error.kind(), io::ErrorKind::TimedOut);
+    outbox.abandon();
+    late.answer(Outcome::Done);
+    tokio::time::timeout(Duration::from_secs(1), outbox.all_back()).await.expect("every slot came back");
+}
+
+#[tokio::test]
+async fn replies_that_are_never_sent_give_back_what_all_share() {
+    let limits = Limits::default();
+    let shared = Arc::new(Semaphore::new(limits.shared_bytes));
+    let outbox = Outbox::new(limits, Arc::clone(&shared), no_socket());
+    let (slot, _) = outbox.slot(1 << 20, &Bites::default()).await.unwrap();
+    Outbox::answer_at_once(asked(1), slot, Outcome::Done);
+    assert!(shared.available_permits() < limits.shared_bytes);
+    drop(outbox);
+    assert_eq!(shared.available_permits(), limits.shared_bytes);
+}
+
+/// A connection whose other threads may send, and its client's end.
+fn with_socket() -> (Arc<Outbox>, UnixStream) {
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    theirs.set_nonblocking(true).unwrap();
+    let limits = Limits::default();
+    (Outbox::new(limits, Arc::new(Semaphore::new(limits.shared_bytes)), Socket::of(&ours)), theirs)
+}
+
+async fn ticket(outbox: &Arc<Outbox>, cookie: u64) -> Ticket {
+    Outbox::ticket(asked(cookie), outbox.slot(0, &Bites::default()).await.unwrap().0)
+}
+
+fn reply(cookie: u8) -> [u8; 16] {
+    [0x67, 0x44, 0x66, 0x98, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, cookie]
+}
+
+#[tokio::test]
+async fn the_only_reply_owed_is_sent_by_who_has_it_and_gives_its_slot_back() {
+    let (outbox, mut client) = with_socket();
+    let mut got = [0; 16];
+    for cookie in 1..3 {
+        ticket(&outbox, u64::from(cookie)).await.answer(Outcome::Done);
+        client.read_exact(&mut got).unwrap();
+        assert_eq!(got, reply(cookie));
+    }
+    tokio::time::timeout(Duration::from_secs(1), outbox.all_back()).await.expect("every slot came back");
+}
+
+#[tokio::test]
+async fn nothing_is_sent_past_replies_that_wait_or_are_being_sent_or_owed() {
+    let (outbox, mut client) = with_socket();
+    let (first, second) = (ticket(&outbox, 1).await, ticket(&outbox, 2).await);
+    first.answer(Outcome::Done);
+    // Owed a second one, the first waits to be sent with it.
+    assert!(client.read(&mut [0; 1]).is_err());
+    second.answer(Outcome::Done);
+    assert!(client.read(&mut [0; 1]).is_err(), "the first goes first");
+    let sending = outbox.next().await.unwrap();
+    ticket(&outbox, 3).await.answer(Outcome::Done);
+    assert!(client.read(&mut [0; 1]).is_err(), "the writer is at it");
+    assert_eq!(sending.frames.bytes(), 32);
+    drop(sending);
+    assert_eq!(outbox.next().await.unwrap().frames.bytes(), 16);
+    // A writer that failed comes for no more. What it sent last may be half there, so nothing may follow.
+    ticket(&outbox, 4).await.answer(Outcome::Done);
+    assert!(client.read(&mut [0; 1]).is_err());
+}
+
+#[tokio::test]
+async fn what_a_full_socket_does_not_take_is_left_to_the_writer() {
+    let (outbox, mut client) = with_socket();
+    let mut sent = 0;
+    while outbox.line.lock().frames.is_empty() {
+        ticket(&outbox, 1).await.answer(Outcome::Done);
+        sent += 16;
+    }
+    let mut got = Vec::new();
+    let _would_block = client.read_to_end(&mut got);
+    got.extend(outbox.next().await.unwrap().frames.slices().flatten());
+    assert!(got.len() == sent && got.chunks(16).all(|each| each == reply(1)));
+}
+
+#[tokio::test]
+async fn the_last_reply_of_a_connection_wakes_its_writer_to_the_end() {
+    let (outbox, _client) = with_socket();
+    let last = ticket(&outbox, 1).await;
+    outbox.close();
+    let mut next = std::pin::pin!(async { outbox.next().await.map(|sending| sending.frames.bytes()) });
+    assert!(tokio::time::timeout(Duration::from_millis(10), next.as_mut()).await.is_err());
+    last.answer(Outcome::Done);
+    assert_eq!(tokio::time::timeout(Duration::from_secs(1), next).await.unwrap(), Some(16));
+}
