@@ -16,6 +16,9 @@ const SMALL_BUFFER_BYTES: usize = 4 << 10;
 const BUFFER_BYTES: usize = 256 << 10;
 /// It grows by this factor at a time.
 const GROWTH: usize = 4;
+/// What is received at once where a long payload may follow, in bytes: one request. What is received with its header is
+/// copied once more.
+const WARY_BYTES: usize = 32;
 /// A payload longer than this is received into its own memory, in bytes.
 pub(super) const DIRECT_PAYLOAD_BYTES: usize = 64 << 10;
 
@@ -43,6 +46,8 @@ pub(super) struct Inbox<R> {
     buffer: Box<[u8]>,
     start: usize,
     end: usize,
+    /// The last request had a long payload, and so may the next one: a receive takes little more than its header.
+    wary: bool,
     stalled: Duration,
 }
 
@@ -51,7 +56,7 @@ impl<R: AsyncRead + Unpin> Inbox<R> {
     pub(super) fn new(reader: R, early: &[u8], stalled: Duration) -> Self {
         let mut buffer = vec![0; SMALL_BUFFER_BYTES.max(early.len())].into_boxed_slice();
         buffer[..early.len()].copy_from_slice(early);
-        Self { reader, buffer, start: 0, end: early.len(), stalled }
+        Self { reader, buffer, start: 0, end: early.len(), wary: false, stalled }
     }
 
     /// The stream itself; what was received and not taken is lost.
@@ -79,7 +84,9 @@ impl<R: AsyncRead + Unpin> Inbox<R> {
     pub(super) async fn receive(&mut self) -> Result<(), Gone> {
         let inside = self.is_inside_request();
         self.make_room();
-        let reading = self.reader.read(&mut self.buffer[self.end..]);
+        let most = if std::mem::take(&mut self.wary) { WARY_BYTES } else { self.buffer.len() };
+        let room = self.end..self.buffer.len().min(self.end + most);
+        let reading = self.reader.read(&mut self.buffer[room]);
         let got = if inside {
             tokio::time::timeout(self.stalled, reading).await.map_err(|_| Gone::Stalled)??
         } else {
@@ -144,6 +151,7 @@ impl<R: AsyncRead + Unpin> Inbox<R> {
                 more => got += more,
             }
         }
+        self.wary = true;
         Ok(())
     }
 
@@ -166,6 +174,7 @@ impl<R: AsyncRead + Unpin> Inbox<R> {
                 return Err(Gone::Cut);
             }
         }
+        self.wary = true;
         Ok(payload.freeze())
     }
 
