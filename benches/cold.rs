@@ -1,5 +1,5 @@
-//! How fast the cold path and publishing are. `make bench-cold` runs all of it; docs/benchmarks-cold.md has figures and says how to
-//! read them. What must hold on any machine is gated by counts in `tests/cold.rs`.
+//! How fast the cold path and publishing are against a store shaped like a bucket: `make bench-cold` prints it, and takes some
+//! minutes. What must hold on any machine is gated by counts in `tests/cold.rs`.
 
 #![allow(clippy::unwrap_used, clippy::cast_possible_truncation, missing_docs, clippy::print_stdout)]
 
