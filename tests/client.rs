@@ -10,7 +10,7 @@ use std::process::{Command, Output, Stdio};
 
 use common::moto::Moto;
 use common::proxy::{Proxy, State};
-use common::server::{TestServer, nbd_server, run, run_to_end};
+use common::server::{TestServer, nbd_server, nbd_server_through, run, run_to_end};
 use serde_json::{Value, json};
 
 fn client(server: &TestServer, args: &[&str]) -> Output {
@@ -169,7 +169,8 @@ fn ctrl_c_gives_a_snapshot_up_and_leaves_the_export_as_before() {
     // In the middle of the upload the store falls silent.
     let half_way = || {
         proxy.set_after(4 << 20, State::Frozen);
-        let mut create = nbd_server();
+        // Whoever runs the tests without a terminal may have had SIGHUP ignored.
+        let mut create = nbd_server_through(&["env".to_owned(), "--default-signal=HUP".to_owned()]);
         create.args(["snapshot", "create", "vm"]).env("NBD_SERVER_ADMIN_SOCK", server.socket());
         let child = create.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
         proxy.wait_for(State::Frozen);
