@@ -11,13 +11,15 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
+use bytes::Bytes;
 use common::hooked::Hooked;
 use common::shaped::{Shape, Shaped};
 use common::volumes::*;
+use futures_util::stream::{self, StreamExt};
 use nbd_server::clock::SystemClock;
 use nbd_server::disk::RealDisk;
 use nbd_server::store::remote::RemoteStore;
-use nbd_server::units::Geometry;
+use nbd_server::units::{ChunkIndex, Geometry};
 use nbd_server::volume::registry::Registry;
 use nbd_server::volume::{Services, Volume};
 use tempfile::TempDir;
@@ -235,6 +237,26 @@ async fn a_publish_of_more_than_its_memory_goes_through() {
             assert_eq!(read(&volume, i * MIB + 5, 1).await[0], i as u8 + 1);
         }
     }
+}
+
+#[tokio::test]
+async fn an_import_reads_no_further_ahead_than_its_memory() {
+    const CHUNKS: u32 = 128;
+    // Nothing that is sent to it ever arrives.
+    let stuck = Shape { streams: 0, ..AT_ONCE };
+    let store = Arc::new(Shaped::new(Arc::new(RemoteStore::memory()), stuck));
+    let services = Services::new(store, root(), Arc::new(RealDisk), Arc::new(SystemClock)).with_publish_bytes(32 * MIB);
+    let geometry = Geometry::new(u64::from(CHUNKS) * MIB, MIB).unwrap();
+    let read = AtomicUsize::new(0);
+    let chunks = stream::iter(0..CHUNKS).map(|chunk| {
+        read.fetch_add(1, Ordering::SeqCst);
+        Ok((ChunkIndex(chunk), Bytes::from(vec![1; MIB as usize])))
+    });
+    let name = id("disk");
+    let import = services.import(&name, geometry, chunks.boxed(), std::future::pending());
+    assert!(tokio::time::timeout(Duration::from_secs(3), import).await.is_err());
+    // One more waits for its turn.
+    assert_eq!(read.load(Ordering::SeqCst), 33);
 }
 
 #[tokio::test]

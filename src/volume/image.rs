@@ -25,6 +25,7 @@ use super::registry::{ExportError, Published};
 use crate::cache;
 use crate::manifest::head::{Head, MAX_HEAD_BYTES};
 use crate::manifest::{Change, Manifest};
+use crate::store::parts::upload_floor;
 use crate::store::{BoxError, Condition, Key, StoreError};
 use crate::units::{ChunkIndex, ExportId, Geometry, SnapshotId};
 
@@ -102,6 +103,8 @@ impl Services {
         [blob, manifest_key]: &[Key; 2],
         chunks: Chunks<'_>,
     ) -> Result<Manifest, ExportError> {
+        let floor = upload_floor(geometry.image_size(), geometry.chunk_size());
+        let share = &self.publish_budget.share(floor).await;
         let changes = Arc::new(Mutex::new(Vec::new()));
         let (into, mut offset) = (Arc::clone(&changes), 0);
         // A store may look again whether there is more.
@@ -110,7 +113,10 @@ impl Services {
             .then(|read| async {
                 match read {
                     // The very buffer that is uploaded is hashed.
-                    Ok((chunk, bytes)) => Ok(cache::blocking_io(move || hashed(chunk, bytes)).await),
+                    Ok((chunk, bytes)) => {
+                        let held = share.take(bytes.len() as u64).await;
+                        Ok(cache::blocking_io(move || hashed(chunk, held.by(bytes))).await)
+                    }
                     Err(e) => Err(BoxError::from(e)),
                 }
             })
