@@ -15,7 +15,6 @@ mod tls;
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
-use std::str::FromStr;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
@@ -156,20 +155,17 @@ pub struct Serve {
     metrics_listen: Option<String>,
 
     /// Chunk size of exports that are created without one: a power of two from 4KiB to 64MiB
-    #[arg(long, value_name = "BYTES", env = "NBD_SERVER_CHUNK_SIZE", default_value_t = ChunkBytes(DEFAULT_CHUNK_BYTES))]
-    chunk_size: ChunkBytes,
+    #[arg(long, value_name = "BYTES", env = "NBD_SERVER_CHUNK_SIZE", value_parser = chunk_bytes,
+          default_value_t = DEFAULT_CHUNK_BYTES)]
+    chunk_size: u64,
 
     #[command(flatten)]
     storage: Storage,
 
     /// Memory for chunks on their way to the store, over all snapshots and compactions under way: from 16MiB to 1TiB
-    #[arg(
-        long,
-        value_name = "BYTES",
-        env = "NBD_SERVER_PUBLISH_MEMORY",
-        default_value_t = PublishBytes(DEFAULT_PUBLISH_BYTES)
-    )]
-    publish_memory: PublishBytes,
+    #[arg(long, value_name = "BYTES", env = "NBD_SERVER_PUBLISH_MEMORY", value_parser = publish_bytes,
+          default_value_t = DEFAULT_PUBLISH_BYTES)]
+    publish_memory: u64,
 
     /// What is logged to stderr; read again on SIGHUP
     #[arg(long, value_name = "LEVEL", env = "NBD_SERVER_LOG_LEVEL", default_value = "info")]
@@ -340,10 +336,10 @@ impl Serve {
             admin_sock,
             admin_group: given(self.admin_group.as_ref()),
             metrics_listen: self.metrics_listen,
-            chunk_bytes: self.chunk_size.0,
+            chunk_bytes: self.chunk_size,
             store,
             store_timeout: timeout,
-            publish_bytes: self.publish_memory.0,
+            publish_bytes: self.publish_memory,
             allow_unsafe_store: allow_unsafe,
             log_level: self.log_level,
             log_format: self.log_format,
@@ -365,43 +361,17 @@ fn metrics_addr(text: &str) -> Result<String, String> {
     }
 }
 
-/// A chunk size: plain bytes, or with a suffix such as `4M` or `64KiB`, always in powers of 1024.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct ChunkBytes(u64);
-
-impl FromStr for ChunkBytes {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        let bytes = size::parse(text)?;
-        // An image of one byte has one chunk of any size: what remains to refuse is the chunk size.
-        Geometry::new(1, bytes).map_err(|e| e.to_string())?;
-        Ok(Self(bytes))
-    }
-}
-
-impl std::fmt::Display for ChunkBytes {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        self.0.fmt(f)
-    }
+/// A chunk size, in bytes.
+fn chunk_bytes(text: &str) -> Result<u64, String> {
+    let bytes = size::parse(text)?;
+    // An image of one byte has one chunk of any size: what remains to refuse is the chunk size.
+    Geometry::new(1, bytes).map_err(|e| e.to_string())?;
+    Ok(bytes)
 }
 
 /// The memory of publishes, in bytes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct PublishBytes(u64);
-
-impl FromStr for PublishBytes {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        let bytes = size::parse(text)?;
-        let fits = (MIN_PUBLISH_BYTES..=MAX_PUBLISH_BYTES).contains(&bytes);
-        fits.then_some(Self(bytes)).ok_or_else(|| "give between 16MiB and 1TiB".into())
-    }
-}
-
-impl std::fmt::Display for PublishBytes {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        self.0.fmt(f)
-    }
+fn publish_bytes(text: &str) -> Result<u64, String> {
+    let bytes = size::parse(text)?;
+    let fits = (MIN_PUBLISH_BYTES..=MAX_PUBLISH_BYTES).contains(&bytes);
+    fits.then_some(bytes).ok_or_else(|| "give between 16MiB and 1TiB".into())
 }
