@@ -256,9 +256,56 @@ impl Drop for Holding {
 
 #[cfg(test)]
 mod tests {
+    use tokio::time::Instant;
+
     use super::*;
+    use crate::clock::SystemClock;
 
     const MIB: u64 = 1 << 20;
+
+    #[tokio::test(start_paused = true)]
+    async fn background_fetches_give_way_while_clients_use_the_streams_but_not_for_ever() {
+        let budget = FillBudget::new(Arc::new(SystemClock));
+        let begun = Instant::now();
+        let mut clients: Vec<_> = (0..BACKGROUND_FETCHES).map(|_| budget.stream()).collect();
+        let patient = budget.background(MIB).await;
+        assert_eq!(begun.elapsed(), BACKGROUND_PATIENCE);
+        drop(patient);
+        clients.pop();
+        budget.background(MIB).await;
+        assert_eq!(begun.elapsed(), BACKGROUND_PATIENCE, "at once, as soon as there is a stream");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_publish_lets_clients_go_first_but_not_for_ever() {
+        let budget = FillBudget::new(Arc::new(SystemClock));
+        let begun = Instant::now();
+        let waiting = budget.client_waits();
+        budget.let_clients_go_first().await;
+        assert_eq!(begun.elapsed(), PUBLISH_PATIENCE);
+        drop(waiting);
+        budget.let_clients_go_first().await;
+        assert_eq!(begun.elapsed(), PUBLISH_PATIENCE, "at once, when nobody waits");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn background_fetches_have_sixteen_streams_and_half_of_the_memory() {
+        let budget = FillBudget::new(Arc::new(SystemClock));
+        let soon = |bytes| {
+            let budget = Arc::clone(&budget);
+            async move { tokio::time::timeout(2 * BACKGROUND_PATIENCE, budget.background(bytes)).await.ok() }
+        };
+        let mut held = Vec::new();
+        for _ in 0..BACKGROUND_FETCHES {
+            held.push(soon(MIB).await.expect("a stream"));
+        }
+        assert!(soon(MIB).await.is_none());
+        held.clear();
+        let half = soon(BACKGROUND_BYTES).await.expect("all of its memory");
+        assert!(soon(1).await.is_none());
+        assert!(tokio::time::timeout(BACKGROUND_PATIENCE, budget.take(FILL_BUDGET_BYTES / 2)).await.is_ok());
+        drop(half);
+    }
 
     async fn takes_at_once(share: &Arc<PublishShare>, bytes: u64) -> Option<Held> {
         tokio::time::timeout(Duration::from_millis(20), share.take(bytes)).await.ok()
