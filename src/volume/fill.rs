@@ -96,15 +96,13 @@ impl Volume {
             return Ok(Filled { bytes: zeros.into(), kept: Ok(()) });
         };
         let key = (chunk, source.hash.unwrap_or_default());
-        let ended = || {
-            let alone = !self.fills.under_way.lock().contains_key(&key);
-            alone && self.cache.state(chunk).content() == Content::Clean
-        };
         // A fill may have ended since the chunk was seen missing: it is not fetched again for that.
-        if ended()
-            && let Some(bytes) = self.clean_chunk(chunk).await?
+        let alone = !self.fills.under_way.lock().contains_key(&key);
+        if alone
+            && self.cache.state(chunk).content() == Content::Clean
+            && let Some(bytes) = self.clean_chunk(chunk, None).await?
         {
-            return Ok(Filled { bytes: bytes.into(), kept: Ok(()) });
+            return Ok(Filled { bytes, kept: Ok(()) });
         }
         let mut outcome = {
             let mut under_way = self.fills.under_way.lock();
@@ -123,13 +121,18 @@ impl Volume {
         outcome.clone().ok_or_else(gone)?
     }
 
-    /// A chunk's bytes from the cache, if it is clean there right now. After a failed sync nothing there is: the kernel may have
-    /// dropped what a fill wrote.
-    async fn clean_chunk(&self, chunk: ChunkIndex) -> Result<Option<Vec<u8>>, VolumeError> {
+    /// A chunk's bytes from the cache, if it is clean there right now, and its hash the one that is asked for. After a failed
+    /// sync nothing there is clean: the kernel may have dropped what a fill wrote.
+    pub(super) async fn clean_chunk(
+        &self,
+        chunk: ChunkIndex,
+        hash: Option<[u8; 32]>,
+    ) -> Result<Option<Bytes>, VolumeError> {
         let read = move |cache: &Cache| {
             let mut buf = vec![0; super::buffer_len(cache.geometry().chunk_range(chunk))];
-            let clean = cache.read_clean_chunk(chunk, &mut buf)?;
-            Ok((clean && cache.failure().is_none()).then_some(buf))
+            let clean = cache.read_clean_chunk(chunk, &mut buf)? && cache.failure().is_none();
+            let right = clean && hash.is_none_or(|hash| *blake3::hash(&buf).as_bytes() == hash);
+            Ok(right.then(|| buf.into()))
         };
         cache::blocking(&self.cache, read).await.map_err(|e| self.cache_error(e))
     }

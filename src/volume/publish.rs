@@ -328,15 +328,10 @@ impl Volume {
         let Some(source) = Remote::of(self.image().source(chunk)) else {
             return Ok(vec![0; super::buffer_len(self.geometry.chunk_range(chunk))].into());
         };
-        if let (Content::Clean, Some(hash)) = (self.cache.state(chunk).content(), source.hash) {
-            let read = move |cache: &Cache| {
-                let mut buf = vec![0; super::buffer_len(cache.geometry().chunk_range(chunk))];
-                let clean = cache.read_clean_chunk(chunk, &mut buf)?;
-                Ok((clean && *blake3::hash(&buf).as_bytes() == hash).then_some(buf))
-            };
-            if let Some(buf) = cache::blocking(&self.cache, read).await.map_err(|e| self.cache_error(e))? {
-                return Ok(buf.into());
-            }
+        if let (Content::Clean, Some(hash)) = (self.cache.state(chunk).content(), source.hash)
+            && let Some(bytes) = self.clean_chunk(chunk, Some(hash)).await?
+        {
+            return Ok(bytes);
         }
         let (_memory, stream) = self.services.fill_budget.background(source.range.len()).await;
         self.fetch(chunk, &source, Some(stream)).await
