@@ -1,5 +1,5 @@
-//! `import` and `export-image`, told to end in each of their phases: the store, the file and the temporary folder are as
-//! before. And what they show meanwhile.
+//! `import` and `export-image`, told to end in each of their phases: the store, the file and the temporary folder are
+//! as before. And what they show meanwhile.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "helpers of tests fail the test")]
 
 mod common;
@@ -15,6 +15,7 @@ use common::images::{dense_image, done, image, left_over, offline, on_s3, text};
 use common::moto::Moto;
 use common::proxy::{Proxy, State};
 use common::server::run;
+use tempfile::TempDir;
 
 const PATIENCE: Duration = Duration::from_secs(60);
 /// Chunks of the image that goes over the network: several parts of an upload.
@@ -114,6 +115,25 @@ fn an_image_on_its_way_to_a_reader_that_sleeps_can_be_cancelled() {
     told_to_end(child, "INT", "what went to stdout is not the whole image");
 }
 
+/// A bucket that can fall silent, an image without zeros, and where it is to come back to.
+struct Site {
+    moto: Moto,
+    proxy: Proxy,
+    dir: TempDir,
+    raw: PathBuf,
+    back: PathBuf,
+}
+
+impl Site {
+    fn new() -> Self {
+        let moto = Moto::with_bucket("disks");
+        let proxy = Proxy::start(&moto.endpoint());
+        let dir = tempfile::tempdir().unwrap();
+        let (raw, back) = (dense_image(dir.path(), CHUNKS), dir.path().join("back.img"));
+        Self { moto, proxy, dir, raw, back }
+    }
+}
+
 /// What the bucket lists of an export.
 fn objects(moto: &Moto, export: &str) -> (bool, bool) {
     let listed = moto.request(&format!("GET /disks?list-type=2&prefix=exports/{export}/ HTTP/1.1")).unwrap();
@@ -124,11 +144,7 @@ fn objects(moto: &Moto, export: &str) -> (bool, bool) {
 
 #[test]
 fn a_transfer_that_is_cancelled_leaves_the_bucket_and_the_file_as_before() {
-    let moto = Moto::start();
-    moto.create_bucket("disks");
-    let proxy = Proxy::start(&moto.endpoint());
-    let dir = tempfile::tempdir().unwrap();
-    let (raw, back) = (dense_image(dir.path(), CHUNKS), dir.path().join("back.img"));
+    let Site { moto, proxy, dir, raw, back } = Site::new();
     let s3 = |args: &[&str]| on_s3(dir.path(), &proxy.endpoint(), args);
     for signal in ["INT", "TERM"] {
         proxy.set_after(MIDDLE_BYTES, State::Frozen);
@@ -182,11 +198,7 @@ fn shows_a_bar(said: &str, what: &str) {
 
 #[test]
 fn a_terminal_shows_a_bar_and_ctrl_c_is_a_key() {
-    let moto = Moto::start();
-    moto.create_bucket("disks");
-    let proxy = Proxy::start(&moto.endpoint());
-    let dir = tempfile::tempdir().unwrap();
-    let (raw, back) = (dense_image(dir.path(), CHUNKS), dir.path().join("back.img"));
+    let Site { moto: _moto, proxy, dir, raw, back } = Site::new();
     let s3 = |args: &[&str]| on_s3(dir.path(), &proxy.endpoint(), args);
     // The store pauses for longer than a bar stands still.
     let slowly = |command: &Command, keys: &str| {

@@ -159,8 +159,7 @@ fn the_server_says_how_it_is_and_how_to_attach() {
 
 #[test]
 fn ctrl_c_gives_a_snapshot_up_and_leaves_the_export_as_before() {
-    let moto = Moto::start();
-    moto.create_bucket("disks");
+    let moto = Moto::with_bucket("disks");
     let proxy = Proxy::start(&moto.endpoint());
     let server = TestServer::on_s3(&proxy.endpoint(), "disks", &["--store-timeout", "20", "--chunk-size", "1MiB"]);
     done(&server, &["export", "create", "vm", "64MiB"]);

@@ -104,8 +104,7 @@ fn other_formats_come_in_and_go_out_through_qemu_img() {
 
 #[test]
 fn images_go_to_a_bucket_and_come_back_with_and_without_a_server() {
-    let moto = Moto::start();
-    moto.create_bucket("disks");
+    let moto = Moto::with_bucket("disks");
     let endpoint = moto.endpoint();
     let dir = tempfile::tempdir().unwrap();
     let image = image(dir.path());

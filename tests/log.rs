@@ -34,8 +34,7 @@ fn lines(log: &str) -> Vec<Value> {
 
 #[test]
 fn no_credential_is_ever_logged_not_even_at_trace() {
-    let moto = Moto::start();
-    moto.create_bucket("disks");
+    let moto = Moto::with_bucket("disks");
     let pki = Pki::new();
     let flags = [
         "--log-level=trace",
@@ -179,8 +178,7 @@ impl MakeWriter<'_> for Heard {
 /// The binary keeps these libraries quiet; should somebody let them speak, they must not tell either.
 #[tokio::test]
 async fn the_libraries_below_log_no_credential_either() {
-    let moto = Moto::start();
-    moto.create_bucket("disks");
+    let moto = Moto::with_bucket("disks");
     let heard = Heard::default();
     let everything = tracing_subscriber::fmt()
         .with_max_level(tracing::level_filters::LevelFilter::TRACE)

@@ -153,8 +153,7 @@ fn an_outage_of_the_store_is_counted_and_its_end_is_seen() {
 
 #[test]
 fn the_parts_of_an_upload_that_are_sent_again_count_as_retries() {
-    let moto = Moto::start();
-    moto.create_bucket("disks");
+    let moto = Moto::with_bucket("disks");
     let proxy = Proxy::start(&moto.endpoint());
     let server = TestServer::on_s3(&proxy.endpoint(), "disks", &[]);
     server.ok("POST", "/v1/exports/create", json!({"export_id": "vm", "size": 32 << 20}));

@@ -83,15 +83,10 @@ fn a_newcomers_session_works_on_the_embedded_store() {
     newcomers_session(&mut TestServer::start(&[], &[]));
 }
 
-fn on_s3(moto: &Moto) -> TestServer {
-    moto.create_bucket("disks");
-    TestServer::on_s3(&moto.endpoint(), "disks", &[])
-}
-
 #[test]
 fn a_newcomers_session_works_on_s3() {
-    let moto = Moto::start();
-    newcomers_session(&mut on_s3(&moto));
+    let moto = Moto::with_bucket("disks");
+    newcomers_session(&mut TestServer::on_s3(&moto.endpoint(), "disks", &[]));
 }
 
 /// The most memory the process ever had, in bytes.
@@ -103,8 +98,7 @@ fn peak_memory(pid: u32) -> u64 {
 
 /// The most memory a server had, in MiB, that published a snapshot of 700 MiB.
 fn peak_of_a_large_snapshot(args: &[&str]) -> u64 {
-    let moto = Moto::start();
-    moto.create_bucket("disks");
+    let moto = Moto::with_bucket("disks");
     let mut server = TestServer::on_s3(&moto.endpoint(), "disks", args);
     let size = 700 * MIB;
     let image = server.dir().join("large.img");

@@ -89,8 +89,7 @@ fn the_region_and_the_account_are_those_of_the_flags() {
 
 #[test]
 fn an_import_into_a_store_without_conditions_needs_the_flag_and_an_export_does_not() {
-    let moto = Moto::start();
-    moto.create_bucket("disks");
+    let moto = Moto::with_bucket("disks");
     let proxy = Proxy::losing_conditions(&moto.endpoint());
     let dir = tempfile::tempdir().unwrap();
     let (raw, back) = (image(dir.path()), dir.path().join("back.img"));

@@ -36,8 +36,7 @@ fn check_lower_half(disk: &mut Attached) {
 /// Half of a published image is resident and partly dirty when the endpoint goes away in the middle of a read, and then
 /// in the middle of a snapshot.
 fn outage(away: State) {
-    let moto = Moto::start();
-    moto.create_bucket("disks");
+    let moto = Moto::with_bucket("disks");
     let proxy = Proxy::start(&moto.endpoint());
     let flags = ["--store-timeout", "4", "--chunk-size", "1MiB"];
     let mut server = TestServer::on_s3(&proxy.endpoint(), "disks", &flags);
@@ -127,8 +126,7 @@ fn an_endpoint_that_falls_silent_wedges_and_corrupts_nothing() {
 
 #[test]
 fn a_start_while_the_store_is_away_says_so_and_goes_on_when_it_is_back() {
-    let moto = Moto::start();
-    moto.create_bucket("disks");
+    let moto = Moto::with_bucket("disks");
     let proxy = Proxy::start(&moto.endpoint());
     proxy.set(State::Cut);
     let mut server = std::thread::scope(|scope| {

@@ -384,8 +384,7 @@ async fn a_local_directory_conforms() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn s3_over_http_conforms() {
-    let moto = Moto::start();
-    moto.create_bucket("disks");
+    let moto = Moto::with_bucket("disks");
     conformance(s3(&moto, "disks"), &root()).await;
     let uploads = moto.request("GET /disks?uploads HTTP/1.1").unwrap();
     assert!(uploads.contains("ListMultipartUploadsResult"), "{uploads}");
@@ -418,8 +417,7 @@ async fn a_bucket_that_does_not_exist_is_refused_by_name() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_upload_that_is_abandoned_is_discarded_by_the_store() {
-    let moto = Moto::start();
-    moto.create_bucket("disks");
+    let moto = Moto::with_bucket("disks");
     let store = s3(&moto, "disks");
     let uploads = || moto.request("GET /disks?uploads HTTP/1.1").unwrap();
     let stuck = in_pieces(&pattern(2 * MIN_PART_BYTES as usize), &[1 << 20]).chain(stream::pending()).boxed();

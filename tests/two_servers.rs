@@ -22,8 +22,7 @@ fn status(server: &TestServer) -> Value {
 
 #[test]
 fn of_two_servers_on_one_bucket_exactly_one_publishes_and_the_other_keeps_its_data() {
-    let moto = Moto::start();
-    moto.create_bucket("disks");
+    let moto = Moto::with_bucket("disks");
     let chunks = ["--chunk-size", "64KiB"];
     let first = TestServer::on_s3(&moto.endpoint(), "disks", &chunks);
     first.ok("POST", "/v1/exports/create", json!({"export_id": "disk", "size": SIZE}));
@@ -99,8 +98,7 @@ fn serve(dir: &Path, endpoint: &str) -> Command {
 
 #[test]
 fn a_store_that_ignores_conditions_is_refused_unless_the_user_insists_and_then_warned_of() {
-    let moto = Moto::start();
-    moto.create_bucket("disks");
+    let moto = Moto::with_bucket("disks");
     let proxy = Proxy::losing_conditions(&moto.endpoint());
     let dir = tempfile::tempdir().unwrap();
     for switch in ["", "false"] {

@@ -36,16 +36,22 @@ impl Moto {
         panic!("{} ended or did not answer within {START_LIMIT:?}, {START_ATTEMPTS} times", program.display());
     }
 
+    /// The same, with an empty bucket in it.
+    ///
+    /// # Panics
+    /// As [`start`](Self::start).
+    #[must_use]
+    pub fn with_bucket(name: &str) -> Self {
+        let moto = Self::start();
+        moto.create_bucket(name);
+        moto
+    }
+
     fn try_start(program: &Path) -> Option<Self> {
         let free = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a free port");
         let address = free.local_addr().expect("the port's number");
         drop(free);
-        let python = program.with_file_name("python3");
-        let mut command = Command::new(if python.exists() { &python } else { program });
-        if python.exists() {
-            command.arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/common/moto_server.py"));
-        }
-        let child = command
+        let child = command(program)
             .args(["-H", "127.0.0.1", "-p", &address.port().to_string()])
             .stdin(Stdio::null())
             .stdout(Stdio::null())
@@ -100,6 +106,17 @@ impl Drop for Moto {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
+}
+
+/// What starts the program: by our own script, where the Python it was installed for is beside it.
+fn command(program: &Path) -> Command {
+    let python = program.with_file_name("python3");
+    if !python.exists() {
+        return Command::new(program);
+    }
+    let mut command = Command::new(python);
+    command.arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/common/moto_server.py"));
+    command
 }
 
 /// The program.
