@@ -1,8 +1,9 @@
 //! The composition root: from a configuration to a running server, and back to nothing.
 //!
-//! **Start**, in this order: certificates → NBD sockets → address for metrics → cache root and its lock → admin socket → store and its probe → discovery →
-//! the log line that begins with `ready:`. Sockets are bound early, so that a taken port costs nothing, and served only
-//! when every export is known. A start that fails removes the sockets and the empty folders it made.
+//! **Start**, in this order: certificates → NBD sockets → address for metrics → cache root and its lock → admin socket →
+//! store and its probe → discovery → the log line that begins with `ready:`. Sockets are bound early, so that a taken port
+//! costs nothing, and served only when every export is known. A start that fails removes the sockets and the empty folders
+//! it made.
 //!
 //! **Stop**, on SIGTERM or SIGINT: no new clients → what was accepted is answered, within [`DRAIN_TIMEOUT`] → every
 //! volume is flushed and sealed, however long that takes → the lock goes, last of all. A second signal ends the process

@@ -1,8 +1,8 @@
 //! One client from the greeting to its end: drives the pure handshake over a stream, starts TLS if the client asks for it,
 //! looks exports up, and hands the stream to the transmission.
 //!
-//! Promises: a client that does not get on with the handshake, TLS included, is closed at the deadline; an export is opened only once a
-//! client has named it; what the client sent ahead is not lost.
+//! Promises: a client that does not get on with the handshake, TLS included, is closed at the deadline; an export is opened
+//! only once a client has named it; what the client sent ahead is not lost.
 
 use std::os::fd::AsFd;
 use std::sync::Arc;

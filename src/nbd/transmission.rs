@@ -1,8 +1,9 @@
 //! Transmission: requests in, validated once, served, answered in any order.
 //!
 //! Promises: all requests that one receive brought are taken up before the next; what need not wait is served as it is
-//! taken up, without another thread, and a slow request never holds up those behind it; everything accepted is answered before an orderly close, also to a client that has shut down its sending side;
-//! the stream stays in sync after a refused request.
+//! taken up, without another thread, and a slow request never holds up those behind it; everything accepted is answered
+//! before an orderly close, also to a client that has shut down its sending side; the stream stays in sync after a refused
+//! request.
 //! Must never: carry out a request that did not arrive whole, or read on while the client's limits are used up.
 
 use std::future::{Future, poll_fn};
