@@ -2,12 +2,18 @@
 //! has a thread, and all requests that one receive brought are answered by one send. What the sockets cost stays; a
 //! server that also keeps data cannot be faster by much.
 //!
-//! `ceiling IMAGE_BYTES` prints the port of 127.0.0.1 that it listens on, and serves any export name until it is killed.
+//! With a file for its image it is the ceiling of every server that keeps its data in one: each request costs it one
+//! read or write of the kernel's page cache more, and nothing else.
+//!
+//! `ceiling IMAGE_BYTES [FILE]` prints the port of 127.0.0.1 that it listens on, and serves any export name until it is
+//! killed.
 
 #![allow(clippy::print_stdout, clippy::disallowed_methods, reason = "a program of its own")]
 
+use std::fs::File;
 use std::io::{self, Read, Write};
 use std::net::{TcpListener, TcpStream};
+use std::os::unix::fs::FileExt;
 use std::sync::{Arc, PoisonError, RwLock};
 
 use bytes::BytesMut;
@@ -19,28 +25,70 @@ use nbd_server::nbd::wire::{self, ChunkHeader, Mode, Request, chunk, cmd};
 const BUFFER_BYTES: usize = 4 << 20;
 const REGION_BYTES: usize = 1 << 20;
 
-struct Image(Vec<RwLock<Box<[u8]>>>);
+/// Where the data is.
+enum Image {
+    Memory(Vec<RwLock<Box<[u8]>>>),
+    File(File),
+}
 
 impl Image {
-    fn new(bytes: usize) -> Self {
+    fn in_memory(bytes: usize) -> Self {
         let region = || RwLock::new(vec![0; REGION_BYTES].into_boxed_slice());
-        Self((0..bytes.div_ceil(REGION_BYTES)).map(|_| region()).collect())
+        Self::Memory((0..bytes.div_ceil(REGION_BYTES)).map(|_| region()).collect())
     }
 
-    /// Calls `each` with the parts of a range: the region, where in it, how much.
-    fn parts(&self, mut at: usize, len: usize, mut each: impl FnMut(&RwLock<Box<[u8]>>, usize, usize)) {
-        let end = at + len;
-        while at < end {
-            let (start, here) = (at % REGION_BYTES, (end - at).min(REGION_BYTES - at % REGION_BYTES));
-            each(&self.0[at / REGION_BYTES], start, here);
-            at += here;
+    fn in_file(path: &str, bytes: u64) -> io::Result<Self> {
+        let file = File::options().read(true).write(true).create(true).truncate(false).open(path)?;
+        file.set_len(bytes)?;
+        Ok(Self::File(file))
+    }
+
+    fn read(&self, at: usize, len: usize, out: &mut Vec<u8>) -> io::Result<()> {
+        match self {
+            Self::Memory(regions) => parts(at, len, |region, start, here| {
+                let region = regions[region].read().unwrap_or_else(PoisonError::into_inner);
+                out.extend_from_slice(&region[start..start + here]);
+            }),
+            Self::File(file) => {
+                let from = out.len();
+                out.resize(from + len, 0);
+                file.read_exact_at(&mut out[from..], at as u64)?;
+            }
         }
+        Ok(())
+    }
+
+    fn write(&self, at: usize, mut payload: &[u8]) -> io::Result<()> {
+        match self {
+            Self::Memory(regions) => parts(at, payload.len(), |region, start, here| {
+                let (now, rest) = payload.split_at(here);
+                let mut region = regions[region].write().unwrap_or_else(PoisonError::into_inner);
+                region[start..start + here].copy_from_slice(now);
+                payload = rest;
+            }),
+            Self::File(file) => file.write_all_at(payload, at as u64)?,
+        }
+        Ok(())
+    }
+}
+
+/// Calls `each` with the parts of a range: the region, where in it, how much.
+fn parts(mut at: usize, len: usize, mut each: impl FnMut(usize, usize, usize)) {
+    let end = at + len;
+    while at < end {
+        let (start, here) = (at % REGION_BYTES, (end - at).min(REGION_BYTES - at % REGION_BYTES));
+        each(at / REGION_BYTES, start, here);
+        at += here;
     }
 }
 
 fn main() -> io::Result<()> {
     let bytes = std::env::args().nth(1).and_then(|bytes| bytes.parse().ok()).unwrap_or(1 << 30);
-    let image = Arc::new(Image::new(bytes));
+    let image = match std::env::args().nth(2) {
+        Some(path) => Image::in_file(&path, bytes as u64)?,
+        None => Image::in_memory(bytes),
+    };
+    let image = Arc::new(image);
     let listener = TcpListener::bind("127.0.0.1:0")?;
     println!("{}", listener.local_addr()?.port());
     for stream in listener.incoming() {
@@ -104,14 +152,7 @@ fn answer(mode: Mode, input: &[u8], image: &Image, out: &mut Vec<u8>) -> io::Res
     let chunk = |kind, len| ChunkHeader { done: true, kind, cookie, offset, len };
     match kind {
         cmd::WRITE if input.len() < head + len => return Ok(None),
-        cmd::WRITE => {
-            let mut payload = &input[head..head + len];
-            image.parts(at, len, |region, start, here| {
-                let (now, rest) = payload.split_at(here);
-                region.write().unwrap_or_else(PoisonError::into_inner)[start..start + here].copy_from_slice(now);
-                payload = rest;
-            });
-        }
+        cmd::WRITE => image.write(at, &input[head..head + len])?,
         cmd::DISC => return Err(io::ErrorKind::ConnectionAborted.into()),
         cmd::READ => {
             if mode == Mode::Simple {
@@ -121,10 +162,7 @@ fn answer(mode: Mode, input: &[u8], image: &Image, out: &mut Vec<u8>) -> io::Res
                 wire::encode_chunk(out, mode, chunk(chunk::OFFSET_DATA, follows));
                 out.extend_from_slice(&offset.to_be_bytes());
             }
-            image.parts(at, len, |region, start, here| {
-                let region = region.read().unwrap_or_else(PoisonError::into_inner);
-                out.extend_from_slice(&region[start..start + here]);
-            });
+            image.read(at, len, out)?;
             return Ok(Some(head));
         }
         // Everything else is as good as done.

@@ -21,11 +21,11 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-OURS, CEILING = "nbd-server (ours)", "ceiling"
+OURS, CEILING, FILE_CEILING = "nbd-server (ours)", "ceiling", "ceiling of a file"
 TICKS = os.sysconf("SC_CLK_TCK")
 # The server under test, and the others; an order in which plots show them.
-ORDER = [CEILING, OURS, "nbdkit file", "qemu-nbd", "nbd-server (Debian)"]
-COLOURS = {CEILING: "#bbbbbb", OURS: "#1f6feb", "nbdkit file": "#e07b39", "qemu-nbd": "#8250df",
+ORDER = [CEILING, FILE_CEILING, OURS, "nbdkit file", "qemu-nbd", "nbd-server (Debian)"]
+COLOURS = {CEILING: "#bbbbbb", FILE_CEILING: "#888888", OURS: "#1f6feb", "nbdkit file": "#e07b39", "qemu-nbd": "#8250df",
            "nbd-server (Debian)": "#5c8a3a"}
 
 # name, what fio is told, the unit of the figure
@@ -108,8 +108,8 @@ def start_ours(folder, size, binary):
     return server
 
 
-def start_ceiling(_, size, binary):
-    server = Server(CEILING, [binary, str(size)], "")
+def start_ceiling(name, size, *file):
+    server = Server(name, [ROOT / "target" / "release" / "examples" / "ceiling", str(size), *file], "")
     server.uri = f"nbd://127.0.0.1:{int(server.process.stdout.readline())}"
     return server
 
@@ -171,7 +171,7 @@ def table(results, unit, jobs):
     lines = [f"| work | server | {unit} | of the ceiling | of the best peer | CPU µs per {cpu_of} |",
              "| --- | --- | ---: | ---: | ---: | ---: |"]
     for name in jobs:
-        best = max(figure for server, (figure, _) in results[name].items() if server not in (OURS, CEILING))
+        best = max(figure for server, (figure, _) in results[name].items() if server not in (OURS, CEILING, FILE_CEILING))
         for server in ORDER:
             if server in results[name]:
                 figure, cpu = results[name][server]
@@ -251,7 +251,8 @@ def main():
     options.rounds = options.rounds or (1 if options.quick else 3)
     options.seconds = options.seconds or (2 if options.quick else 5)
     about = machine()
-    starts = {CEILING: lambda f, s: start_ceiling(f, s, ROOT / "target" / "release" / "examples" / "ceiling"),
+    starts = {CEILING: lambda _, s: start_ceiling(CEILING, s),
+              FILE_CEILING: lambda f, s: start_ceiling(FILE_CEILING, s, f / "image.raw"),
               OURS: lambda f, s: start_ours(f, s, options.binary), "nbdkit file": start_nbdkit,
               "qemu-nbd": start_qemu, "nbd-server (Debian)": start_debian}
     wanted = options.servers.split(",")
