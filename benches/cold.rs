@@ -25,6 +25,10 @@ use nbd_server::units::{ChunkIndex, Geometry, SnapshotId};
 use nbd_server::volume::registry::Registry;
 use nbd_server::volume::{Services, Volume};
 
+/// The server's.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 const MIB: u64 = 1 << 20;
 const CHUNK_BYTES: u64 = 4 * MIB;
 const DISK_CHUNKS: u64 = 256;

@@ -5,7 +5,7 @@
 mod common;
 
 use std::fs::File;
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{BufRead, BufReader, Read};
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -87,46 +87,6 @@ fn a_newcomers_session_works_on_the_embedded_store() {
 fn a_newcomers_session_works_on_s3() {
     let moto = Moto::with_bucket("disks");
     newcomers_session(&mut TestServer::on_s3(&moto.endpoint(), "disks", &[]));
-}
-
-/// The most memory the process ever had, in bytes.
-fn peak_memory(pid: u32) -> u64 {
-    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
-    let line = status.lines().find(|line| line.starts_with("VmHWM:")).unwrap();
-    line.split_whitespace().nth(1).unwrap().parse::<u64>().unwrap() * 1024
-}
-
-/// The most memory a server had, in MiB, that published a snapshot of 700 MiB.
-fn peak_of_a_large_snapshot(args: &[&str]) -> u64 {
-    let moto = Moto::with_bucket("disks");
-    let mut server = TestServer::on_s3(&moto.endpoint(), "disks", args);
-    let size = 700 * MIB;
-    let image = server.dir().join("large.img");
-    let mut file = File::create(&image).unwrap();
-    let mut block = vec![0u8; MIB as usize];
-    for i in 0..size / MIB {
-        block.fill(i as u8 | 1);
-        file.write_all(&block).unwrap();
-    }
-    server.ok("POST", "/v1/exports/create", json!({"export_id": "large", "size": size}));
-    // One request at a time: what clients send has a bound of its own.
-    run("nbdcopy", &["-C1", "-R1", image.to_str().unwrap(), &server.nbd_uri("large")]);
-    server.ok("POST", "/v1/exports/large/snapshot", Value::Null);
-    let peak = peak_memory(server.pid());
-    server.stop();
-    peak / MIB
-}
-
-#[test]
-fn a_large_snapshot_uploads_as_a_stream_in_bounded_memory() {
-    let peak = peak_of_a_large_snapshot(&[]);
-    assert!(peak < 256 + 80, "{peak} MiB");
-}
-
-#[test]
-fn the_memory_of_publishes_is_as_much_as_was_allowed() {
-    let peak = peak_of_a_large_snapshot(&["--publish-memory", "32MiB"]);
-    assert!(peak < 32 + 80, "{peak} MiB");
 }
 
 #[test]

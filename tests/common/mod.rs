@@ -17,6 +17,7 @@ pub mod certs;
 pub mod hooked;
 pub mod http;
 pub mod images;
+pub mod memory;
 pub mod moto;
 pub mod nbd;
 pub mod package;

@@ -1,0 +1,116 @@
+//! What the real server's memory is bounded by, whatever it is asked.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
+
+mod common;
+
+use std::fs::File;
+use std::io::{Read, Write};
+use std::time::{Duration, Instant};
+
+use common::memory::{peak_bytes, anonymous_bytes};
+use common::moto::Moto;
+use common::nbd::{MIB, Raw};
+use common::server::{TestServer, run};
+use nbd_server::nbd::wire::{Mode, cmd};
+use serde_json::{Value, json};
+
+const CONNECTIONS: usize = 1_000;
+/// What a busy client has in flight.
+const DEPTH: u64 = 32;
+const LEN: u64 = 4096;
+
+/// Attaches to `disk` without asking for anything.
+fn attach(server: &TestServer) -> Raw {
+    let mut client = Raw::connect_to(&server.nbd_address());
+    client.negotiate("disk", Mode::Simple);
+    client
+}
+
+/// Writes and reads at the depth of a busy client.
+fn work(client: &mut Raw) {
+    for kind in [cmd::WRITE, cmd::READ] {
+        let mut requests = Vec::new();
+        for cookie in 0..DEPTH {
+            requests.extend(client.encode(0, kind, cookie, cookie * LEN, LEN));
+            if kind == cmd::WRITE {
+                requests.extend([7; LEN as usize]);
+            }
+        }
+        client.send(&requests);
+        let reply = if kind == cmd::READ { 16 + LEN } else { 16 };
+        client.stream.read_exact(&mut vec![0; (reply * DEPTH) as usize]).unwrap();
+    }
+}
+
+#[test]
+fn a_thousand_idle_connections_cost_less_than_50_mib_before_and_after_they_had_work() {
+    let mut server = TestServer::start(&["--listen", "127.0.0.1:0"], &[]);
+    server.ok("POST", "/v1/exports/create", json!({"export_id": "disk", "size": MIB}));
+    work(&mut attach(&server));
+    let before = anonymous_bytes(server.pid());
+    let more = || anonymous_bytes(server.pid()).saturating_sub(before) / MIB;
+    let mut clients: Vec<Raw> = (0..CONNECTIONS).map(|_| attach(&server)).collect();
+    assert!(more() < 50, "{} MiB more for connections that had no work yet", more());
+    clients.iter_mut().for_each(work);
+    // A client is idle after some seconds of silence.
+    let patience = Instant::now() + Duration::from_secs(20);
+    while more() >= 50 && Instant::now() < patience {
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    assert!(more() < 50, "{} MiB more for connections that had work once", more());
+    drop(clients);
+    server.stop();
+}
+
+#[test]
+fn an_export_of_16_tib_with_nothing_resident_costs_less_than_32_mib() {
+    let mut server = TestServer::start(&["--listen", "127.0.0.1:0"], &[]);
+    // All but its last chunk: ext4 holds no longer file.
+    let size = (16 << 40) - 4 * MIB;
+    server.ok("POST", "/v1/exports/create", json!({"export_id": "disk", "size": size}));
+    let uri = server.nbd_uri("disk");
+    run("qemu-io", &["-f", "raw", "-c", "read -P 0 15T 1M", &uri]);
+    let created = anonymous_bytes(server.pid()) / MIB;
+    assert!(created < 32, "{created} MiB");
+    // Nothing of the work of creating it is left, either.
+    server.stop();
+    server.start_again();
+    run("qemu-io", &["-f", "raw", "-c", "read -P 0 15T 1M", &server.nbd_uri("disk")]);
+    let opened = anonymous_bytes(server.pid()) / MIB;
+    assert!(opened < 32, "{opened} MiB");
+    server.stop();
+}
+
+/// The most memory a server had, in MiB, that published a snapshot of 700 MiB.
+fn peak_of_a_large_snapshot(args: &[&str]) -> u64 {
+    let moto = Moto::with_bucket("disks");
+    let mut server = TestServer::on_s3(&moto.endpoint(), "disks", args);
+    let size = 700 * MIB;
+    let image = server.dir().join("large.img");
+    let mut file = File::create(&image).unwrap();
+    let mut block = vec![0u8; MIB as usize];
+    for i in 0..size / MIB {
+        block.fill(i as u8 | 1);
+        file.write_all(&block).unwrap();
+    }
+    server.ok("POST", "/v1/exports/create", json!({"export_id": "large", "size": size}));
+    // One request at a time: what clients send has a bound of its own.
+    run("nbdcopy", &["-C1", "-R1", image.to_str().unwrap(), &server.nbd_uri("large")]);
+    server.ok("POST", "/v1/exports/large/snapshot", Value::Null);
+    let peak = peak_bytes(server.pid());
+    server.stop();
+    peak / MIB
+}
+
+#[test]
+fn a_large_snapshot_uploads_as_a_stream_in_bounded_memory() {
+    let peak = peak_of_a_large_snapshot(&[]);
+    assert!(peak < 256 + 80, "{peak} MiB");
+}
+
+#[test]
+fn the_memory_of_publishes_is_as_much_as_was_allowed() {
+    let peak = peak_of_a_large_snapshot(&["--publish-memory", "32MiB"]);
+    assert!(peak < 32 + 80, "{peak} MiB");
+}
