@@ -177,6 +177,38 @@ async fn writing_over_a_fresh_export_or_whole_chunks_asks_the_store_for_nothing(
 }
 
 #[tokio::test]
+async fn a_reader_does_not_wait_until_its_chunk_is_written_and_a_writer_does() {
+    let cold = Cold::new(2).await;
+    let dir = tempfile::tempdir().unwrap();
+    let disk = Hooked::new(RealDisk);
+    let services = Services::new(cold.store.clone(), root(), Arc::new(disk.clone()), Arc::new(SystemClock));
+    let registry = Registry::discover(Arc::new(services), dir.path().to_owned()).await.unwrap();
+    let volume = registry.volume(&id("disk")).await.unwrap();
+    let (held, release) = (Arc::new(AtomicUsize::new(1)), Arc::new(AtomicUsize::new(0)));
+    let waits = held.clone();
+    disk.hook(move |op, path| {
+        while op == "write_at" && path.ends_with("cache.raw") && waits.load(Ordering::SeqCst) == 1 {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        Ok(())
+    });
+    assert_eq!(read(&volume, 1, 2).await[..], [1, 1]);
+    // Again, from the same fetch; and what is not in the cache is no place for a part of a chunk.
+    assert_eq!(read(&volume, 1, 2).await[..], [1, 1]);
+    let (into, done) = (volume.clone(), release.clone());
+    let change = tokio::spawn(async move {
+        write(&into, 0, 9, 1).await;
+        done.store(1, Ordering::SeqCst);
+    });
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    assert_eq!(release.load(Ordering::SeqCst), 0);
+    held.store(0, Ordering::SeqCst);
+    change.await.unwrap();
+    assert_eq!(read(&volume, 0, 2).await[..], [9, 1]);
+    assert_eq!(cold.store.asked().len(), 1, "one fetch for all of them");
+}
+
+#[tokio::test]
 async fn a_cut_costs_one_record_however_many_chunks_are_dirty() {
     let dir = tempfile::tempdir().unwrap();
     let disk = Hooked::new(RealDisk);

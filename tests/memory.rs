@@ -1,6 +1,6 @@
 //! What the real server's memory is bounded by, whatever it is asked.
 
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::cast_possible_truncation, missing_docs)]
 
 mod common;
 
@@ -8,7 +8,7 @@ use std::fs::File;
 use std::io::{Read, Write};
 use std::time::{Duration, Instant};
 
-use common::memory::{peak_bytes, anonymous_bytes};
+use common::memory::{anonymous_bytes, peak_bytes};
 use common::moto::Moto;
 use common::nbd::{MIB, Raw};
 use common::server::{TestServer, run};

@@ -8,7 +8,7 @@ use std::process::Command;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use common::memory::{peak_bytes, anonymous_bytes};
+use common::memory::{anonymous_bytes, peak_bytes};
 use common::nbd::{MIB, Raw, Served};
 use common::server::TestServer;
 use nbd_server::nbd::Limits;

@@ -1,15 +1,16 @@
 //! Reads and writes on the caller's own thread, which others share: only what is a matter of copying memory.
 //!
-//! A read asks the kernel for what is in the page cache and nothing else. A write cannot be asked so on every file
-//! system: it copies into the page cache, and now and then the kernel makes the writer wait there, 200 ms at most at a
+//! A read asks the kernel for what is in the page cache and nothing else. A write is served if all of its chunks are dirty
+//! already; or if it touches one chunk alone that is here, and marking it, or setting aside for a publish what it was, are
+//! copies of memory, too. It cannot be asked of the kernel so on every file system: it copies into the page cache, and now and then the kernel makes the writer wait there, 200 ms at most at a
 //! time, when more is dirty than the disk takes. So writes are timed ([`Pace`]): after a slow one they go the way of all
 //! that waits, for [`REST_FACTOR`] times as long as it took. A thread is thus held up for at most that part of its time.
 //! A write that meets a sync may wait for the file system's journal, so beside a flush none is done here at all.
 
 use std::time::{Duration, Instant};
 
-use super::Cache;
 use super::states::Content;
+use super::{Cache, LogFile, STRIPES};
 use crate::sync::{AtomicU64, Ordering};
 use crate::units::{ByteRange, ChunkIndex};
 
@@ -20,6 +21,9 @@ const SLOW_WRITE: Duration = Duration::from_millis(20);
 const REST_FACTOR: u32 = 20;
 /// But not longer than this.
 const LONGEST_REST: Duration = Duration::from_secs(4);
+
+/// The longest write to a chunk with a mark or a copy to be made first, in bytes: the copy is of the same length, or of one block.
+const LONGEST_CHANGE_BYTES: u64 = 64 << 10;
 
 /// Whether writes are swift.
 #[derive(Debug)]
@@ -78,21 +82,39 @@ impl Cache {
         })
     }
 
-    /// As [`write`](Self::write), if it needs nothing but its bytes and writes are swift; else `false`, and any part of
-    /// it may have been written.
+    /// As [`write`](Self::write), if it is a matter of copying memory and writes are swift; else `false`, and any part of it may
+    /// have been written.
     pub fn write_at_once(&self, range: ByteRange, data: &[u8]) -> bool {
         let Some(_shared) = self.gate.try_read() else { return false };
         let ours = self.log_is_ours.load(Ordering::Acquire);
         if !ours || self.failed.get().is_some() || self.flush.is_under_way() {
             return false;
         }
-        if !self.geometry.split(range).all(|(chunk, _)| self.states.get(chunk).takes_writes_freely()) {
-            return false;
-        }
+        let free = self.geometry.split(range).all(|(chunk, _)| self.states.get(chunk).takes_writes_freely());
         let Some(started) = self.pace.start() else { return false };
-        let written = self.raw.write_at(data, range.offset()).is_ok();
+        let written =
+            if free { self.raw.write_at(data, range.offset()).is_ok() } else { self.change_at_once(range, data) };
         self.pace.end(started, Instant::now());
         written
+    }
+
+    /// Writes a part of one chunk that is here, and what must come before: its mark, and its old content for a publish.
+    fn change_at_once(&self, range: ByteRange, data: &[u8]) -> bool {
+        let chunk = self.geometry.chunk_at(range.offset());
+        if self.geometry.chunk_at(range.end() - 1) != chunk || range.len() > LONGEST_CHANGE_BYTES {
+            return false;
+        }
+        let Some(_stripe) = self.stripes[chunk.slot() % STRIPES].try_lock() else { return false };
+        let state = self.states.get(chunk);
+        if !state.is_resident() || (state.awaited() && !self.save_aside_at_once(chunk, range)) {
+            return false;
+        }
+        // Who holds the log may be writing a checkpoint.
+        let marks = self.log.try_lock().is_some_and(|log| match &log.file {
+            LogFile::Open(log) => log.takes_a_mark_at_once(),
+            LogFile::Sealed { .. } => false,
+        });
+        marks && self.write_chunk(chunk, range, data, |_| false).unwrap_or(false)
     }
 }
 

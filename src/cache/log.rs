@@ -176,12 +176,25 @@ impl MetaLog {
         self.append(Record::Mark(chunk, content))
     }
 
-    /// Makes sure of the space that a mark and whatever depends on it need.
-    pub fn take_room_for_a_mark(&mut self, disk: &dyn Disk, dir: &Path) -> io::Result<()> {
-        self.here.take_room(self.end + RECORD + TAIL_BYTES)?;
+    /// Whether a mark costs no more than a write of its record.
+    pub fn takes_a_mark_at_once(&self) -> bool {
+        let (log, checkpoint) = self.room_for_a_mark();
+        let spare = self.spare.as_ref().is_some_and(|spare| checkpoint <= spare.room);
+        log <= self.here.room && spare && !self.wants_folding()
+    }
+
+    /// How long this file and the spare one must be able to get for a mark and whatever depends on it.
+    fn room_for_a_mark(&self) -> (u64, u64) {
         // A mark splits one run of equal states into three at most: 16 bytes more of a checkpoint, half of a record. Twice
         // the log is room for that and for what is appended while the checkpoint is written.
         let checkpoint = self.log_start + 2 * (self.end + RECORD - self.log_start) + TAIL_BYTES;
+        (self.end + RECORD + TAIL_BYTES, checkpoint)
+    }
+
+    /// Makes sure of the space that a mark and whatever depends on it need.
+    pub fn take_room_for_a_mark(&mut self, disk: &dyn Disk, dir: &Path) -> io::Result<()> {
+        let (log, checkpoint) = self.room_for_a_mark();
+        self.here.take_room(log)?;
         match &mut self.spare {
             Some(spare) => spare.take_room(checkpoint),
             none => none.insert(Roomy::spare(disk, dir)?).take_room(checkpoint),
@@ -214,11 +227,9 @@ impl MetaLog {
         }
     }
 
-    /// Makes everything appended so far durable.
-    pub fn sync(&mut self) -> io::Result<()> {
-        self.here.file.sync()?;
-        self.durable = self.next_seq - 1;
-        Ok(())
+    /// What must be synced for everything appended so far to be durable, and the token for [`sealed`](Self::sealed).
+    pub fn to_sync(&self) -> (Arc<dyn DiskFile>, Seal) {
+        (Arc::clone(&self.here.file), Seal { epoch: self.epoch, through: 0, seq: self.next_seq - 1 })
     }
 
     /// Whether the log has outgrown its checkpoint.

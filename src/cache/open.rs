@@ -356,7 +356,7 @@ impl Cache {
         let log = &mut *self.log.lock();
         let LogFile::Open(file) = &mut log.file else { return Ok(()) };
         file.append(Record::CleanStop).map_err(|e| self.error("write", META_FILE, e))?;
-        file.sync().map_err(|e| self.fail("sync of cache.meta", &e))?;
+        file.to_sync().0.sync().map_err(|e| self.fail("sync of cache.meta", &e))?;
         // Whatever comes after starts a file of its own.
         log.file = LogFile::Sealed { next_seq: file.next_seq(), file: file.file() };
         self.log_is_ours.store(false, Ordering::Release);

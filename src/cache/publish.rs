@@ -25,7 +25,7 @@ pub const ASIDE_FILE: &str = "cut.aside";
 pub const SLICE_BYTES: usize = 128 << 10;
 
 /// What was set aside; it lives as long as the publish and need not survive a crash. For every chunk that was written to since
-/// the cut and that the publish has not read yet it holds about 50 bytes.
+/// the cut and that the publish has not read yet it holds about 150 bytes.
 #[derive(Debug, Default)]
 pub struct Aside {
     file: Option<Arc<dyn DiskFile>>,
@@ -37,11 +37,11 @@ pub struct Aside {
 
 /// A set of blocks of one chunk, by their numbers in it.
 #[derive(Debug, Clone, Copy, Default)]
-struct Blocks([u64; 4]);
+struct Blocks([u64; 16]);
 
 impl Blocks {
     /// How many blocks a chunk has at most.
-    const COUNT: u64 = 256;
+    const COUNT: u64 = 16 * u64::BITS as u64;
     /// No block is smaller, as none costs less to copy.
     const MIN_BYTES: u64 = 4096;
 
@@ -93,10 +93,16 @@ impl Cache {
             return Ok(());
         }
         self.sync_raw()?;
-        match &mut self.log.lock().file {
-            LogFile::Open(log) => log.sync().map_err(|e| self.fail("sync of cache.meta", &e)),
-            LogFile::Sealed { .. } => Ok(()),
+        let (file, synced) = match &self.log.lock().file {
+            LogFile::Open(log) => log.to_sync(),
+            LogFile::Sealed { .. } => return Ok(()),
+        };
+        // Not under the log's lock: first writes to other chunks go on while the disk syncs.
+        file.sync().map_err(|e| self.fail("sync of cache.meta", &e))?;
+        if let LogFile::Open(log) = &mut self.log.lock().file {
+            log.sealed(synced);
         }
+        Ok(())
     }
 
     /// Reads a chunk as it was at the cut; from then on writers need not keep it. `buf` is as long as the chunk.
@@ -150,37 +156,61 @@ impl Cache {
 
     /// Keeps what a piece of a chunk was at the cut, under its stripe lock. A failure breaks the publish, not the write.
     pub(super) fn save_aside(&self, chunk: ChunkIndex, piece: ByteRange) {
-        if let Err(e) = self.copy_aside(chunk, piece) {
+        let read = |buf: &mut [u8], at| self.raw.read_at(buf, at).map(|()| true);
+        let saved = self.aside_file().and_then(|file| self.copy_aside(&*file, chunk, piece, read));
+        if let Err(e) = saved {
             self.aside.lock().broken.get_or_insert(e);
             self.states.set(chunk, self.states.get(chunk).taken());
         }
     }
 
-    fn copy_aside(&self, chunk: ChunkIndex, piece: ByteRange) -> Result<(), CacheError> {
+    /// As [`save_aside`](Self::save_aside), if it is a matter of copying memory; else `false`, and nothing is broken.
+    pub(super) fn save_aside_at_once(&self, chunk: ChunkIndex, piece: ByteRange) -> bool {
+        let read = |buf: &mut [u8], at| self.raw.read_at_once(buf, at);
+        let file = self.aside.lock().file.clone();
+        file.is_some_and(|file| self.copy_aside(&*file, chunk, piece, read).unwrap_or(false))
+    }
+
+    fn aside_file(&self) -> Result<Arc<dyn DiskFile>, CacheError> {
+        let aside = &mut *self.aside.lock();
+        if let Some(file) = &aside.file {
+            return Ok(Arc::clone(file));
+        }
+        let created =
+            self.disk.create(&self.dir.join(ASIDE_FILE)).map_err(|e| self.error("creation", ASIDE_FILE, e))?;
+        Ok(Arc::clone(aside.file.insert(created)))
+    }
+
+    /// Copies what is not yet aside of the blocks that `piece` touches; `false` if `read` would not.
+    fn copy_aside(
+        &self,
+        file: &dyn DiskFile,
+        chunk: ChunkIndex,
+        piece: ByteRange,
+        read: impl Fn(&mut [u8], u64) -> io::Result<bool>,
+    ) -> Result<bool, CacheError> {
         let failed = |e| self.error("copy", ASIDE_FILE, e);
-        let (file, mut saved) = {
-            let aside = &mut *self.aside.lock();
+        let mut saved = {
+            let aside = &*self.aside.lock();
             if let Some(e) = &aside.broken {
                 return Err(e.clone());
             }
-            let file = match &aside.file {
-                Some(file) => file,
-                None => aside.file.insert(self.disk.create(&self.dir.join(ASIDE_FILE)).map_err(failed)?),
-            };
-            (Arc::clone(file), aside.blocks.get(&chunk).copied().unwrap_or_default())
+            aside.blocks.get(&chunk).copied().unwrap_or_default()
         };
         let touched = |range: ByteRange| range.offset() < piece.end() && piece.offset() < range.end();
         let mut buf = Vec::new();
         for (block, range) in self.blocks(self.geometry.chunk_range(chunk)) {
             if touched(range) && !saved.has(block) {
                 buf.resize(usize::try_from(range.len()).map_err(|e| failed(io::Error::other(e)))?, 0);
-                self.raw.read_at(&mut buf, range.offset()).map_err(failed)?;
+                if !read(&mut buf, range.offset()).map_err(failed)? {
+                    return Ok(false);
+                }
                 file.write_at(&buf, range.offset()).map_err(failed)?;
                 saved.add(block);
             }
         }
         self.aside.lock().blocks.insert(chunk, saved);
-        Ok(())
+        Ok(true)
     }
 
     /// The blocks of a chunk in which it is set aside, by their numbers.

@@ -2,7 +2,8 @@
 //! asked. It is a client's request that is served here, and counted as one.
 //!
 //! Promises: the same as the methods that wait, or nothing at all happened that a caller can see; then the caller asks
-//! those. No fetch, no sync, no other thread, no allocation, and no lock that is held across more than a page copy.
+//! those. No fetch, no sync, no other thread, no allocation but for what a publish needs set aside, and no lock that is held
+//! across more than copies of memory.
 //! Must never: pass an overlapping change that arrived earlier, or report an error: the methods that wait find it again.
 
 use std::sync::Arc;

@@ -1,8 +1,9 @@
 //! A missing chunk → fetched, verified, resident (L8).
 //!
 //! Concurrent requests for one chunk share one fetch. The fetch is a task of its own: it lives on when the request
-//! that began it goes away. No reader sees a chunk before it is whole and its hash was checked. A failure is told to
-//! those who waited and then forgotten: the next request tries again.
+//! that began it goes away. No reader sees a chunk before it is whole and its hash was checked; then it need not wait until
+//! the chunk is written, as a change of its part does. A failure is told to those who waited and then forgotten: the next
+//! request tries again.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -22,33 +23,62 @@ use crate::sabotage::{Rule, breaks};
 use crate::store::{Key, SharedStore, StoreError};
 use crate::units::{ByteRange, ChunkIndex, ExportId};
 
-/// A chunk that was fetched.
+/// How far a fetch has come.
 #[derive(Debug, Clone)]
-pub(super) struct Filled {
-    /// The whole chunk.
-    pub bytes: Bytes,
-    /// Whether it is in the cache now. A reader does not care; a partial write does.
-    pub kept: Result<(), VolumeError>,
+enum Progress {
+    UnderWay,
+    /// The whole chunk is here, but not in the cache yet.
+    Fetched(Bytes),
+    /// It is in the cache, or cannot be kept there.
+    Kept(Bytes, Result<(), VolumeError>),
+    Failed(VolumeError),
 }
 
-type Outcome = Result<Filled, VolumeError>;
+impl Progress {
+    /// The chunk, once it is here.
+    fn fetched(&self) -> Option<Result<Bytes, VolumeError>> {
+        match self {
+            Self::UnderWay => None,
+            Self::Fetched(bytes) | Self::Kept(bytes, _) => Some(Ok(bytes.clone())),
+            Self::Failed(e) => Some(Err(e.clone())),
+        }
+    }
+
+    /// Whether it is in the cache, once that is decided.
+    fn kept(&self) -> Option<Result<(), VolumeError>> {
+        match self {
+            Self::UnderWay | Self::Fetched(_) => None,
+            Self::Kept(_, kept) => Some(kept.clone()),
+            Self::Failed(e) => Some(Err(e.clone())),
+        }
+    }
+}
+
+/// A fetch that others may join.
+type Shared = watch::Receiver<Progress>;
 /// A chunk and the hash of the content that is fetched for it: after a reset it may be another.
 type FillKey = (ChunkIndex, [u8; 32]);
 
 /// The fetches of a volume that are under way.
 #[derive(Debug, Default)]
 pub(super) struct Fills {
-    under_way: Mutex<HashMap<FillKey, watch::Receiver<Option<Outcome>>>>,
+    under_way: Mutex<HashMap<FillKey, Shared>>,
     /// Chunks whose bytes were not what was published, twice in a row.
     pub corrupt: AtomicU64,
 }
 
 impl Volume {
-    /// The published content of a chunk that was seen missing, for a client that waits for it; it is in the cache afterwards
-    /// if there is room.
-    pub(super) async fn fill(self: &Arc<Self>, chunk: ChunkIndex) -> Outcome {
+    /// The published content of a chunk that was seen missing, for a client that waits for it; it will be in the cache if
+    /// there is room.
+    pub(super) async fn fetch_for_client(self: &Arc<Self>, chunk: ChunkIndex) -> Result<Bytes, VolumeError> {
         let _waits = self.services.fill_budget.client_waits();
-        self.shared_fill(chunk, || self.services.fill_budget.stream()).await
+        until(self.shared_fill(chunk, || self.services.fill_budget.stream()).await?, Progress::fetched).await
+    }
+
+    /// Makes a chunk resident that was seen missing, for a client that waits for it.
+    pub(super) async fn fill(self: &Arc<Self>, chunk: ChunkIndex) -> Result<(), VolumeError> {
+        let _waits = self.services.fill_budget.client_waits();
+        until(self.shared_fill(chunk, || self.services.fill_budget.stream()).await?, Progress::kept).await
     }
 
     /// Makes a chunk resident that nobody waits for, when its turn comes; nothing to do if it is by then.
@@ -63,7 +93,7 @@ impl Volume {
         if !self.must_fetch(chunk) {
             return Ok(());
         }
-        self.shared_fill(chunk, || stream).await?.kept
+        until(self.shared_fill(chunk, || stream).await?, Progress::kept).await
     }
 
     /// Has fetched what a stream of reads that `range` belongs to will come to next.
@@ -88,12 +118,16 @@ impl Volume {
     }
 
     /// Joins the fetch of a chunk that is under way, or begins it on a stream of its own.
-    async fn shared_fill(self: &Arc<Self>, chunk: ChunkIndex, stream: impl FnOnce() -> Stream) -> Outcome {
+    async fn shared_fill(
+        self: &Arc<Self>,
+        chunk: ChunkIndex,
+        stream: impl FnOnce() -> Stream,
+    ) -> Result<Shared, VolumeError> {
         let image = self.image();
         let Some(source) = Remote::of(image.source(chunk)) else {
             // Published as zeros meanwhile.
             let zeros = vec![0; super::buffer_len(self.geometry.chunk_range(chunk))];
-            return Ok(Filled { bytes: zeros.into(), kept: Ok(()) });
+            return Ok(already(zeros.into()));
         };
         let key = (chunk, source.hash.unwrap_or_default());
         // A fill may have ended since the chunk was seen missing: it is not fetched again for that.
@@ -102,23 +136,16 @@ impl Volume {
             && self.cache.state(chunk).content() == Content::Clean
             && let Some(bytes) = self.clean_chunk(chunk, None).await?
         {
-            return Ok(Filled { bytes, kept: Ok(()) });
+            return Ok(already(bytes));
         }
-        let mut outcome = {
-            let mut under_way = self.fills.under_way.lock();
-            match under_way.get(&key) {
-                Some(outcome) => outcome.clone(),
-                None => {
-                    let (tell, outcome) = watch::channel(None);
-                    under_way.insert(key, outcome.clone());
-                    tokio::spawn(Arc::clone(self).run_fill(key, source, stream(), tell));
-                    outcome
-                }
-            }
-        };
-        let gone = || VolumeError::Unavailable("the fetch was abandoned: the server is stopping".into());
-        let outcome = outcome.wait_for(Option::is_some).await.map_err(|_| gone())?;
-        outcome.clone().ok_or_else(gone)?
+        let mut under_way = self.fills.under_way.lock();
+        if let Some(shared) = under_way.get(&key) {
+            return Ok(shared.clone());
+        }
+        let (tell, shared) = watch::channel(Progress::UnderWay);
+        under_way.insert(key, shared.clone());
+        tokio::spawn(Arc::clone(self).run_fill(key, source, stream(), tell));
+        Ok(shared)
     }
 
     /// A chunk's bytes from the cache, if it is clean there right now, and its hash the one that is asked for. After a failed
@@ -137,23 +164,18 @@ impl Volume {
         cache::blocking(&self.cache, read).await.map_err(|e| self.cache_error(e))
     }
 
-    async fn run_fill(
-        self: Arc<Self>,
-        key: FillKey,
-        source: Remote,
-        stream: Stream,
-        tell: watch::Sender<Option<Outcome>>,
-    ) {
+    async fn run_fill(self: Arc<Self>, key: FillKey, source: Remote, stream: Stream, tell: watch::Sender<Progress>) {
         let _budget = self.services.fill_budget.take(source.range.len()).await;
-        let outcome = match self.fetch(key.0, &source, Some(stream)).await {
+        let end = match self.fetch(key.0, &source, Some(stream)).await {
             Ok(bytes) => {
+                tell.send_replace(Progress::Fetched(bytes.clone()));
                 let kept = self.keep(key.0, source, bytes.clone()).await;
-                Ok(Filled { bytes, kept })
+                Progress::Kept(bytes, kept)
             }
-            Err(e) => Err(e),
+            Err(e) => Progress::Failed(e),
         };
         self.fills.under_way.lock().remove(&key);
-        tell.send_replace(Some(outcome));
+        tell.send_replace(end);
     }
 
     async fn keep(self: &Arc<Self>, chunk: ChunkIndex, source: Remote, bytes: Bytes) -> Result<(), VolumeError> {
@@ -194,6 +216,21 @@ impl Volume {
             }
         })
     }
+}
+
+/// A fetch that ended before it began.
+fn already(bytes: Bytes) -> Shared {
+    watch::channel(Progress::Kept(bytes, Ok(()))).1
+}
+
+/// Waits until a fetch has come so far that `ready` says what became of it.
+async fn until<T>(
+    mut shared: Shared,
+    ready: impl Fn(&Progress) -> Option<Result<T, VolumeError>>,
+) -> Result<T, VolumeError> {
+    let gone = || VolumeError::Unavailable("the fetch was abandoned: the server is stopping".into());
+    let progress = shared.wait_for(|progress| ready(progress).is_some()).await.map_err(|_| gone())?;
+    ready(&progress).ok_or_else(gone)?
 }
 
 /// Why a chunk is not there.

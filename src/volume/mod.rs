@@ -203,9 +203,9 @@ impl Volume {
         .await
         .map_err(|e| self.cache_error(e))?;
         self.meter.read(self.geometry.chunks_in(range), missing.len());
-        let fetches = missing
-            .into_iter()
-            .map(|(chunk, piece)| async move { Ok::<_, VolumeError>((chunk, piece, self.fill(chunk).await?.bytes)) });
+        let fetches = missing.into_iter().map(|(chunk, piece)| async move {
+            Ok::<_, VolumeError>((chunk, piece, self.fetch_for_client(chunk).await?))
+        });
         let mut fetched = stream::iter(fetches).buffer_unordered(FETCHES_PER_REQUEST);
         while let Some((chunk, piece, bytes)) = fetched.try_next().await? {
             let chunk_at = self.geometry.chunk_range(chunk).offset();
@@ -340,7 +340,7 @@ impl Volume {
     /// Makes chunks resident that a change needs and that must be fetched for it.
     async fn fill_all(self: &Arc<Self>, chunks: impl IntoIterator<Item = ChunkIndex>) -> Result<(), VolumeError> {
         let missing: Vec<_> = chunks.into_iter().filter(|chunk| self.must_fetch(*chunk)).collect();
-        stream::iter(missing.into_iter().map(|chunk| async move { self.fill(chunk).await?.kept }))
+        stream::iter(missing.into_iter().map(|chunk| self.fill(chunk)))
             .buffer_unordered(FETCHES_PER_REQUEST)
             .try_collect()
             .await
