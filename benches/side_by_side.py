@@ -11,6 +11,7 @@ import http.client
 import json
 import os
 import platform
+import re
 import signal
 import socket
 import statistics
@@ -221,7 +222,7 @@ def version(*command):
     return (said.stdout + said.stderr).strip().splitlines()[0]
 
 
-def write_document(results, options, about):
+def write_document(results, cold, options, about):
     jobs = list(results)
     small = [name for name in jobs if name.startswith("4 KiB") and "flush" not in name]
     large = [name for name in jobs if name.startswith("1 MiB")]
@@ -233,9 +234,20 @@ def write_document(results, options, about):
     plot(results, flush, 0, "A flush after each write: writes per second", docs / "benchmarks-flush.svg")
     text = (ROOT / "benches" / "benchmarks.md.in").read_text()
     fields = dict(about=about, small=table(results, "IOPS", small), large=table(results, "MiB/s", large),
-                  flush=table(results, "IOPS", flush), rounds=options.rounds, seconds=options.seconds,
+                  flush=table(results, "IOPS", flush), cold=cold_table(cold), rounds=options.rounds, seconds=options.seconds,
                   size=options.size >> 20)
     (docs / "benchmarks.md").write_text(text.format(**fields))
+
+
+def measure_cold(*what):
+    """What `benches/cold.rs` prints: pairs of what was measured and the result."""
+    command = ["cargo", "bench", "--locked", "--bench", "cold", "--", *what]
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
+    return [re.split(r"\s{2,}", line, maxsplit=1) for line in done.stdout.splitlines() if re.search(r"\S\s{2,}\S", line)]
+
+
+def cold_table(results):
+    return "\n".join(["| work | result |", "| --- | --- |", *(f"| {what} | {result} |" for what, result in results)])
 
 
 def main():
@@ -288,7 +300,8 @@ def main():
             for server, (figure, cpu) in each.items():
                 print(f"    {server:22} {amount(figure):>10}  {cpu:8.1f} µs")
         return
-    write_document(medians, options, about + "; " + "; ".join(
+    cold = measure_cold(*(["reads", "publishing", "cuts"] if options.quick else []))
+    write_document(medians, cold, options, about + "; " + "; ".join(
         [version("fio", "--version"), version("nbdkit", "--version"), version("qemu-nbd", "--version")]))
 
 

@@ -438,7 +438,7 @@ impl Cache {
     /// Before `piece` of a dirty chunk gets other content: a publish under way keeps what it was at the cut, and the chunk is
     /// dirty for the generation after.
     fn leave_cut(&self, chunk: ChunkIndex, piece: ByteRange, to: Content) -> Result<(), CacheError> {
-        if self.states.get(chunk).awaited() && !breaks(Rule::SkipAside) {
+        if self.states.get(chunk).awaited() {
             self.save_aside(chunk, piece);
         }
         let state = self.states.get(chunk);

@@ -9,6 +9,7 @@ use nbd_server::cache::states::Content;
 use nbd_server::cache::{Base, Cache, CacheError, Edges, Progress};
 use nbd_server::disk::Disk;
 use nbd_server::units::{ByteRange, ChunkIndex, Generation, Geometry, SnapshotId};
+use shuttle::rand::{Rng, thread_rng};
 
 use super::sim::{SECTOR, Sim, SimDisk, State, Walk};
 use super::stepping::{PIECE, SteppingDisk};
@@ -171,7 +172,13 @@ impl World {
     pub fn try_write(&self, at: usize, part: Part, value: u8) -> Result<(), CacheError> {
         let range = part.range(at);
         let data = vec![value; usize::try_from(range.len()).unwrap()];
-        self.change(at, part, value, || self.cache.write(range.offset(), &data, |chunk| self.is_zero(chunk)))
+        self.change(at, part, value, || {
+            // On a client's own thread, or on one that may wait: the scheduler takes its pick.
+            if thread_rng().gen_bool(0.5) && self.cache.write_at_once(range, &data) {
+                return Ok(Progress::Done);
+            }
+            self.cache.write(range.offset(), &data, |chunk| self.is_zero(chunk))
+        })
     }
 
     pub fn zero(&self, at: usize, part: Part) {
