@@ -62,6 +62,7 @@ pub struct RemoteStore {
     tag: VersionTag,
     /// Whether it keeps the very bytes that it is given: then it is given a copy, since whoever gave a body counts on its memory.
     keeps_payloads: bool,
+    discards: upload::Discards,
     place: String,
     policy: RetryPolicy,
     clock: Arc<dyn Clock>,
@@ -284,6 +285,8 @@ impl Store for RemoteStore {
     async fn delete(&self, key: &Key) -> Result<(), StoreError> {
         let request = Request { operation: "delete", key };
         let path = path(request)?;
+        // Who gives an upload up and cleans up behind it: what is left of its parts goes first.
+        self.discards.end().await;
         match timed(request, SILENCE_LIMIT, Conditional::No, self.objects.delete(&path)).await {
             Err(StoreError::NotFound { .. }) => Ok(()),
             other => other,

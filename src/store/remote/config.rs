@@ -267,6 +267,7 @@ impl RemoteStore {
             pages: store,
             tag,
             keeps_payloads: false,
+            discards: Default::default(),
             place,
             policy,
             clock,

@@ -26,6 +26,7 @@ impl RemoteStore {
             pages: Arc::new(OnePage(memory)),
             tag: VersionTag::ETag,
             keeps_payloads: true,
+            discards: Default::default(),
             place: "memory".into(),
             policy: RetryPolicy::default(),
             clock,

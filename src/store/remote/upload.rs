@@ -14,6 +14,7 @@ use futures_util::StreamExt;
 use object_store::multipart::{MultipartStore, PartId};
 use object_store::path::Path;
 use object_store::{MultipartId, ObjectStoreExt, PutPayload};
+use tokio::sync::watch;
 use tokio::task::JoinSet;
 
 use super::{Conditional, RemoteStore, SILENCE_LIMIT, allowance, path, timed};
@@ -102,7 +103,8 @@ pub(super) async fn upload(store: &RemoteStore, key: &Key, max_bytes: u64, body:
         return repeat(store, request, limit, || store.objects.put(&path, payload.clone())).await.map(drop);
     }
     let id = repeat(store, request, SILENCE_LIMIT, || store.parts.create_multipart(&path)).await?;
-    let pending = Pending { parts: Arc::clone(&store.parts), path, id, settled: false };
+    let pending =
+        Pending { parts: Arc::clone(&store.parts), discards: store.discards.clone(), path, id, settled: false };
     match send_parts(store, request, &pending, first, &mut cutter, part_bytes).await {
         Ok(()) => {
             pending.keep();
@@ -249,9 +251,21 @@ where
     policy.run(&*store.clock, &store.health, request, Overtime::Finish, attempt).await
 }
 
+/// Uploads whose caller went away, and which the store is being told to forget.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Discards(Arc<watch::Sender<u32>>);
+
+impl Discards {
+    /// Waits until there are none; each takes [`SILENCE_LIMIT`] at most.
+    pub(super) async fn end(&self) {
+        let _ = self.0.subscribe().wait_for(|under_way| *under_way == 0).await;
+    }
+}
+
 /// A multipart upload the store knows of, which is discarded unless it was completed.
 struct Pending {
     parts: Arc<dyn MultipartStore>,
+    discards: Discards,
     path: Path,
     id: MultipartId,
     settled: bool,
@@ -274,7 +288,13 @@ impl Drop for Pending {
     fn drop(&mut self) {
         // The caller went away in the middle.
         if let (false, Ok(runtime)) = (self.settled, tokio::runtime::Handle::try_current()) {
-            runtime.spawn(abort(Arc::clone(&self.parts), self.path.clone(), self.id.clone()));
+            let (discards, aborted) =
+                (self.discards.clone(), abort(Arc::clone(&self.parts), self.path.clone(), self.id.clone()));
+            discards.0.send_modify(|under_way| *under_way += 1);
+            runtime.spawn(async move {
+                aborted.await;
+                discards.0.send_modify(|under_way| *under_way -= 1);
+            });
         }
     }
 }
