@@ -48,7 +48,7 @@ async fn what_is_here_is_read_at_once_and_what_is_missing_is_not() {
     let over_the_edge = reads_at_once(&volume, 2 * CHUNK - 1, 2).unwrap();
     assert_eq!(over_the_edge, [1, 0], "data, then zeros");
     assert!(reads_at_once(&volume, 4 * CHUNK - 1, 2).is_none(), "a chunk of it is missing");
-    read(&volume, 4 * CHUNK, 1).await;
+    make_resident(&volume, 4 * CHUNK, 1).await;
     assert_eq!(reads_at_once(&volume, 4 * CHUNK - 1, 2).unwrap(), [0, 9], "clean now");
     assert!(reads_at_once(&volume, 8 * CHUNK - 1, 2).is_none(), "beyond the end");
 }
@@ -65,7 +65,7 @@ async fn a_write_is_done_at_once_where_all_is_dirty_or_one_chunk_that_is_here_ne
     }
     assert!(!volume.write_at_once(8 * CHUNK - 1, &[7; 2]), "beyond the end");
     assert_eq!(reads_at_once(&volume, 0, 5).unwrap(), [7, 7, 7, 7, 1]);
-    volume.prefetch(range(4 * CHUNK, 2 * CHUNK)).await.unwrap();
+    make_resident(&volume, 4 * CHUNK, 2 * CHUNK).await;
     assert!(!volume.write_at_once(5 * CHUNK - 2, &[7; 4]), "two marks");
     assert!(volume.write_at_once(4 * CHUNK, &[7; 4]), "one mark");
     assert_eq!(reads_at_once(&volume, 4 * CHUNK, 5).unwrap(), [7, 7, 7, 7, 9]);
@@ -75,7 +75,7 @@ async fn a_write_is_done_at_once_where_all_is_dirty_or_one_chunk_that_is_here_ne
 async fn what_a_write_at_once_marked_is_dirty_after_a_crash() {
     let (mut site, disk) = (Site::new(), Hooked::new(RealDisk));
     let volume = mixed(&mut site, &disk).await;
-    volume.prefetch(range(4 * CHUNK, CHUNK)).await.unwrap();
+    make_resident(&volume, 4 * CHUNK, CHUNK).await;
     // The file is this life's own from the first change on.
     assert!(volume.write_at_once(0, &[7]) && volume.write_at_once(4 * CHUNK + 1, &[7]));
     // As a process crash leaves it: nothing is synced, no clean stop.

@@ -6,6 +6,7 @@ mod common;
 
 use std::io::ErrorKind;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use common::hooked::Hooked;
@@ -26,7 +27,7 @@ async fn on_a_hooked_disk(site: &mut Site) -> (Arc<Registry>, Hooked) {
     let disk = Hooked::new(RealDisk);
     let registry = site.start_on("here", Arc::new(disk.clone())).await;
     let volume = registry.volume(&id("disk")).await.unwrap();
-    read(&volume, 0, 1).await;
+    make_resident(&volume, 0, 1).await;
     write(&volume, CHUNK, 0xbb, 10).await;
     volume.flush().await.unwrap();
     (registry, disk)
@@ -119,4 +120,33 @@ async fn no_room_to_set_a_chunk_aside_fails_the_snapshot_and_not_the_write() {
     assert!(registry.snapshot(&id("large")).await.unwrap().created);
     let all = image(&site.elsewhere().await, "large").await;
     assert_eq!([all[0], all[10]], [0x22, 0x11]);
+}
+
+#[tokio::test]
+async fn a_flush_hears_of_a_failed_sync_of_the_log_that_a_publish_ran_beside_it() {
+    let mut site = Site::new();
+    let (registry, disk) = on_a_hooked_disk(&mut site).await;
+    let volume = registry.volume(&id("disk")).await.unwrap();
+    let (begun, failing) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicBool::new(false)));
+    let (begins, fails) = (begun.clone(), failing.clone());
+    // The kernel tells of a lost page once: the publish's sync hears of it, and takes its time; the flush's would not.
+    disk.hook(move |op, path| {
+        if op != "sync" || !path.ends_with("cache.meta") || begins.fetch_add(1, Ordering::SeqCst) > 0 {
+            return Ok(());
+        }
+        while !fails.load(Ordering::SeqCst) {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        Err(ErrorKind::Other.into())
+    });
+    let publish = tokio::spawn(async move { registry.snapshot(&id("disk")).await });
+    while begun.load(Ordering::SeqCst) == 0 {
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    write(&volume, 2 * CHUNK, 0xcc, CHUNK).await;
+    let flush = tokio::spawn(async move { volume.flush().await });
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    failing.store(true, Ordering::SeqCst);
+    assert!(matches!(flush.await.unwrap(), Err(VolumeError::Failed(_))));
+    assert!(publish.await.unwrap().is_err());
 }

@@ -17,7 +17,7 @@ use nbd_server::disk::{Disk, DiskFile, RealDisk};
 use nbd_server::store::{Condition, Store};
 use nbd_server::units::SnapshotId;
 use nbd_server::volume::registry::ExportError;
-use nbd_server::volume::{Extent, Residency, Volume, VolumeError};
+use nbd_server::volume::{Extent, Residency, VolumeError};
 
 /// Publishes an export of 8 chunks, chunk i full of byte i + 1, and returns its snapshot.
 async fn publish_eight(site: &mut Site) -> SnapshotId {
@@ -42,11 +42,6 @@ async fn a_new_export_reads_as_zeros_and_asks_the_store_for_nothing() {
     assert_eq!(site.store.count("get_range"), 0);
 }
 
-/// Waits until a range is in the cache: a read waits only until it was fetched.
-async fn kept(volume: &Arc<Volume>, offset: u64, len: u64) {
-    volume.prefetch(range(offset, len)).await.unwrap();
-}
-
 #[tokio::test]
 async fn concurrent_readers_of_a_missing_chunk_cause_one_fetch() {
     let mut site = Site::new();
@@ -62,7 +57,7 @@ async fn concurrent_readers_of_a_missing_chunk_cause_one_fetch() {
         assert_eq!(byte.unwrap(), 4);
     }
     assert_eq!(site.store.count("get_range"), 1);
-    kept(&volume, 3 * CHUNK, CHUNK).await;
+    make_resident(&volume, 3 * CHUNK, CHUNK).await;
     assert_eq!(status(&registry, "disk").await.resident_chunks, 1);
     read(&volume, 3 * CHUNK, CHUNK).await;
     assert_eq!(site.store.count("get_range"), 1, "a resident chunk is not fetched again");
@@ -336,7 +331,7 @@ async fn a_restart_without_a_clean_stop_brings_every_write_back() {
     write(&volume, 100, 0xaa, 3 * CHUNK).await;
     volume.trim(range(5 * CHUNK, CHUNK)).await.unwrap();
     let before = read_all(&volume).await;
-    kept(&volume, 0, volume.geometry().image_size()).await;
+    make_resident(&volume, 0, volume.geometry().image_size()).await;
     let then = status(&registry, "disk").await;
     site.store.forget_counts();
     for _ in 0..2 {
@@ -409,11 +404,11 @@ async fn after_the_host_went_down_only_sealed_marks_count() {
     let registry = site.elsewhere().await;
     let volume = registry.volume(&id("disk")).await.unwrap();
     // Clean, and sealed to be: cache all the same.
-    kept(&volume, 4 * CHUNK, CHUNK).await;
+    make_resident(&volume, 4 * CHUNK, CHUNK).await;
     write(&volume, 0, 0xaa, 10).await;
     volume.flush().await.unwrap();
     write(&volume, CHUNK, 0xbb, 10).await;
-    kept(&volume, 2 * CHUNK, CHUNK).await;
+    make_resident(&volume, 2 * CHUNK, CHUNK).await;
     drop((volume, registry));
     let registry = site.start_on("elsewhere", Arc::new(AfterBoot(1))).await;
     let now = status(&registry, "disk").await;

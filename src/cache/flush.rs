@@ -3,8 +3,12 @@
 //! A flush that arrives while a barrier is under way waits for the next one: the running one may have begun before
 //! the writes that this flush must cover were complete.
 
-use super::log::META_FILE;
+use std::io;
+use std::sync::Arc;
+
+use super::log::{META_FILE, MetaLog, Unsynced};
 use super::{Cache, CacheError, LogFile};
+use crate::disk::DiskFile;
 use crate::sabotage::{Rule, breaks};
 use crate::sync::{Condvar, Mutex};
 
@@ -77,22 +81,33 @@ impl Cache {
             self.sync_raw()?;
         }
         let Some(through) = unsealed else { return Ok(()) };
-        let sealing = match &mut self.log.lock().file {
-            LogFile::Open(log) => log.seal(through).map_err(|e| self.error("write", META_FILE, e))?,
-            LogFile::Sealed { .. } => return Ok(()),
-        };
-        // Not under the log's lock: first writes to other chunks go on while the disk syncs.
-        let (file, seal) = sealing;
-        if !breaks(Rule::SkipSealSync) {
-            file.sync().map_err(|e| self.fail("sync of cache.meta", &e))?;
-        }
+        self.sync_log(|log| log.seal(through))?;
         if breaks(Rule::SealBeforeRawSync) {
             self.sync_raw()?;
         }
-        if let LogFile::Open(log) = &mut self.log.lock().file {
-            log.sealed(seal);
-        }
         self.fold_log();
+        Ok(())
+    }
+
+    /// Makes a part of the log durable; nothing to do where a clean stop has made all of it. Not under the log's lock: first
+    /// writes to other chunks go on while the disk syncs.
+    pub(super) fn sync_log(
+        &self,
+        part: impl FnOnce(&mut MetaLog) -> io::Result<(Arc<dyn DiskFile>, Unsynced)>,
+    ) -> Result<(), CacheError> {
+        let (file, unsynced) = match &mut self.log.lock().file {
+            LogFile::Open(log) => part(log).map_err(|e| self.error("write", META_FILE, e))?,
+            LogFile::Sealed { .. } => return Ok(()),
+        };
+        if !breaks(Rule::SkipSealSync) {
+            // One at a time, for the reason that `sync_raw` has.
+            let _one_at_a_time = self.syncing.lock();
+            self.check_not_failed()?;
+            file.sync().map_err(|e| self.fail("sync of cache.meta", &e))?;
+        }
+        if let LogFile::Open(log) = &mut self.log.lock().file {
+            log.synced(unsynced);
+        }
         Ok(())
     }
 }

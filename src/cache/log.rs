@@ -212,24 +212,24 @@ impl MetaLog {
         (self.last_mark > self.sealed).then_some(self.last_mark)
     }
 
-    /// Vouches for all marks through `through`: their bytes are synced. Returns what must be synced for it to count
-    /// and the token for [`sealed`](Self::sealed).
-    pub fn seal(&mut self, through: u64) -> io::Result<(Arc<dyn DiskFile>, Seal)> {
+    /// Vouches for all marks through `through`: their bytes are synced. It counts once it is [synced](Self::synced).
+    pub fn seal(&mut self, through: u64) -> io::Result<(Arc<dyn DiskFile>, Unsynced)> {
         self.append(Record::Seal(through))?;
-        Ok((Arc::clone(&self.here.file), Seal { epoch: self.epoch, through, seq: self.next_seq - 1 }))
+        let (file, all) = self.to_sync();
+        Ok((file, Unsynced { sealed: through, ..all }))
     }
 
-    /// The seal was synced. A seal of a file that has since been replaced says nothing of this one.
-    pub fn sealed(&mut self, seal: Seal) {
-        if seal.epoch == self.epoch {
-            self.sealed = self.sealed.max(seal.through);
-            self.durable = self.durable.max(seal.seq);
+    /// What must be synced for everything appended so far to be durable, and what to call [`synced`](Self::synced) with.
+    pub fn to_sync(&self) -> (Arc<dyn DiskFile>, Unsynced) {
+        (Arc::clone(&self.here.file), Unsynced { epoch: self.epoch, sealed: 0, seq: self.next_seq - 1 })
+    }
+
+    /// It was synced. A file that has since been replaced says nothing of this one.
+    pub fn synced(&mut self, of: Unsynced) {
+        if of.epoch == self.epoch {
+            self.sealed = self.sealed.max(of.sealed);
+            self.durable = self.durable.max(of.seq);
         }
-    }
-
-    /// What must be synced for everything appended so far to be durable, and the token for [`sealed`](Self::sealed).
-    pub fn to_sync(&self) -> (Arc<dyn DiskFile>, Seal) {
-        (Arc::clone(&self.here.file), Seal { epoch: self.epoch, through: 0, seq: self.next_seq - 1 })
     }
 
     /// Whether the log has outgrown its checkpoint.
@@ -289,10 +289,12 @@ impl MetaLog {
     }
 }
 
-/// A seal on its way to the disk.
+/// A part of the log on its way to the disk.
 #[derive(Debug, Clone, Copy)]
-pub struct Seal {
+pub struct Unsynced {
     epoch: u64,
-    through: u64,
+    /// The newest mark that a seal in it covers.
+    sealed: u64,
+    /// Its last record.
     seq: u64,
 }

@@ -37,11 +37,12 @@ pub struct Aside {
 
 /// A set of blocks of one chunk, by their numbers in it.
 #[derive(Debug, Clone, Copy, Default)]
-struct Blocks([u64; 16]);
+struct Blocks([u64; Blocks::WORDS]);
 
 impl Blocks {
+    const WORDS: usize = 16;
     /// How many blocks a chunk has at most.
-    const COUNT: u64 = 16 * u64::BITS as u64;
+    const COUNT: u64 = Self::WORDS as u64 * 64;
     /// No block is smaller, as none costs less to copy.
     const MIN_BYTES: u64 = 4096;
 
@@ -93,16 +94,7 @@ impl Cache {
             return Ok(());
         }
         self.sync_raw()?;
-        let (file, synced) = match &self.log.lock().file {
-            LogFile::Open(log) => log.to_sync(),
-            LogFile::Sealed { .. } => return Ok(()),
-        };
-        // Not under the log's lock: first writes to other chunks go on while the disk syncs.
-        file.sync().map_err(|e| self.fail("sync of cache.meta", &e))?;
-        if let LogFile::Open(log) = &mut self.log.lock().file {
-            log.sealed(synced);
-        }
-        Ok(())
+        self.sync_log(|log| Ok(log.to_sync()))
     }
 
     /// Reads a chunk as it was at the cut; from then on writers need not keep it. `buf` is as long as the chunk.
@@ -132,7 +124,7 @@ impl Cache {
             (aside.file.clone(), aside.blocks.remove(&chunk))
         };
         let (Some(file), Some(blocks)) = (file, blocks) else { return Ok(()) };
-        for (_, range) in self.blocks(whole).filter(|(block, _)| blocks.has(*block)) {
+        for (_, range) in self.blocks(chunk, whole).filter(|(block, _)| blocks.has(*block)) {
             let old = super::slice_mut(buf, whole, range);
             file.read_at(old, range.offset()).map_err(|e| self.error("read", ASIDE_FILE, e))?;
         }
@@ -200,10 +192,9 @@ impl Cache {
             }
             aside.blocks.get(&chunk).copied().unwrap_or_default()
         };
-        let touched = |range: ByteRange| range.offset() < piece.end() && piece.offset() < range.end();
         let mut buf = Vec::new();
-        for (block, range) in self.blocks(self.geometry.chunk_range(chunk)) {
-            if touched(range) && !saved.has(block) {
+        for (block, range) in self.blocks(chunk, piece) {
+            if !saved.has(block) {
                 buf.resize(usize::try_from(range.len()).map_err(|e| failed(io::Error::other(e)))?, 0);
                 if !read(&mut buf, range.offset()).map_err(failed)? {
                     return Ok(false);
@@ -216,13 +207,16 @@ impl Cache {
         Ok(true)
     }
 
-    /// The blocks of a chunk in which it is set aside, by their numbers.
-    fn blocks(&self, chunk: ByteRange) -> impl Iterator<Item = (usize, ByteRange)> {
+    /// The blocks of a chunk that a piece of it touches, by their numbers in the chunk.
+    fn blocks(&self, chunk: ChunkIndex, piece: ByteRange) -> impl Iterator<Item = (usize, ByteRange)> {
+        let whole = self.geometry.chunk_range(chunk);
         let bytes = self.geometry.chunk_size().div_ceil(Blocks::COUNT).max(Blocks::MIN_BYTES);
-        (0..).zip((0..Blocks::COUNT).map_while(move |block| {
-            let at = chunk.offset() + block * bytes;
-            ByteRange::new(at, bytes.min(chunk.end().checked_sub(at)?)).filter(|range| !range.is_empty())
-        }))
+        let first = (piece.offset() - whole.offset()) / bytes;
+        (first..Blocks::COUNT).map_while(move |block| {
+            let at = whole.offset() + block * bytes;
+            let range = ByteRange::new(at, bytes.min(whole.end().checked_sub(at)?))?;
+            (range.offset() < piece.end()).then_some((usize::try_from(block).ok()?, range))
+        })
     }
 
     /// The publish is the head: what was not written since the cut is now as published, relative to `base`.

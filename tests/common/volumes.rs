@@ -82,6 +82,11 @@ pub async fn write_as_served(volume: &Arc<Volume>, offset: u64, data: Bytes) -> 
     if volume.write_at_once(offset, &data) { Ok(()) } else { volume.write(offset, data).await }
 }
 
+/// Waits until a range is in the cache: a read waits only until it was fetched.
+pub async fn make_resident(volume: &Arc<Volume>, offset: u64, len: u64) {
+    volume.prefetch(range(offset, len)).await.unwrap();
+}
+
 pub async fn read_all(volume: &Arc<Volume>) -> Bytes {
     read(volume, 0, volume.geometry().image_size()).await
 }
