@@ -14,6 +14,7 @@ use object_store::multipart::MultipartStore;
 use object_store::{ClientOptions, ObjectStore, RetryConfig};
 
 use super::answer::GateConnector;
+use super::upload::Discards;
 use super::{CONNECT_TIMEOUT, RemoteStore, VersionTag};
 use crate::clock::Clock;
 use crate::store::BoxError;
@@ -267,7 +268,7 @@ impl RemoteStore {
             pages: store,
             tag,
             keeps_payloads: false,
-            discards: Default::default(),
+            discards: Discards::default(),
             place,
             policy,
             clock,

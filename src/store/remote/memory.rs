@@ -8,6 +8,7 @@ use object_store::memory::InMemory;
 use object_store::path::Path;
 use object_store::{ListResult, ObjectStore};
 
+use super::upload::Discards;
 use super::{RemoteStore, VersionTag};
 use crate::clock::{Clock, SystemClock};
 use crate::store::health::Health;
@@ -26,7 +27,7 @@ impl RemoteStore {
             pages: Arc::new(OnePage(memory)),
             tag: VersionTag::ETag,
             keeps_payloads: true,
-            discards: Default::default(),
+            discards: Discards::default(),
             place: "memory".into(),
             policy: RetryPolicy::default(),
             clock,

@@ -248,6 +248,21 @@ async fn an_upload_that_cannot_be_finished_is_discarded() {
 }
 
 #[tokio::test]
+async fn who_gives_an_upload_up_removes_objects_once_its_parts_are_discarded() {
+    let endpoint = Endpoint::start(&[sized("200 OK", CREATED), sized("200 OK", "")]).await;
+    let (store, key) = (endpoint.store(), key());
+    let content = Bytes::from(vec![7; usize::try_from(MIN_PART_BYTES + 1).unwrap()]);
+    let mut upload = store.upload(&key, 1 << 30, stream::iter([Ok(content)]).chain(stream::pending()).boxed());
+    while !endpoint.lines().iter().any(|line| line.starts_with("PUT")) {
+        assert!(tokio::time::timeout(Duration::from_millis(1), &mut upload).await.is_err());
+    }
+    drop(upload);
+    store.delete(&key).await.unwrap();
+    let removed: Vec<_> = endpoint.lines().into_iter().filter(|line| line.starts_with("DELETE")).collect();
+    assert_eq!(removed.iter().map(|line| line.contains("uploadId=u1")).collect::<Vec<_>>(), [true, false]);
+}
+
+#[tokio::test]
 async fn an_assembly_whose_answer_was_lost_is_settled_by_looking_at_the_object() {
     let ok = sized("200 OK", "");
     let gone = sized("404 Not Found", "<Error><Code>NoSuchUpload</Code></Error>");

@@ -251,14 +251,14 @@ where
     policy.run(&*store.clock, &store.health, request, Overtime::Finish, attempt).await
 }
 
-/// Uploads whose caller went away, and which the store is being told to forget.
+/// Uploads whose caller went away, and which the store is being told to forget: each holds a receiver until it was told.
 #[derive(Debug, Clone, Default)]
-pub(super) struct Discards(Arc<watch::Sender<u32>>);
+pub(super) struct Discards(Arc<watch::Sender<()>>);
 
 impl Discards {
     /// Waits until there are none; each takes [`SILENCE_LIMIT`] at most.
     pub(super) async fn end(&self) {
-        let _ = self.0.subscribe().wait_for(|under_way| *under_way == 0).await;
+        self.0.closed().await;
     }
 }
 
@@ -288,12 +288,11 @@ impl Drop for Pending {
     fn drop(&mut self) {
         // The caller went away in the middle.
         if let (false, Ok(runtime)) = (self.settled, tokio::runtime::Handle::try_current()) {
-            let (discards, aborted) =
-                (self.discards.clone(), abort(Arc::clone(&self.parts), self.path.clone(), self.id.clone()));
-            discards.0.send_modify(|under_way| *under_way += 1);
+            let under_way = self.discards.0.subscribe();
+            let aborted = abort(Arc::clone(&self.parts), self.path.clone(), self.id.clone());
             runtime.spawn(async move {
                 aborted.await;
-                discards.0.send_modify(|under_way| *under_way -= 1);
+                drop(under_way);
             });
         }
     }
