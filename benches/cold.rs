@@ -11,6 +11,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use common::memory::{peak_bytes, resident_bytes};
 use common::shaped::{Shape, Shaped};
 use common::volumes::*;
 use nbd_server::cache::{Base, Cache, open::Opening};
@@ -266,10 +267,10 @@ async fn scale() {
     }
 }
 
-fn memory(field: &str) -> u64 {
-    let status = std::fs::read_to_string("/proc/self/status").unwrap();
-    let line = status.lines().find(|line| line.starts_with(field)).unwrap();
-    line.split_whitespace().nth(1).unwrap().parse::<u64>().unwrap() / 1024
+/// What this process has now, and the most it ever had, in MiB.
+fn memory() -> (u64, u64) {
+    let pid = std::process::id();
+    (resident_bytes(pid) / MIB, peak_bytes(pid) / MIB)
 }
 
 async fn open_at_scale(dir: &Path, name: &str) {
@@ -277,12 +278,12 @@ async fn open_at_scale(dir: &Path, name: &str) {
     let registry = start(Arc::new(local(dir)), &dir.join("cache")).await;
     let begun = Instant::now();
     let volume = registry.volume(&id(name)).await.unwrap();
-    let (opened, rss, peak) = (begun.elapsed(), memory("VmRSS"), memory("VmHWM"));
+    let (opened, (rss, peak)) = (begun.elapsed(), memory());
     report(&format!("{what}: open"), &format!("{:.2} s, {rss} MiB resident, {peak} at most", opened.as_secs_f64()));
     volume.write(0, vec![1; CHUNK_BYTES as usize].into()).await.unwrap();
     let begun = Instant::now();
     registry.snapshot(&id(name)).await.unwrap();
-    let (snapshot, rss, peak) = (begun.elapsed(), memory("VmRSS"), memory("VmHWM"));
+    let (snapshot, (rss, peak)) = (begun.elapsed(), memory());
     report(
         &format!("{what}: snapshot of one chunk"),
         &format!("{:.2} s, {rss} MiB resident, {peak} at most", snapshot.as_secs_f64()),

@@ -4,10 +4,11 @@
 
 mod common;
 
+use std::collections::BTreeSet;
 use std::io::ErrorKind;
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use common::hooked::Hooked;
@@ -83,6 +84,57 @@ async fn what_a_write_at_once_marked_is_dirty_after_a_crash() {
     let again = registry.volume(&id("disk")).await.unwrap();
     assert_eq!(read(&again, 4 * CHUNK, 3).await[..], [9, 7, 9]);
     assert_eq!(status(&registry, "disk").await.dirty_chunks, 3);
+}
+
+#[tokio::test]
+async fn first_writes_at_once_ask_the_disk_for_nothing_but_copies_and_lose_nothing_when_the_log_has_no_room() {
+    const CHUNKS: u64 = 1_500;
+    let (mut site, disk) = (Site::new(), Hooked::new(RealDisk));
+    let registry = site.start_on("here", Arc::new(disk.clone())).await;
+    let volume = create(&registry, "disk", CHUNKS).await;
+    write(&volume, 0, 1, CHUNKS * CHUNK).await;
+    registry.snapshot(&id("disk")).await.unwrap();
+    let at_once = Arc::new(AtomicBool::new(false));
+    let (asking, asked) = (at_once.clone(), Arc::new(std::sync::Mutex::new(BTreeSet::new())));
+    let notes = asked.clone();
+    disk.hook(move |op, _| {
+        if asking.load(Ordering::SeqCst) {
+            notes.lock().unwrap().insert(op.to_owned());
+        }
+        Ok(())
+    });
+    let mut refused = 0;
+    for chunk in 0..CHUNKS {
+        at_once.store(true, Ordering::SeqCst);
+        let done = volume.write_at_once(chunk * CHUNK, &[2]);
+        at_once.store(false, Ordering::SeqCst);
+        if !done {
+            refused += 1;
+            volume.write(chunk * CHUNK, vec![2].into()).await.unwrap();
+        }
+    }
+    assert_eq!(*asked.lock().unwrap(), BTreeSet::from(["write_at".to_owned()]));
+    // The log takes room for some hundred marks at a time.
+    assert!((1..CHUNKS / 10).contains(&refused), "{refused} refused");
+    drop((volume, registry));
+    let again = image(&site.start_on("here", Arc::new(RealDisk)).await, "disk").await;
+    assert!(again.chunks(CHUNK as usize).all(|chunk| chunk[..2] == [2, 1]));
+}
+
+#[tokio::test]
+async fn a_long_first_write_is_handed_on() {
+    let (mut site, disk) = (Site::new(), Hooked::new(RealDisk));
+    let registry = site.start_on("here", Arc::new(disk)).await;
+    let geometry = Geometry::new(4 << 20, 1 << 20).unwrap();
+    registry.create(id("disk"), geometry).await.unwrap();
+    let volume = registry.volume(&id("disk")).await.unwrap();
+    write(&volume, 0, 1, 4 << 20).await;
+    registry.snapshot(&id("disk")).await.unwrap();
+    // The file is this life's own from the first change on.
+    write(&volume, 3 << 20, 2, 1).await;
+    assert!(!volume.write_at_once(0, &[2; (64 << 10) + 1]));
+    assert!(volume.write_at_once(0, &[2; 64 << 10]));
+    assert!(volume.write_at_once(0, &[3; (64 << 10) + 1]), "it has its mark");
 }
 
 #[tokio::test]

@@ -8,7 +8,7 @@ mod common;
 use std::collections::BTreeSet;
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -114,6 +114,8 @@ async fn a_sequential_reader_finds_its_next_chunks_here_and_each_is_fetched_once
         assert_eq!(read(volume, i * CHUNK / 4, CHUNK / 4).await[0], byte_of(i / 4));
     }
     assert_eq!(cold.asked(256).await, 256);
+    make_resident(volume, 0, 256 * CHUNK).await;
+    assert_eq!(cold.asked(256).await, 256);
     assert_eq!(cold.resident().await, 256);
 }
 
@@ -184,10 +186,10 @@ async fn a_reader_does_not_wait_until_its_chunk_is_written_and_a_writer_does() {
     let services = Services::new(cold.store.clone(), root(), Arc::new(disk.clone()), Arc::new(SystemClock));
     let registry = Registry::discover(Arc::new(services), dir.path().to_owned()).await.unwrap();
     let volume = registry.volume(&id("disk")).await.unwrap();
-    let (held, release) = (Arc::new(AtomicUsize::new(1)), Arc::new(AtomicUsize::new(0)));
+    let held = Arc::new(AtomicBool::new(true));
     let waits = held.clone();
     disk.hook(move |op, path| {
-        while op == "write_at" && path.ends_with("cache.raw") && waits.load(Ordering::SeqCst) == 1 {
+        while op == "write_at" && path.ends_with("cache.raw") && waits.load(Ordering::SeqCst) {
             std::thread::sleep(Duration::from_millis(1));
         }
         Ok(())
@@ -195,14 +197,11 @@ async fn a_reader_does_not_wait_until_its_chunk_is_written_and_a_writer_does() {
     assert_eq!(read(&volume, 1, 2).await[..], [1, 1]);
     // Again, from the same fetch; and what is not in the cache is no place for a part of a chunk.
     assert_eq!(read(&volume, 1, 2).await[..], [1, 1]);
-    let (into, done) = (volume.clone(), release.clone());
-    let change = tokio::spawn(async move {
-        write(&into, 0, 9, 1).await;
-        done.store(1, Ordering::SeqCst);
-    });
+    let into = volume.clone();
+    let change = tokio::spawn(async move { write(&into, 0, 9, 1).await });
     tokio::time::sleep(Duration::from_millis(50)).await;
-    assert_eq!(release.load(Ordering::SeqCst), 0);
-    held.store(0, Ordering::SeqCst);
+    assert!(!change.is_finished());
+    held.store(false, Ordering::SeqCst);
     change.await.unwrap();
     assert_eq!(read(&volume, 0, 2).await[..], [9, 1]);
     assert_eq!(cold.store.asked().len(), 1, "one fetch for all of them");

@@ -10,15 +10,12 @@ use std::time::{Duration, Instant};
 
 use common::memory::{anonymous_bytes, peak_bytes};
 use common::moto::Moto;
-use common::nbd::{MIB, Raw};
+use common::nbd::{MIB, Raw, batch};
 use common::server::{TestServer, run};
 use nbd_server::nbd::wire::{Mode, cmd};
 use serde_json::{Value, json};
 
 const CONNECTIONS: usize = 1_000;
-/// What a busy client has in flight.
-const DEPTH: u64 = 32;
-const LEN: u64 = 4096;
 
 /// Attaches to `disk` without asking for anything.
 fn attach(server: &TestServer) -> Raw {
@@ -27,19 +24,12 @@ fn attach(server: &TestServer) -> Raw {
     client
 }
 
-/// Writes and reads at the depth of a busy client.
+/// Writes and reads as a busy client does.
 fn work(client: &mut Raw) {
     for kind in [cmd::WRITE, cmd::READ] {
-        let mut requests = Vec::new();
-        for cookie in 0..DEPTH {
-            requests.extend(client.encode(0, kind, cookie, cookie * LEN, LEN));
-            if kind == cmd::WRITE {
-                requests.extend([7; LEN as usize]);
-            }
-        }
+        let (requests, replies) = batch(client, kind);
         client.send(&requests);
-        let reply = if kind == cmd::READ { 16 + LEN } else { 16 };
-        client.stream.read_exact(&mut vec![0; (reply * DEPTH) as usize]).unwrap();
+        client.stream.read_exact(&mut vec![0; replies]).unwrap();
     }
 }
 

@@ -8,7 +8,7 @@ use std::process::Command;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use common::memory::{anonymous_bytes, peak_bytes};
+use common::memory::{peak_bytes, resident_bytes};
 use common::nbd::{MIB, Raw, Served};
 use common::server::TestServer;
 use nbd_server::nbd::Limits;
@@ -112,5 +112,5 @@ fn ten_thousand_connections_to_the_real_server_harm_no_other() {
 
 /// What this process has, in which the server runs.
 fn own_bytes() -> u64 {
-    anonymous_bytes(std::process::id())
+    resident_bytes(std::process::id())
 }

@@ -11,7 +11,7 @@ use std::net::TcpStream;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use common::nbd::{MIB, Raw, Served};
+use common::nbd::{DEPTH, LEN, MIB, Raw, Served, batch};
 use common::server::TestServer;
 use common::volumes::{Site, id, write};
 use nbd_server::nbd::Limits;
@@ -22,27 +22,12 @@ use stats_alloc::{INSTRUMENTED_SYSTEM, Region, StatsAlloc};
 #[global_allocator]
 static ALLOCATOR: &StatsAlloc<System> = &INSTRUMENTED_SYSTEM;
 
-const DEPTH: u64 = 32;
 const ROUNDS: u64 = 50;
-const LEN: usize = 4096;
 
 /// The allocations of the process are counted: one test at a time.
 fn alone() -> MutexGuard<'static, ()> {
     static ALONE: Mutex<()> = Mutex::new(());
     ALONE.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// Requests as many as the depth, and how long the replies to them are; simple replies, so that they can be counted.
-fn batch(client: &Raw, kind: u16) -> (Vec<u8>, usize) {
-    let mut requests = Vec::new();
-    for cookie in 0..DEPTH {
-        requests.extend(client.encode(0, kind, cookie, (cookie * 7 % 61) * LEN as u64, LEN as u64));
-        if kind == cmd::WRITE {
-            requests.extend([7; LEN]);
-        }
-    }
-    let reply = if kind == cmd::READ { 16 + LEN } else { 16 };
-    (requests, reply * usize::try_from(DEPTH).unwrap())
 }
 
 /// Sends a batch and takes its replies, round after round, allocating nothing.

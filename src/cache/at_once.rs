@@ -2,10 +2,11 @@
 //!
 //! A read asks the kernel for what is in the page cache and nothing else. A write is served if all of its chunks are dirty
 //! already; or if it touches one chunk alone that is here, and marking it, or setting aside for a publish what it was, are
-//! copies of memory, too. It cannot be asked of the kernel so on every file system: it copies into the page cache, and now and then the kernel makes the writer wait there, 200 ms at most at a
-//! time, when more is dirty than the disk takes. So writes are timed ([`Pace`]): after a slow one they go the way of all
-//! that waits, for [`REST_FACTOR`] times as long as it took. A thread is thus held up for at most that part of its time.
-//! A write that meets a sync may wait for the file system's journal, so beside a flush none is done here at all.
+//! copies of memory, too. The kernel cannot be asked not to wait on every file system: a write copies into the page cache,
+//! and now and then the kernel makes the writer wait there, 200 ms at most at a time, when more is dirty than the disk takes.
+//! So writes are timed ([`Pace`]): after a slow one they go the way of all that waits, for [`REST_FACTOR`] times as long as
+//! it took. A thread is thus held up for at most that part of its time. A write that meets a sync may wait for the file
+//! system's journal, so beside a flush none is done here at all.
 
 use std::time::{Duration, Instant};
 
@@ -22,7 +23,7 @@ const REST_FACTOR: u32 = 20;
 /// But not longer than this.
 const LONGEST_REST: Duration = Duration::from_secs(4);
 
-/// The longest write to a chunk with a mark or a copy to be made first, in bytes: the copy is of the same length, or of one block.
+/// The longest write to a chunk with a mark or a copy to be made first, in bytes. The copy is of the blocks it touches.
 const LONGEST_CHANGE_BYTES: u64 = 64 << 10;
 
 /// Whether writes are swift.
@@ -82,8 +83,8 @@ impl Cache {
         })
     }
 
-    /// As [`write`](Self::write), if it is a matter of copying memory and writes are swift; else `false`, and any part of it may
-    /// have been written.
+    /// As [`write`](Self::write), if it is a matter of copying memory and writes are swift; else `false`, and any part of
+    /// it may have been written.
     pub fn write_at_once(&self, range: ByteRange, data: &[u8]) -> bool {
         let Some(_shared) = self.gate.try_read() else { return false };
         let ours = self.log_is_ours.load(Ordering::Acquire);

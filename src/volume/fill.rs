@@ -25,7 +25,7 @@ use crate::units::{ByteRange, ChunkIndex, ExportId};
 
 /// How far a fetch has come.
 #[derive(Debug, Clone)]
-enum Progress {
+enum Stage {
     UnderWay,
     /// The whole chunk is here, but not in the cache yet.
     Fetched(Bytes),
@@ -34,7 +34,7 @@ enum Progress {
     Failed(VolumeError),
 }
 
-impl Progress {
+impl Stage {
     /// The chunk, once it is here.
     fn fetched(&self) -> Option<Result<Bytes, VolumeError>> {
         match self {
@@ -55,7 +55,7 @@ impl Progress {
 }
 
 /// A fetch that others may join.
-type Shared = watch::Receiver<Progress>;
+type Shared = watch::Receiver<Stage>;
 /// A chunk and the hash of the content that is fetched for it: after a reset it may be another.
 type FillKey = (ChunkIndex, [u8; 32]);
 
@@ -71,14 +71,21 @@ impl Volume {
     /// The published content of a chunk that was seen missing, for a client that waits for it; it will be in the cache if
     /// there is room.
     pub(super) async fn fetch_for_client(self: &Arc<Self>, chunk: ChunkIndex) -> Result<Bytes, VolumeError> {
-        let _waits = self.services.fill_budget.client_waits();
-        until(self.shared_fill(chunk, || self.services.fill_budget.stream()).await?, Progress::fetched).await
+        self.for_client(chunk, Stage::fetched).await
     }
 
     /// Makes a chunk resident that was seen missing, for a client that waits for it.
     pub(super) async fn fill(self: &Arc<Self>, chunk: ChunkIndex) -> Result<(), VolumeError> {
+        self.for_client(chunk, Stage::kept).await
+    }
+
+    async fn for_client<T>(
+        self: &Arc<Self>,
+        chunk: ChunkIndex,
+        ready: impl Fn(&Stage) -> Option<Result<T, VolumeError>>,
+    ) -> Result<T, VolumeError> {
         let _waits = self.services.fill_budget.client_waits();
-        until(self.shared_fill(chunk, || self.services.fill_budget.stream()).await?, Progress::kept).await
+        until(self.shared_fill(chunk, || self.services.fill_budget.stream()).await?, ready).await
     }
 
     /// Makes a chunk resident that nobody waits for, when its turn comes; nothing to do if it is by then.
@@ -93,7 +100,7 @@ impl Volume {
         if !self.must_fetch(chunk) {
             return Ok(());
         }
-        until(self.shared_fill(chunk, || stream).await?, Progress::kept).await
+        until(self.shared_fill(chunk, || stream).await?, Stage::kept).await
     }
 
     /// Has fetched what a stream of reads that `range` belongs to will come to next.
@@ -142,7 +149,7 @@ impl Volume {
         if let Some(shared) = under_way.get(&key) {
             return Ok(shared.clone());
         }
-        let (tell, shared) = watch::channel(Progress::UnderWay);
+        let (tell, shared) = watch::channel(Stage::UnderWay);
         under_way.insert(key, shared.clone());
         tokio::spawn(Arc::clone(self).run_fill(key, source, stream(), tell));
         Ok(shared)
@@ -164,15 +171,15 @@ impl Volume {
         cache::blocking(&self.cache, read).await.map_err(|e| self.cache_error(e))
     }
 
-    async fn run_fill(self: Arc<Self>, key: FillKey, source: Remote, stream: Stream, tell: watch::Sender<Progress>) {
+    async fn run_fill(self: Arc<Self>, key: FillKey, source: Remote, stream: Stream, tell: watch::Sender<Stage>) {
         let _budget = self.services.fill_budget.take(source.range.len()).await;
         let end = match self.fetch(key.0, &source, Some(stream)).await {
             Ok(bytes) => {
-                tell.send_replace(Progress::Fetched(bytes.clone()));
+                tell.send_replace(Stage::Fetched(bytes.clone()));
                 let kept = self.keep(key.0, source, bytes.clone()).await;
-                Progress::Kept(bytes, kept)
+                Stage::Kept(bytes, kept)
             }
-            Err(e) => Progress::Failed(e),
+            Err(e) => Stage::Failed(e),
         };
         self.fills.under_way.lock().remove(&key);
         tell.send_replace(end);
@@ -220,17 +227,17 @@ impl Volume {
 
 /// A fetch that ended before it began.
 fn already(bytes: Bytes) -> Shared {
-    watch::channel(Progress::Kept(bytes, Ok(()))).1
+    watch::channel(Stage::Kept(bytes, Ok(()))).1
 }
 
 /// Waits until a fetch has come so far that `ready` says what became of it.
 async fn until<T>(
     mut shared: Shared,
-    ready: impl Fn(&Progress) -> Option<Result<T, VolumeError>>,
+    ready: impl Fn(&Stage) -> Option<Result<T, VolumeError>>,
 ) -> Result<T, VolumeError> {
     let gone = || VolumeError::Unavailable("the fetch was abandoned: the server is stopping".into());
-    let progress = shared.wait_for(|progress| ready(progress).is_some()).await.map_err(|_| gone())?;
-    ready(&progress).ok_or_else(gone)?
+    let stage = shared.wait_for(|stage| ready(stage).is_some()).await.map_err(|_| gone())?;
+    ready(&stage).ok_or_else(gone)?
 }
 
 /// Why a chunk is not there.

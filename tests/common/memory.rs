@@ -1,5 +1,10 @@
 //! How much memory a process has.
 
+/// What it has now, in bytes.
+pub fn resident_bytes(pid: u32) -> u64 {
+    status(pid, "VmRSS:")
+}
+
 /// What it has now, in bytes; not what it has of its files, the program above all, which the kernel takes back at will.
 pub fn anonymous_bytes(pid: u32) -> u64 {
     status(pid, "RssAnon:")

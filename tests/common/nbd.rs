@@ -166,6 +166,25 @@ pub struct Raw<S = TcpStream> {
     pub mode: Mode,
 }
 
+/// What a busy client has in flight.
+pub const DEPTH: u64 = 32;
+/// How long each of its requests is, in bytes.
+pub const LEN: usize = 4096;
+
+/// Requests as many as the depth, in the first 61 blocks of an export, and how long the replies to them are; simple replies, so
+/// that they can be counted.
+pub fn batch(client: &Raw, kind: u16) -> (Vec<u8>, usize) {
+    let mut requests = Vec::new();
+    for cookie in 0..DEPTH {
+        requests.extend(client.encode(0, kind, cookie, (cookie * 7 % 61) * LEN as u64, LEN as u64));
+        if kind == wire::cmd::WRITE {
+            requests.extend([7; LEN]);
+        }
+    }
+    let reply = if kind == wire::cmd::READ { 16 + LEN } else { 16 };
+    (requests, reply * usize::try_from(DEPTH).unwrap())
+}
+
 pub fn frame(option: u32, data: &[u8]) -> Vec<u8> {
     let len = u32::try_from(data.len()).unwrap();
     [&wire::OPTION_MAGIC.to_be_bytes(), &option.to_be_bytes()[..], &len.to_be_bytes(), data].concat()
