@@ -33,6 +33,7 @@ deb: setup
 bench bench-quick:
 	scripts/setup.sh bench
 	cargo build --locked --release --bin nbd-server --example ceiling
+	cargo bench --locked --bench cold --no-run
 	/usr/bin/python3 benches/side_by_side.py $(if $(filter bench-quick,$@),--quick)
 
 # Measures the cold path and publishing; some minutes.

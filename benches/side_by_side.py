@@ -24,10 +24,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 OURS, CEILING, FILE_CEILING = "nbd-server (ours)", "ceiling", "ceiling of a file"
 TICKS = os.sysconf("SC_CLK_TCK")
-# The server under test, and the others; an order in which plots show them.
-ORDER = [CEILING, FILE_CEILING, OURS, "nbdkit file", "qemu-nbd", "nbd-server (Debian)"]
-COLOURS = {CEILING: "#bbbbbb", FILE_CEILING: "#888888", OURS: "#1f6feb", "nbdkit file": "#e07b39", "qemu-nbd": "#8250df",
-           "nbd-server (Debian)": "#5c8a3a"}
+PEERS = ["nbdkit file", "qemu-nbd", "nbd-server (Debian)"]
+# In the order in which tables and plots show them.
+ORDER = [CEILING, FILE_CEILING, OURS, *PEERS]
+COLOURS = {CEILING: "#bbbbbb", FILE_CEILING: "#888888", OURS: "#1f6feb", "nbdkit file": "#e07b39",
+           "qemu-nbd": "#8250df", "nbd-server (Debian)": "#5c8a3a"}
 
 # name, what fio is told, the unit of the figure
 JOBS = [
@@ -172,7 +173,7 @@ def table(results, unit, jobs):
     lines = [f"| work | server | {unit} | of the ceiling | of the best peer | CPU µs per {cpu_of} |",
              "| --- | --- | ---: | ---: | ---: | ---: |"]
     for name in jobs:
-        best = max(figure for server, (figure, _) in results[name].items() if server not in (OURS, CEILING, FILE_CEILING))
+        best = max(figure for server, (figure, _) in results[name].items() if server in PEERS)
         for server in ORDER:
             if server in results[name]:
                 figure, cpu = results[name][server]
