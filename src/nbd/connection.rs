@@ -4,7 +4,6 @@
 //! Promises: a client that does not get on with the handshake, TLS included, is closed at the deadline; an export is opened
 //! only once a client has named it; what the client sent ahead is not lost.
 
-use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -18,6 +17,7 @@ use super::Shared;
 use super::handshake::{self, Close, ExportInfo, Handshake, Negotiated, Step, TlsState};
 use super::request::Attachment;
 use super::socket::Socket;
+use super::stream::Stream;
 use super::transmission;
 use crate::units::{ExportId, Geometry};
 use crate::volume::Volume;
@@ -29,19 +29,16 @@ const RECEIVE_BYTES: usize = 4096;
 const STOPPING_GRACE: Duration = Duration::from_secs(1);
 
 /// Serves one client to its end.
-pub(super) async fn run<S>(mut stream: S, shared: &Shared, mut stop: watch::Receiver<bool>)
-where
-    S: AsyncRead + AsyncWrite + AsFd + Unpin,
-{
+pub(super) async fn run(mut stream: Stream, shared: &Shared, mut stop: watch::Receiver<bool>) {
     let mut talk = Talk::new(shared);
     match talk.negotiate(&mut stream, &mut stop).await {
         Ok(Next::Transmit(attached)) => {
-            let socket = Socket::of(&stream);
+            let socket = stream.socket();
             transmit(stream, socket, talk, attached, stop).await;
         }
         // In a box: a plain connection shall not be as large as one with a TLS session in it.
         Ok(Next::Secure) => {
-            let socket = Socket::of(&stream).under_tls();
+            let socket = stream.socket().under_tls();
             Box::pin(run_in_tls(stream, socket, talk, stop)).await;
         }
         Err(why) => leave(stream, &why).await,

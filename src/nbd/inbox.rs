@@ -10,6 +10,8 @@ use std::time::Duration;
 use bytes::{BufMut, Bytes, BytesMut};
 use tokio::io::{AsyncRead, AsyncReadExt};
 
+use super::limits::within;
+
 /// The receive buffer of a client that sends little, in bytes.
 const SMALL_BUFFER_BYTES: usize = 4 << 10;
 /// What it grows to for one that fills it, in bytes: room for 60 requests with 4 KiB each.
@@ -87,11 +89,8 @@ impl<R: AsyncRead + Unpin> Inbox<R> {
         let most = if std::mem::take(&mut self.wary) { WARY_BYTES } else { self.buffer.len() };
         let room = self.end..self.buffer.len().min(self.end + most);
         let reading = self.reader.read(&mut self.buffer[room]);
-        let got = if inside {
-            tokio::time::timeout(self.stalled, reading).await.map_err(|_| Gone::Stalled)??
-        } else {
-            reading.await?
-        };
+        let got =
+            if inside { within(self.stalled, reading).await.map_err(|_| Gone::Stalled)?? } else { reading.await? };
         if got == 0 {
             return Err(if inside { Gone::Cut } else { Gone::Closed });
         }
@@ -146,7 +145,7 @@ impl<R: AsyncRead + Unpin> Inbox<R> {
         let mut got = here;
         while got < payload.len() {
             let reading = self.reader.read(&mut payload[got..]);
-            match tokio::time::timeout(self.stalled, reading).await.map_err(|_| Gone::Stalled)?? {
+            match within(self.stalled, reading).await.map_err(|_| Gone::Stalled)?? {
                 0 => return Err(Gone::Cut),
                 more => got += more,
             }
@@ -170,7 +169,7 @@ impl<R: AsyncRead + Unpin> Inbox<R> {
             let left = len - payload.len();
             let mut rest = (&mut payload).limit(left);
             let reading = self.reader.read_buf(&mut rest);
-            if tokio::time::timeout(self.stalled, reading).await.map_err(|_| Gone::Stalled)?? == 0 {
+            if within(self.stalled, reading).await.map_err(|_| Gone::Stalled)?? == 0 {
                 return Err(Gone::Cut);
             }
         }
@@ -193,7 +192,7 @@ impl<R: AsyncRead + Unpin> Inbox<R> {
 
     /// Receives once more, inside a request even if nothing of it is in the buffer.
     async fn more(&mut self) -> Result<(), Gone> {
-        match tokio::time::timeout(self.stalled, self.receive()).await {
+        match within(self.stalled, self.receive()).await {
             Err(_) => Err(Gone::Stalled),
             Ok(Err(Gone::Closed)) => Err(Gone::Cut),
             Ok(received) => received,

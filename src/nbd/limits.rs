@@ -1,6 +1,11 @@
 //! What one client, and all of them together, may cost. Every wait and every buffer of this floor is bounded here.
 
+use std::future::poll_fn;
+use std::pin::pin;
+use std::task::Poll;
 use std::time::Duration;
+
+use tokio::time::error::Elapsed;
 
 use crate::metrics::Counter;
 
@@ -26,6 +31,8 @@ pub struct OptionLimits {
 pub struct Limits {
     /// Connections at once; one more is closed at once. 16,384.
     pub connections: usize,
+    /// Busy connections that have a thread of their own; the others share those of the runtime. 256.
+    pub threads: usize,
     /// How long a client may take to get from the greeting to an attached export, not counting the time the server
     /// takes to open it. 10 s.
     pub handshake: Duration,
@@ -51,6 +58,7 @@ impl Default for Limits {
     fn default() -> Self {
         Self {
             connections: 16_384,
+            threads: 256,
             handshake: Duration::from_secs(10),
             option: OptionLimits { options: 1_000, read_bytes: 64 << 10, drained_bytes: 1 << 20 },
             requests: 256,
@@ -65,6 +73,15 @@ impl Default for Limits {
 
 // A request of the longest legal payload must fit, or it would wait for ever.
 const _: () = assert!((MAX_PAYLOAD_BYTES as u64) < MAX_DRAINED_PAYLOAD_BYTES);
+
+/// Waits for `future` no longer than `limit`. What is ready at once costs no timer.
+pub(super) async fn within<F: Future>(limit: Duration, future: F) -> Result<F::Output, Elapsed> {
+    let mut future = pin!(future);
+    match poll_fn(|context| Poll::Ready(future.as_mut().poll(context))).await {
+        Poll::Ready(done) => Ok(done),
+        Poll::Pending => tokio::time::timeout(limit, future).await,
+    }
+}
 
 /// Which limits have bitten, so that each is logged once: a hostile client shall not fill the log either.
 #[derive(Debug, Default)]

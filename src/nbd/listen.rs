@@ -6,10 +6,11 @@
 
 use std::fmt;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
-use tokio::net::{TcpListener, TcpSocket, TcpStream, UnixListener, UnixSocket, UnixStream};
+use tokio::net::{TcpListener, TcpSocket, UnixListener, UnixSocket, UnixStream};
 
 /// The port that NBD has been assigned.
 pub const DEFAULT_PORT: u16 = 10809;
@@ -116,9 +117,10 @@ impl Drop for SocketFile {
 
 /// A client, just connected.
 #[derive(Debug)]
-pub(super) enum Client {
-    Tcp(TcpStream),
-    Unix(UnixStream),
+pub(super) struct Client {
+    /// Who it is, for the log.
+    pub(super) peer: String,
+    pub(super) socket: OwnedFd,
 }
 
 /// Binds the first address of a name that can be had.
@@ -192,12 +194,15 @@ impl Listener {
     pub(super) async fn accept(&self) -> io::Result<Client> {
         match &self.socket {
             Socket::Tcp(listener) => {
-                let (stream, _) = listener.accept().await?;
+                let (stream, peer) = listener.accept().await?;
                 // "SHOULD set TCP_NODELAY." A socket that died already says so at its first use.
                 let _ = stream.set_nodelay(true);
-                Ok(Client::Tcp(stream))
+                Ok(Client { peer: peer.to_string(), socket: stream.into_std()?.into() })
             }
-            Socket::Unix { listener, .. } => Ok(Client::Unix(listener.accept().await?.0)),
+            Socket::Unix { listener, .. } => {
+                let (stream, _) = listener.accept().await?;
+                Ok(Client { peer: "unix".to_owned(), socket: stream.into_std()?.into() })
+            }
         }
     }
 }

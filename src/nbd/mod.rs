@@ -12,6 +12,7 @@
 
 mod connection;
 pub mod context;
+mod driver;
 pub mod errno;
 pub mod handshake;
 mod inbox;
@@ -23,20 +24,20 @@ pub mod reply;
 pub mod request;
 mod serve;
 mod socket;
+mod stream;
 pub mod tls;
 mod transmission;
 mod tray;
 pub mod wire;
 
-use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
+use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinSet;
-use tracing::Instrument;
 
+use self::driver::Driver;
 use self::limits::Bites;
 pub use self::limits::Limits;
 use self::listen::Client;
@@ -58,6 +59,8 @@ const CLOSING_BYTES: u64 = 64 << 20;
 pub struct Server {
     shared: Arc<Shared>,
     connections: Arc<Semaphore>,
+    /// For busy connections.
+    threads: Arc<Semaphore>,
 }
 
 /// What all connections share.
@@ -99,6 +102,7 @@ impl Server {
                 attached: Counter::default(),
             }),
             connections: Arc::new(Semaphore::new(limits.connections)),
+            threads: Arc::new(Semaphore::new(limits.threads)),
         }
     }
 
@@ -107,13 +111,14 @@ impl Server {
     /// Call it once per listener; the calls may run side by side.
     pub async fn serve(&self, listener: Listener, stop: watch::Receiver<bool>) {
         let mut clients = JoinSet::new();
+        let cut = watch::Sender::new(false);
         let mut stopping = stop.clone();
         loop {
             tokio::select! {
                 () = stopped(&mut stopping) => break,
                 Some(_) = clients.join_next() => {}
                 accepted = listener.accept() => match accepted {
-                    Ok(client) => self.welcome(client, &mut clients, &stop),
+                    Ok(client) => self.welcome(client, &mut clients, &stop, &cut),
                     Err(error) => {
                         // The client gave up, or descriptors have run out: neither is a reason to stop serving others.
                         tracing::warn!("cannot accept a client on {}: {error}", listener.local_addr());
@@ -126,7 +131,8 @@ impl Server {
         let drained = async { while clients.join_next().await.is_some() {} };
         if tokio::time::timeout(self.shared.limits.drain, drained).await.is_err() {
             self.shared.bites.drain.log("the stop did not wait for all requests: some clients were cut off");
-            clients.shutdown().await;
+            cut.send_replace(true);
+            while clients.join_next().await.is_some() {}
         }
     }
 
@@ -151,35 +157,32 @@ impl Server {
         }
     }
 
-    fn welcome(&self, client: Client, clients: &mut JoinSet<()>, stop: &watch::Receiver<bool>) {
+    fn welcome(
+        &self,
+        client: Client,
+        clients: &mut JoinSet<()>,
+        stop: &watch::Receiver<bool>,
+        cut: &watch::Sender<bool>,
+    ) {
         let Ok(place) = Arc::clone(&self.connections).try_acquire_owned() else {
             self.shared.bites.connections.log("as many clients are connected as are allowed: new ones are closed");
             return;
         };
         let id = self.shared.accepted.increment() + 1;
         let (shared, stop) = (Arc::clone(&self.shared), stop.clone());
-        // Around everything that is logged of this client; the export is filled in once it is known.
-        let span = |peer: &str| tracing::info_span!("connection", id, peer, export = tracing::field::Empty);
-        match client {
-            Client::Tcp(stream) => {
-                let peer = stream.peer_addr().map_or_else(|_| "gone".to_owned(), |peer| peer.to_string());
-                clients.spawn(client_task(stream, shared, stop, place).instrument(span(&peer)))
-            }
-            Client::Unix(stream) => clients.spawn(client_task(stream, shared, stop, place).instrument(span("unix"))),
-        };
+        // The export is filled in once it is known.
+        let span = tracing::info_span!("connection", id, peer = client.peer, export = tracing::field::Empty);
+        let driver = Driver::new(client.socket, span, async move |stream| {
+            connection::run(stream, &shared, stop).await;
+            drop(place);
+        });
+        clients.spawn(driver.run(Arc::clone(&self.threads), cut.subscribe()));
     }
 }
 
 /// Returns once the server is told to stop, or nobody is left who could tell it to.
 async fn stopped(stop: &mut watch::Receiver<bool>) {
     let _ = stop.wait_for(|stop| *stop).await;
-}
-
-async fn client_task<S>(stream: S, shared: Arc<Shared>, stop: watch::Receiver<bool>, _place: OwnedSemaphorePermit)
-where
-    S: AsyncRead + AsyncWrite + AsFd + Unpin,
-{
-    connection::run(stream, &shared, stop).await;
 }
 
 /// Closes so that the client gets what was sent: with data left unread the system would answer with a reset, and a reset

@@ -20,7 +20,7 @@ use tokio::io::{AsyncWrite, AsyncWriteExt};
 use tokio::sync::{Semaphore, SemaphorePermit};
 
 use super::errno::Errno;
-use super::limits::{Bites, Limits};
+use super::limits::{Bites, Limits, within};
 use super::reply::{Asked, Frames, Outcome};
 use super::socket::Socket;
 
@@ -389,7 +389,7 @@ async fn send<W: AsyncWrite + Unpin>(writer: &mut W, frames: &Frames, stalled: D
             *slot = IoSlice::new(if i == 0 { &slice[sent..] } else { slice });
             count = i + 1;
         }
-        let write = tokio::time::timeout(stalled, writer.write_vectored(&slices[..count]));
+        let write = within(stalled, writer.write_vectored(&slices[..count]));
         let mut written = write.await.map_err(|_| io::Error::from(io::ErrorKind::TimedOut))??;
         if written == 0 {
             return Err(io::ErrorKind::WriteZero.into());
@@ -406,7 +406,7 @@ async fn send<W: AsyncWrite + Unpin>(writer: &mut W, frames: &Frames, stalled: D
         }
     }
     // A stream that buffers (TLS) hands on what it holds.
-    tokio::time::timeout(stalled, writer.flush()).await.map_err(|_| io::Error::from(io::ErrorKind::TimedOut))?
+    within(stalled, writer.flush()).await.map_err(|_| io::Error::from(io::ErrorKind::TimedOut))?
 }
 
 #[cfg(test)]

@@ -5,7 +5,8 @@
 //! whoever has had to wait looks here before it takes the next request. A client that only shuts down its sending side
 //! gets all its replies as long as its requests stay within the limits.
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::{SendFlags, send};
@@ -13,15 +14,15 @@ use rustix::net::{SendFlags, send};
 /// A connection's socket.
 #[derive(Debug)]
 pub(super) struct Socket {
-    fd: Option<OwnedFd>,
+    fd: Arc<OwnedFd>,
     /// What is sent on it is what the client reads: there is no TLS on top.
     plain: bool,
 }
 
 impl Socket {
-    /// This stream's socket, with nothing on top of it. Without a descriptor to spare it does nothing.
-    pub(super) fn of(stream: &impl AsFd) -> Self {
-        Self { fd: stream.as_fd().try_clone_to_owned().ok(), plain: true }
+    /// A socket with nothing on top of it.
+    pub(super) fn plain(fd: Arc<OwnedFd>) -> Self {
+        Self { fd, plain: true }
     }
 
     /// The same, under TLS.
@@ -31,8 +32,7 @@ impl Socket {
 
     /// Whether the client has closed, or at least will send no more.
     pub(super) fn has_hung_up(&self) -> bool {
-        let Some(socket) = &self.fd else { return false };
-        let mut asked = [PollFd::new(socket, PollFlags::RDHUP)];
+        let mut asked = [PollFd::new(&*self.fd, PollFlags::RDHUP)];
         let now = Timespec { tv_sec: 0, tv_nsec: 0 };
         poll(&mut asked, Some(&now)).is_ok_and(|ready| ready > 0)
     }
@@ -40,9 +40,9 @@ impl Socket {
     /// Sends as much of `bytes` as goes without waiting, and says how much that was. Only for who knows that nobody else
     /// is sending. A broken connection takes nothing; its stream will say so.
     pub(super) fn send_now(&self, bytes: &[u8]) -> usize {
-        match &self.fd {
-            Some(socket) if self.plain => send(socket, bytes, SendFlags::DONTWAIT | SendFlags::NOSIGNAL).unwrap_or(0),
-            _ => 0,
+        if !self.plain {
+            return 0;
         }
+        send(&*self.fd, bytes, SendFlags::DONTWAIT | SendFlags::NOSIGNAL).unwrap_or(0)
     }
 }

@@ -15,6 +15,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::watch;
+use tokio::time::Interval;
 
 use super::Shared;
 use super::inbox::{DIRECT_PAYLOAD_BYTES, Gone, Inbox};
@@ -32,8 +33,10 @@ use crate::volume::Volume;
 /// The longest READ or WRITE that is served at once, in bytes: copying it takes a fraction of a millisecond, and that is
 /// how long the requests behind it wait.
 const AT_ONCE_BYTES: usize = pool::BUFFER_BYTES;
-/// After this much silence a client's buffers are given back. A receive that it cuts off loses nothing.
-const SILENCE: Duration = Duration::from_secs(5);
+/// How often a connection looks whether its client has been silent since it last looked; [`SILENT_LOOKS`] in a row, and the
+/// client's buffers are given back. A timer for each receive would cost more than this.
+const LOOK: Duration = Duration::from_secs(3);
+const SILENT_LOOKS: u32 = 2;
 /// A READ up to this many bytes is read into the very memory it is sent from, between the headers.
 const GATHERED_READ_BYTES: usize = 16 << 10;
 /// What a BLOCK_STATUS in flight is charged for, in bytes: its extents as the volume lists them and as they are sent.
@@ -71,8 +74,15 @@ pub(super) async fn run<S>(
     let limits = shared.limits;
     let (reader, mut writer) = tokio::io::split(stream);
     let outbox = Outbox::new(limits, Arc::clone(&shared.bytes), socket);
-    let mut connection =
-        Connection { inbox: Inbox::new(reader, early, limits.stalled), volume, attachment, outbox: &outbox, shared };
+    let mut connection = Connection {
+        inbox: Inbox::new(reader, early, limits.stalled),
+        volume,
+        attachment,
+        outbox: &outbox,
+        shared,
+        looks: tokio::time::interval(LOOK),
+        silent_looks: 0,
+    };
     let sent = {
         let mut sending = pin!(outbox::send_all(&mut writer, &outbox, limits.stalled));
         let end = {
@@ -129,6 +139,9 @@ struct Connection<'a, R> {
     attachment: Attachment,
     outbox: &'a Arc<Outbox>,
     shared: &'a Shared,
+    looks: Interval,
+    /// How many looks in a row found that nothing had been received since.
+    silent_looks: u32,
 }
 
 impl<R: AsyncRead + Unpin> Connection<'_, R> {
@@ -159,12 +172,21 @@ impl<R: AsyncRead + Unpin> Connection<'_, R> {
         if self.inbox.is_inside_request() {
             return self.inbox.receive().await;
         }
-        match tokio::time::timeout(SILENCE, self.inbox.receive()).await {
-            Ok(received) => received,
-            Err(_) => {
-                self.inbox.shrink();
-                self.outbox.shrink();
-                self.inbox.receive().await
+        loop {
+            // A receive that a look cuts off loses nothing.
+            tokio::select! {
+                biased;
+                received = self.inbox.receive() => {
+                    self.silent_looks = 0;
+                    return received;
+                }
+                _ = self.looks.tick(), if self.silent_looks < SILENT_LOOKS => {
+                    self.silent_looks += 1;
+                    if self.silent_looks == SILENT_LOOKS {
+                        self.inbox.shrink();
+                        self.outbox.shrink();
+                    }
+                }
             }
         }
     }

@@ -10,7 +10,7 @@ fn asked(cookie: u64) -> Asked {
 
 /// A socket that nothing can be sent on beside the stream.
 fn no_socket() -> Socket {
-    Socket::of(&UnixStream::pair().unwrap().0).under_tls()
+    Socket::plain(Arc::new(UnixStream::pair().unwrap().0.into())).under_tls()
 }
 
 fn outbox(limits: Limits) -> Arc<Outbox> {
@@ -99,7 +99,7 @@ fn with_socket() -> (Arc<Outbox>, UnixStream) {
     let (ours, theirs) = UnixStream::pair().unwrap();
     theirs.set_nonblocking(true).unwrap();
     let limits = Limits::default();
-    (Outbox::new(limits, Arc::new(Semaphore::new(limits.shared_bytes)), Socket::of(&ours)), theirs)
+    (Outbox::new(limits, Arc::new(Semaphore::new(limits.shared_bytes)), Socket::plain(Arc::new(ours.into()))), theirs)
 }
 
 async fn ticket(outbox: &Arc<Outbox>, cookie: u64) -> Ticket {
