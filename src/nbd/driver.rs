@@ -9,7 +9,7 @@
 //! Promises: no connection waits for another one's requests, as long as there are threads to be had; with none, the
 //! runtime serves in turns; asking without sleep is limited to [`ASKING`] for each wait, goes on only while it pays off, and
 //! lets every other thread go first.
-//! Must never: lose a wake-up on the way between the two, or outlive [`Driver::run`].
+//! Must never: lose a wake-up on the way between the two, or let a thread go on when nobody runs the driver any more.
 
 use std::future::poll_fn;
 use std::io;
@@ -24,7 +24,6 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use tokio::io::unix::AsyncFd;
 use tokio::runtime::Handle;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot, watch};
-
 use tracing::Span;
 
 use super::stream::{Stream, Wants};
@@ -162,10 +161,13 @@ impl Driver {
             return self.without_thread(&error);
         }
         hand_over.send(self).ok()?;
+        // Also if this future is dropped.
+        let leaving = Leaving(bell);
         tokio::select! {
             quiet = &mut given_back => return quiet.ok().flatten(),
-            () = super::stopped(cut) => bell.cut(),
+            () = super::stopped(cut) => {}
         }
+        drop(leaving);
         // Whoever cuts it off wants to know it gone.
         let _ = given_back.await;
         None
@@ -289,6 +291,15 @@ impl Bell {
     }
 }
 
+/// Whoever waits for a thread; the thread stops polling when there is nobody any more.
+struct Leaving(Arc<Bell>);
+
+impl Drop for Leaving {
+    fn drop(&mut self) {
+        self.0.cut();
+    }
+}
+
 impl Wake for Bell {
     fn wake(self: Arc<Self>) {
         self.ring();
@@ -393,6 +404,18 @@ mod tests {
             assert_eq!(echo.client.read(&mut [0]).await.unwrap(), 0, "its socket is closed");
             assert_eq!(echo.threads.available_permits(), usize::from(on_thread));
         }
+    }
+
+    #[tokio::test]
+    async fn a_thread_whose_driver_was_dropped_ends_though_its_client_is_busy() {
+        let mut echo = Echo::start(1);
+        assert!(echo.is_given_a_thread().await);
+        echo.run.abort();
+        // Its client goes on asking, so it is not that it has become quiet.
+        let gone = async {
+            while echo.client.write_all(&[7]).await.is_ok() && echo.client.read_exact(&mut [0]).await.is_ok() {}
+        };
+        tokio::time::timeout(Duration::from_secs(5), gone).await.expect("the connection is dropped");
     }
 
     #[tokio::test]

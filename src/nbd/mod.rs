@@ -5,7 +5,7 @@
 //! Must never: see the admin interface, the cache, the store or a manifest. Exports and their data come from
 //! [`crate::volume`] alone.
 //!
-//! The way of a request: [`listen`] → `connection` drives the pure [`handshake`], over [`tls`] if so agreed →
+//! The way of a request: [`listen`] → `driver` polls the connection, on the runtime or on a thread → `connection` drives the pure [`handshake`], over [`tls`] if so agreed →
 //! `transmission` takes requests
 //! from its inbox, [`request`] judges each once, `serve` calls the volume, [`reply`] makes the frames, the outbox sends
 //! them.
@@ -23,6 +23,7 @@ mod pool;
 pub mod reply;
 pub mod request;
 mod serve;
+mod silence;
 mod socket;
 mod stream;
 pub mod tls;

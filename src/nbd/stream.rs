@@ -156,3 +156,71 @@ impl AsyncWrite for Stream {
         Poll::Ready(shutdown(&*self.socket, Shutdown::Write).map_err(Into::into))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::{Read, Write};
+    use std::os::unix::net::UnixStream;
+
+    struct Ends {
+        stream: Stream,
+        wants: Arc<Wants>,
+        peer: UnixStream,
+    }
+
+    fn ends() -> Ends {
+        let (peer, ours) = UnixStream::pair().unwrap();
+        let wants = Arc::<Wants>::default();
+        Ends { stream: Stream::new(Arc::new(ours.into()), Arc::clone(&wants)), wants, peer }
+    }
+
+    /// How much one receive brings, if it brings something.
+    fn receive(stream: &mut Stream) -> Option<usize> {
+        let mut memory = vec![0; 64 << 10];
+        let mut buf = ReadBuf::new(&mut memory);
+        let received = Pin::new(stream).poll_read(&mut Context::from_waker(std::task::Waker::noop()), &mut buf);
+        received.map(Result::unwrap).is_ready().then(|| buf.filled().len())
+    }
+
+    #[test]
+    fn after_a_receive_that_took_all_there_was_replies_go_first() {
+        let Ends { mut stream, wants, mut peer } = ends();
+        peer.write_all(&[1; LITTLE_BYTES]).unwrap();
+        assert_eq!(receive(&mut stream), Some(LITTLE_BYTES));
+        peer.write_all(&[1]).unwrap();
+        assert_eq!(receive(&mut stream), None);
+        assert!(wants.put_off.take() && !wants.readable.take());
+        assert_eq!(receive(&mut stream), Some(1), "once");
+    }
+
+    #[test]
+    fn after_one_that_brought_little_the_next_looks_at_once_but_not_the_one_after() {
+        let Ends { mut stream, wants, mut peer } = ends();
+        for _ in 0..3 {
+            for expected in [Some(1), Some(1), None] {
+                peer.write_all(&[1]).unwrap();
+                assert_eq!(receive(&mut stream), expected);
+            }
+            assert!(wants.put_off.take());
+            assert_eq!(receive(&mut stream), Some(1));
+            assert_eq!(receive(&mut stream), None, "the second in a row, which finds nothing");
+            assert!(wants.readable.take() && !wants.put_off.take());
+        }
+    }
+
+    #[test]
+    fn a_send_that_found_no_room_is_not_tried_again_before_there_is_some() {
+        let Ends { mut stream, wants, mut peer } = ends();
+        let send = |stream: &mut Stream| {
+            let context = &mut Context::from_waker(std::task::Waker::noop());
+            Pin::new(stream).poll_write(context, &[1; 4096]).is_ready()
+        };
+        while send(&mut stream) {}
+        assert!(wants.writable.take());
+        peer.read_exact(&mut [0; 64 << 10]).unwrap();
+        assert!(!send(&mut stream) && wants.writable.take(), "nobody has said so");
+        wants.full.take();
+        assert!(send(&mut stream));
+    }
+}

@@ -10,12 +10,10 @@ use std::future::{Future, poll_fn};
 use std::pin::pin;
 use std::sync::Arc;
 use std::task::Poll;
-use std::time::Duration;
 
 use bytes::Bytes;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::watch;
-use tokio::time::Interval;
 
 use super::Shared;
 use super::inbox::{DIRECT_PAYLOAD_BYTES, Gone, Inbox};
@@ -25,6 +23,7 @@ use super::pool;
 use super::reply::{Asked, Outcome};
 use super::request::{self, Attachment, Command, MAX_BLOCK_STATUS_PAYLOAD_BYTES, Refusal};
 use super::serve::{self, MAX_EXTENTS, Task};
+use super::silence::Silence;
 use super::socket::Socket;
 use super::wire::{self, BadMagic, Request, cflag};
 use crate::units::ByteRange;
@@ -33,10 +32,6 @@ use crate::volume::Volume;
 /// The longest READ or WRITE that is served at once, in bytes: copying it takes a fraction of a millisecond, and that is
 /// how long the requests behind it wait.
 const AT_ONCE_BYTES: usize = pool::BUFFER_BYTES;
-/// How often a connection looks whether its client has been silent since it last looked; [`SILENT_LOOKS`] in a row, and the
-/// client's buffers are given back. A timer for each receive would cost more than this.
-const LOOK: Duration = Duration::from_secs(3);
-const SILENT_LOOKS: u32 = 2;
 /// A READ up to this many bytes is read into the very memory it is sent from, between the headers.
 const GATHERED_READ_BYTES: usize = 16 << 10;
 /// What a BLOCK_STATUS in flight is charged for, in bytes: its extents as the volume lists them and as they are sent.
@@ -80,8 +75,7 @@ pub(super) async fn run<S>(
         attachment,
         outbox: &outbox,
         shared,
-        looks: tokio::time::interval(LOOK),
-        silent_looks: 0,
+        silence: Silence::new(),
     };
     let sent = {
         let mut sending = pin!(outbox::send_all(&mut writer, &outbox, limits.stalled));
@@ -139,9 +133,7 @@ struct Connection<'a, R> {
     attachment: Attachment,
     outbox: &'a Arc<Outbox>,
     shared: &'a Shared,
-    looks: Interval,
-    /// How many looks in a row found that nothing had been received since.
-    silent_looks: u32,
+    silence: Silence,
 }
 
 impl<R: AsyncRead + Unpin> Connection<'_, R> {
@@ -173,19 +165,16 @@ impl<R: AsyncRead + Unpin> Connection<'_, R> {
             return self.inbox.receive().await;
         }
         loop {
-            // A receive that a look cuts off loses nothing.
+            // A receive that is cut off loses nothing.
             tokio::select! {
                 biased;
                 received = self.inbox.receive() => {
-                    self.silent_looks = 0;
+                    self.silence.is_broken();
                     return received;
                 }
-                _ = self.looks.tick(), if self.silent_looks < SILENT_LOOKS => {
-                    self.silent_looks += 1;
-                    if self.silent_looks == SILENT_LOOKS {
-                        self.inbox.shrink();
-                        self.outbox.shrink();
-                    }
+                () = self.silence.lasts(), if !self.silence.was_noticed() => {
+                    self.inbox.shrink();
+                    self.outbox.shrink();
                 }
             }
         }
