@@ -9,10 +9,10 @@ use std::io::ErrorKind;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use common::hooked::Hooked;
-use common::nbd::{CHUNK as NBD_CHUNK, LAZY_BYTES, Raw, Served};
+use common::nbd::{CHUNK as NBD_CHUNK, LAZY_BYTES, MIB, Raw, Served};
 use common::volumes::*;
 use nbd_server::disk::RealDisk;
 use nbd_server::nbd::Limits;
@@ -317,6 +317,44 @@ fn a_read_that_waits_for_the_disk_holds_up_nothing() {
     }
     drop(open);
     assert_eq!(client.answer(0, 4096).cookie, 1);
+}
+
+#[test]
+fn long_reads_that_came_together_are_shared_among_processors_unless_all_have_clients_of_their_own() {
+    let disk = Hooked::new(RealDisk);
+    let served = served_on(&disk);
+    let elsewhere = Arc::new(AtomicUsize::new(0));
+    let count = Arc::clone(&elsewhere);
+    disk.hook(move |operation, _| {
+        if operation == "read_at_once" && std::thread::current().name() != Some("nbd-client") {
+            count.fetch_add(1, Ordering::SeqCst);
+        }
+        Ok(())
+    });
+    // How many reads of the disk other threads than those of busy clients did for requests that are sent together.
+    let read_elsewhere = |client: &mut Raw, requests: u64, len: u64| {
+        elsewhere.store(0, Ordering::SeqCst);
+        let sent: Vec<u8> = (0..requests).flat_map(|i| client.encode(0, cmd::READ, i, i * MIB, len)).collect();
+        client.send(&sent);
+        for _ in 0..requests {
+            assert_eq!(client.take(16 + len as usize)[16..], vec![1; len as usize]);
+        }
+        elsewhere.load(Ordering::SeqCst)
+    };
+    let has_no_thread = |client: &mut Raw| read_elsewhere(client, 1, 1) > 0;
+    let processors = std::thread::available_parallelism().unwrap().get();
+    let mut clients: Vec<Raw> = (0..processors).map(|_| Raw::attach(&served, "disk", Mode::Simple)).collect();
+    let patience = Instant::now() + Duration::from_secs(30);
+    if processors > 1 {
+        while has_no_thread(&mut clients[0]) {
+            assert!(Instant::now() < patience, "it gets no thread");
+        }
+        assert!(read_elsewhere(&mut clients[0], 4, MIB) > 0);
+    }
+    // A stall of the machine may take a client's thread away: it is asked until it has one again.
+    while clients.iter_mut().any(has_no_thread) || read_elsewhere(&mut clients[0], 4, MIB) > 0 {
+        assert!(Instant::now() < patience, "all are busy, and still others read for them");
+    }
 }
 
 #[test]

@@ -60,8 +60,6 @@ const CLOSING_BYTES: u64 = 64 << 20;
 pub struct Server {
     shared: Arc<Shared>,
     connections: Arc<Semaphore>,
-    /// For busy connections.
-    threads: Arc<Semaphore>,
 }
 
 /// What all connections share.
@@ -73,11 +71,21 @@ struct Shared {
     tls: Option<Arc<Tls>>,
     /// Payload bytes in flight beyond what each connection has for itself.
     bytes: Arc<Semaphore>,
+    /// For busy connections.
+    threads: Arc<Semaphore>,
+    processors: usize,
     pool: Arc<Pool>,
     bites: Bites,
     /// Clients that were let in; and of these, those that attached an export.
     accepted: Counter,
     attached: Counter,
+}
+
+impl Shared {
+    /// Whether fewer connections are busy than there are processors.
+    fn has_processors_to_spare(&self) -> bool {
+        self.limits.threads - self.threads.available_permits() < self.processors
+    }
 }
 
 impl Server {
@@ -97,13 +105,14 @@ impl Server {
                 limits,
                 tls,
                 bytes,
+                threads: Arc::new(Semaphore::new(limits.threads)),
+                processors: std::thread::available_parallelism().map_or(1, usize::from),
                 pool: Arc::default(),
                 bites: Bites::default(),
                 accepted: Counter::default(),
                 attached: Counter::default(),
             }),
             connections: Arc::new(Semaphore::new(limits.connections)),
-            threads: Arc::new(Semaphore::new(limits.threads)),
         }
     }
 
@@ -171,13 +180,14 @@ impl Server {
         };
         let id = self.shared.accepted.increment() + 1;
         let (shared, stop) = (Arc::clone(&self.shared), stop.clone());
+        let threads = Arc::clone(&shared.threads);
         // The export is filled in once it is known.
         let span = tracing::info_span!("connection", id, peer = client.peer, export = tracing::field::Empty);
         let driver = Driver::new(client.socket, span, async move |stream| {
             connection::run(stream, &shared, stop).await;
             drop(place);
         });
-        clients.spawn(driver.run(Arc::clone(&self.threads), cut.subscribe()));
+        clients.spawn(driver.run(threads, cut.subscribe()));
     }
 }
 

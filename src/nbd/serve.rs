@@ -31,6 +31,13 @@ pub(super) struct Task {
     pub(super) contexts: Vec<Context>,
 }
 
+impl Task {
+    /// A command alone.
+    pub(super) fn of(command: Command) -> Self {
+        Self { command, durable: false, payload: Bytes::new(), contexts: Vec::new() }
+    }
+}
+
 /// Takes a task up; `answer` gets its outcome, on whatever thread it comes about. A change has its place in the order of
 /// arrivals when this returns.
 pub(super) fn serve(volume: &Arc<Volume>, task: Task, answer: impl FnOnce(Outcome) + Send + 'static) {

@@ -1,9 +1,9 @@
 //! Transmission: requests in, validated once, served, answered in any order.
 //!
 //! Promises: all requests that one receive brought are taken up before the next; what need not wait is served as it is
-//! taken up, without another thread, and a slow request never holds up those behind it; everything accepted is answered
-//! before an orderly close, also to a client that has shut down its sending side; the stream stays in sync after a refused
-//! request.
+//! taken up, without another thread (but a long READ with the next request right behind it, if processors are idle); a slow
+//! request never holds up those behind it; everything accepted is answered before an orderly close, also to a client that has
+//! shut down its sending side; the stream stays in sync after a refused request.
 //! Must never: carry out a request that did not arrive whole, or read on while the client's limits are used up.
 
 use std::future::{Future, poll_fn};
@@ -18,8 +18,8 @@ use tokio::sync::watch;
 use super::Shared;
 use super::inbox::{DIRECT_PAYLOAD_BYTES, Gone, Inbox};
 use super::limits::{MAX_DRAINED_PAYLOAD_BYTES, MAX_PAYLOAD_BYTES};
-use super::outbox::{self, Outbox, Slot};
-use super::pool;
+use super::outbox::{self, Outbox, Slot, Ticket};
+use super::pool::{self, Lease};
 use super::reply::{Asked, Outcome};
 use super::request::{self, Attachment, Command, MAX_BLOCK_STATUS_PAYLOAD_BYTES, Refusal};
 use super::serve::{self, MAX_EXTENTS, Task};
@@ -34,6 +34,8 @@ use crate::volume::Volume;
 const AT_ONCE_BYTES: usize = pool::BUFFER_BYTES;
 /// A READ up to this many bytes is read into the very memory it is sent from, between the headers.
 const GATHERED_READ_BYTES: usize = 16 << 10;
+/// A READ of this many bytes or more takes longer than handing it to another thread, if there is something else to do.
+const ASIDE_READ_BYTES: usize = 256 << 10;
 /// What a BLOCK_STATUS in flight is charged for, in bytes: its extents as the volume lists them and as they are sent.
 const STATUS_BYTES: usize = MAX_EXTENTS * 64;
 
@@ -241,11 +243,27 @@ impl<R: AsyncRead + Unpin> Connection<'_, R> {
             return Outbox::read_at_once(asked, slot, len, whole, |buf| self.volume.read_at_once(range, buf));
         }
         let mut buffer = self.shared.pool.lease(len);
+        // With the next request here already, one processor goes on to it, or sends, while another one reads.
+        if len >= ASIDE_READ_BYTES && self.inbox.is_inside_request() && self.shared.has_processors_to_spare() {
+            self.read_aside(Outbox::ticket(asked, slot), range, whole, buffer);
+            return Ok(());
+        }
         if !self.volume.read_at_once(range, &mut buffer) {
             return Err(slot);
         }
         Outbox::answer_at_once(asked, slot, Outcome::Data { bytes: buffer.freeze(), whole });
         Ok(())
+    }
+
+    /// Serves a READ on another thread.
+    fn read_aside(&self, ticket: Ticket, range: ByteRange, whole: bool, mut buffer: Lease) {
+        let volume = Arc::clone(&self.volume);
+        tokio::task::spawn_blocking(move || {
+            if volume.read_at_once(range, &mut buffer) {
+                return ticket.answer(Outcome::Data { bytes: buffer.freeze(), whole });
+            }
+            serve::serve(&volume, Task::of(Command::Read { range, whole }), move |outcome| ticket.answer(outcome));
+        });
     }
 
     /// Receives the payload of a WRITE and writes it, if that need not wait; else returns it.
@@ -275,7 +293,7 @@ impl<R: AsyncRead + Unpin> Connection<'_, R> {
         payload_bytes: u64,
     ) -> Result<Received, Gone> {
         let durable = request.flags & cflag::FUA != 0;
-        let mut task = Task { command, durable, payload: Bytes::new(), contexts: Vec::new() };
+        let mut task = Task { durable, ..Task::of(command) };
         match command {
             Command::Write { range } => match self.write_at_once(range).await? {
                 Some(payload) => task.payload = payload,
