@@ -26,6 +26,9 @@ const FAILURE: u8 = 1;
 const USAGE: u8 = 2;
 
 fn main() -> ExitCode {
+    // The allocator asks the system for pages of 2 MiB, and the whole of each is resident once a byte of it is used. A
+    // system that does not know such pages does not know this, either.
+    let _ = rustix::thread::disable_transparent_huge_pages(true);
     match run() {
         Ok(status) => status,
         Err(Refused::Arguments(refused)) => {

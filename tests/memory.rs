@@ -8,7 +8,7 @@ use std::fs::File;
 use std::io::{Read, Write};
 use std::time::{Duration, Instant};
 
-use common::memory::{anonymous_bytes, peak_bytes};
+use common::memory::{anonymous_bytes, huge_bytes, peak_bytes};
 use common::moto::Moto;
 use common::nbd::{MIB, Raw, batch};
 use common::server::{TestServer, run};
@@ -31,6 +31,20 @@ fn work(client: &mut Raw) {
         client.send(&requests);
         client.stream.read_exact(&mut vec![0; replies]).unwrap();
     }
+}
+
+#[test]
+fn no_memory_is_in_huge_pages_of_which_a_byte_takes_two_mebibytes() {
+    let mut server = TestServer::start(&["--listen", "127.0.0.1:0"], &[]);
+    server.ok("POST", "/v1/exports/create", json!({"export_id": "disk", "size": 64 * MIB}));
+    let mut client = attach(&server);
+    for at in (0..64 * MIB).step_by(MIB as usize) {
+        client.write(at, &[1; MIB as usize]);
+    }
+    // Two are taken before the program can say so.
+    let huge = huge_bytes(server.pid()) / MIB;
+    assert!(huge <= 4, "{huge} MiB in huge pages");
+    server.stop();
 }
 
 #[test]

@@ -15,8 +15,17 @@ pub fn peak_bytes(pid: u32) -> u64 {
     status(pid, "VmHWM:")
 }
 
-fn status(pid: u32, field: &str) -> u64 {
-    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
-    let line = status.lines().find(|line| line.starts_with(field)).unwrap();
+/// What it has in huge pages, in bytes.
+pub fn huge_bytes(pid: u32) -> u64 {
+    field(pid, "smaps_rollup", "AnonHugePages:")
+}
+
+fn status(pid: u32, name: &str) -> u64 {
+    field(pid, "status", name)
+}
+
+fn field(pid: u32, file: &str, field: &str) -> u64 {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/{file}")).unwrap();
+    let line = text.lines().find(|line| line.starts_with(field)).unwrap();
     line.split_whitespace().nth(1).unwrap().parse::<u64>().unwrap() * 1024
 }
