@@ -1,7 +1,7 @@
 //! Read-ahead: who reads on will find the next chunks here.
 //!
 //! A read that begins about where an earlier one ended continues its *stream*. Several streams of a volume are followed at once.
-//! A stream that goes on is read ahead of, by a window that grows fourfold with every chunk it comes to, up to
+//! A stream that goes on is read ahead of, by a window that grows eightfold with every chunk it comes to, up to
 //! [`WINDOW_BYTES`]; a read that continues nothing starts a new stream in the place of the one least recently used, without a
 //! window. So random reading fetches nothing ahead, and what a reader that turns away leaves behind is one window.
 //!
@@ -26,8 +26,8 @@ const PROOF: u32 = 2;
 const PROOF_OF_CHUNK: u64 = 8;
 /// The first window, in chunks.
 const FIRST_WINDOW: u32 = 2;
-/// By how much the window grows with every chunk that the stream comes to: two chunks open it.
-const GROWTH: u32 = 4;
+/// By how much the window grows with every chunk that the stream comes to: the second chunk keeps all of a store's streams busy.
+const GROWTH: u32 = 8;
 
 /// One reader that goes on.
 #[derive(Debug, Clone, Copy, Default)]
@@ -154,8 +154,8 @@ mod tests {
         let mut streams = Streams::default();
         assert!(sequence(&mut streams, 0, 2 * MIB).is_empty());
         assert_eq!(sequence(&mut streams, 2 * MIB, 2 * MIB), [1, 2]);
-        assert_eq!(sequence(&mut streams, 4 * MIB, 4 * MIB), (3..=9).collect::<Vec<_>>());
-        assert_eq!(sequence(&mut streams, 8 * MIB, 4 * MIB), (10..=34).collect::<Vec<_>>());
+        assert_eq!(sequence(&mut streams, 4 * MIB, 4 * MIB), (3..=17).collect::<Vec<_>>());
+        assert_eq!(sequence(&mut streams, 8 * MIB, 4 * MIB), (18..=34).collect::<Vec<_>>());
     }
 
     #[test]
