@@ -37,6 +37,10 @@ fn permits(bytes: u64) -> u32 {
     u32::try_from(bytes.div_ceil(PERMIT_BYTES)).unwrap_or(u32::MAX)
 }
 
+fn cores() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from)
+}
+
 /// What goes on now.
 #[derive(Debug, Clone, Copy, Default)]
 struct Now {
@@ -54,6 +58,7 @@ pub(crate) struct FillBudget {
     memory: Semaphore,
     background_memory: Arc<Semaphore>,
     background_streams: Arc<Semaphore>,
+    cores: Semaphore,
     now: watch::Sender<Now>,
     clock: Arc<dyn Clock>,
 }
@@ -65,6 +70,7 @@ impl FillBudget {
             memory: Semaphore::new(permits(FILL_BUDGET_BYTES) as usize),
             background_memory: Arc::new(Semaphore::new(permits(BACKGROUND_BYTES) as usize)),
             background_streams: Arc::new(Semaphore::new(BACKGROUND_FETCHES as usize)),
+            cores: Semaphore::new(cores()),
             now: watch::Sender::default(),
             clock,
         })
@@ -74,6 +80,12 @@ impl FillBudget {
     pub(super) async fn take(&self, bytes: u64) -> Option<SemaphorePermit<'_>> {
         // A chunk has at most 64 MiB, a quarter of the budget, so nobody waits for ever.
         self.memory.acquire_many(permits(bytes)).await.ok()
+    }
+
+    /// One of the processor's cores, to check a chunk's hash. Chunks that arrive together are checked one after the other on each:
+    /// all at once, the first would be done no sooner than the last.
+    pub(super) async fn core(&self) -> Option<SemaphorePermit<'_>> {
+        self.cores.acquire().await.ok()
     }
 
     /// A client waits for a chunk while this lives.
@@ -150,8 +162,7 @@ impl PublishBudget {
     /// A budget of so many bytes.
     pub(crate) fn new(bytes: u64) -> Self {
         let all = permits(bytes).max(1);
-        let cores = std::thread::available_parallelism().map_or(1, |cores| cores.get().div_ceil(2));
-        Self { free: Arc::new(Semaphore::new(all as usize)), all, cores: Semaphore::new(cores) }
+        Self { free: Arc::new(Semaphore::new(all as usize)), all, cores: Semaphore::new(cores().div_ceil(2)) }
     }
 
     /// One of the cores for reading and hashing a chunk: half of them are left to the clients.
@@ -305,6 +316,19 @@ mod tests {
         assert!(soon(1).await.is_none());
         assert!(tokio::time::timeout(BACKGROUND_PATIENCE, budget.take(FILL_BUDGET_BYTES / 2)).await.is_ok());
         drop(half);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn as_many_chunks_are_checked_at_a_time_as_there_are_cores() {
+        let budget = FillBudget::new(Arc::new(SystemClock));
+        let soon = || tokio::time::timeout(BACKGROUND_PATIENCE, budget.core());
+        let mut taken = Vec::new();
+        while let Ok(core) = soon().await {
+            taken.push(core);
+        }
+        assert_eq!(taken.len(), std::thread::available_parallelism().unwrap().get());
+        taken.pop();
+        assert!(soon().await.is_ok());
     }
 
     async fn takes_at_once(share: &Arc<PublishShare>, bytes: u64) -> Option<Held> {

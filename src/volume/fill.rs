@@ -268,6 +268,7 @@ impl Services {
             drop(stream.take());
             let Some(hash) = source.hash else { return Ok(bytes) };
             let checked = bytes.clone();
+            let _core = self.fill_budget.core().await;
             let found = cache::blocking_io(move || *blake3::hash(&checked).as_bytes()).await;
             if found == hash || breaks(Rule::ServeUnverified) {
                 return Ok(bytes);
