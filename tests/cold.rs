@@ -67,6 +67,25 @@ impl Cold {
     }
 }
 
+#[test]
+fn a_read_of_a_missing_chunk_asks_the_store_without_a_look_at_the_disk() {
+    let mut builder = tokio::runtime::Builder::new_multi_thread();
+    let runtime = builder.enable_all().max_blocking_threads(1).build().unwrap();
+    runtime.block_on(async {
+        let cold = Cold::new(2).await;
+        let (open, gate) = std::sync::mpsc::channel::<()>();
+        // The only thread that may look there.
+        let held = tokio::task::spawn_blocking(move || gate.recv());
+        let volume = Arc::clone(&cold.volume);
+        let read = tokio::spawn(async move { read(&volume, CHUNK + 1, 2).await });
+        let asked = tokio::time::timeout(Duration::from_secs(30), cold.asked(1)).await;
+        assert_eq!(asked.expect("a request to the store"), 1);
+        drop(open);
+        held.await.unwrap().unwrap_err();
+        assert_eq!(read.await.unwrap()[..], [byte_of(1); 2]);
+    });
+}
+
 async fn start(store: &Arc<Shaped>, cache_root: &Path) -> Arc<Registry> {
     let services = Services::new(store.clone(), root(), Arc::new(RealDisk), Arc::new(SystemClock));
     Registry::discover(Arc::new(services), cache_root.to_owned()).await.unwrap()

@@ -11,7 +11,7 @@ use std::ops::Range;
 
 use parking_lot::Mutex;
 
-use super::budget::BACKGROUND_BYTES;
+use super::budget::{BACKGROUND_BYTES, BACKGROUND_FETCHES};
 use crate::units::{ByteRange, Geometry};
 
 /// How far ahead of one stream chunks are fetched, in bytes.
@@ -28,6 +28,7 @@ const PROOF_OF_CHUNK: u64 = 8;
 const FIRST_WINDOW: u32 = 2;
 /// By how much the window grows with every chunk that the stream comes to: the second chunk keeps all of a store's streams busy.
 const GROWTH: u32 = 8;
+const _: () = assert!(FIRST_WINDOW * GROWTH >= BACKGROUND_FETCHES);
 
 /// One reader that goes on.
 #[derive(Debug, Clone, Copy, Default)]

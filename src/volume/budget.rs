@@ -1,7 +1,7 @@
 //! What fetches and publishes may use of memory and of the store's streams, over all volumes of a server, and who goes first.
 //!
 //! A fetch that a client waits for never queues behind one that nobody waits for. It takes memory from a budget of which
-//! background work holds a part at most, and no other limit. Background work (read-ahead, prefetch, compaction) fetches with few
+//! background work holds a part at most, and a core to check the chunk that only clients' fetches take; it has no other limit. Background work (read-ahead, prefetch, compaction) fetches with few
 //! streams, fewer while clients' fetches are under way, and a publish lets clients go first; neither gives way for ever.
 //!
 //! A publish owns as much memory as its upload needs to go on at all, and beyond that takes what is free. So publishes never
@@ -59,6 +59,7 @@ pub(crate) struct FillBudget {
     background_memory: Arc<Semaphore>,
     background_streams: Arc<Semaphore>,
     cores: Semaphore,
+    background_cores: Semaphore,
     now: watch::Sender<Now>,
     clock: Arc<dyn Clock>,
 }
@@ -71,6 +72,7 @@ impl FillBudget {
             background_memory: Arc::new(Semaphore::new(permits(BACKGROUND_BYTES) as usize)),
             background_streams: Arc::new(Semaphore::new(BACKGROUND_FETCHES as usize)),
             cores: Semaphore::new(cores()),
+            background_cores: Semaphore::new(cores()),
             now: watch::Sender::default(),
             clock,
         })
@@ -82,10 +84,10 @@ impl FillBudget {
         self.memory.acquire_many(permits(bytes)).await.ok()
     }
 
-    /// One of the processor's cores, to check a chunk's hash. Chunks that arrive together are checked one after the other on each:
-    /// all at once, the first would be done no sooner than the last.
-    pub(super) async fn core(&self) -> Option<SemaphorePermit<'_>> {
-        self.cores.acquire().await.ok()
+    /// One of the processor's cores, to check the hash of a chunk that a client waits for, or of one that none does. Chunks that
+    /// arrive together are checked one after the other on each: all at once, the first would be done no sooner than the last.
+    pub(super) async fn core(&self, for_client: bool) -> Option<SemaphorePermit<'_>> {
+        if for_client { &self.cores } else { &self.background_cores }.acquire().await.ok()
     }
 
     /// A client waits for a chunk while this lives.
@@ -95,7 +97,7 @@ impl FillBudget {
 
     /// A stream for a fetch that a client waits for: there always is one.
     pub(super) fn stream(self: &Arc<Self>) -> Stream {
-        Stream { _fetch: self.count(|now| &mut now.fetches), _background: None }
+        Stream { _fetch: self.count(|now| &mut now.fetches), background: None }
     }
 
     /// Waits until a fetch of `bytes` that nobody waits for has its turn. The memory is its own until it drops the permit.
@@ -108,7 +110,7 @@ impl FillBudget {
             _ = now.wait_for(|now| now.fetches < BACKGROUND_FETCHES) => {}
             () = self.clock.sleep(BACKGROUND_PATIENCE) => {}
         }
-        (memory, Stream { _fetch: self.count(|now| &mut now.fetches), _background: background })
+        (memory, Stream { _fetch: self.count(|now| &mut now.fetches), background })
     }
 
     /// Waits while clients wait for missing chunks, for a limited time.
@@ -147,7 +149,14 @@ impl Drop for Counted {
 #[derive(Debug)]
 pub(super) struct Stream {
     _fetch: Counted,
-    _background: Option<OwnedSemaphorePermit>,
+    background: Option<OwnedSemaphorePermit>,
+}
+
+impl Stream {
+    /// Whether a client waits for what comes over it.
+    pub(super) fn is_for_client(&self) -> bool {
+        self.background.is_none()
+    }
 }
 
 /// What all publishes of a server share: memory, and the processor's cores.
@@ -319,16 +328,20 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn as_many_chunks_are_checked_at_a_time_as_there_are_cores() {
+    async fn as_many_chunks_are_checked_at_a_time_as_there_are_cores_and_a_clients_behind_no_background_one() {
         let budget = FillBudget::new(Arc::new(SystemClock));
-        let soon = || tokio::time::timeout(BACKGROUND_PATIENCE, budget.core());
+        let soon = |for_client| tokio::time::timeout(BACKGROUND_PATIENCE, budget.core(for_client));
         let mut taken = Vec::new();
-        while let Ok(core) = soon().await {
-            taken.push(core);
+        for for_client in [false, true] {
+            taken.clear();
+            while let Ok(core) = soon(for_client).await {
+                taken.push(core);
+            }
+            assert_eq!(taken.len(), std::thread::available_parallelism().unwrap().get());
+            assert!(soon(!for_client).await.is_ok());
+            taken.pop();
+            assert!(soon(for_client).await.is_ok());
         }
-        assert_eq!(taken.len(), std::thread::available_parallelism().unwrap().get());
-        taken.pop();
-        assert!(soon().await.is_ok());
     }
 
     async fn takes_at_once(share: &Arc<PublishShare>, bytes: u64) -> Option<Held> {

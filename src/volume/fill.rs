@@ -259,6 +259,7 @@ impl Services {
         source: &Remote,
         mut stream: Option<Stream>,
     ) -> Result<Bytes, FetchError> {
+        let for_client = stream.as_ref().is_some_and(Stream::is_for_client);
         for attempt in [1, 2] {
             let bytes = source.get(&self.store).await.map_err(|e| {
                 let text = format!("export {export_id}: chunk {chunk} could not be fetched: {e}");
@@ -268,7 +269,7 @@ impl Services {
             drop(stream.take());
             let Some(hash) = source.hash else { return Ok(bytes) };
             let checked = bytes.clone();
-            let _core = self.fill_budget.core().await;
+            let _core = self.fill_budget.core(for_client).await;
             let found = cache::blocking_io(move || *blake3::hash(&checked).as_bytes()).await;
             if found == hash || breaks(Rule::ServeUnverified) {
                 return Ok(bytes);
@@ -309,5 +310,41 @@ impl Remote {
 
     async fn get(&self, store: &SharedStore) -> Result<Bytes, StoreError> {
         store.get_range(&self.key, self.range).await
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+    use crate::clock::SystemClock;
+    use crate::disk::RealDisk;
+    use crate::store::keys::ExportRoot;
+    use crate::store::remote::RemoteStore;
+    use crate::store::{Condition, Store};
+    use crate::units::SnapshotId;
+
+    #[tokio::test]
+    async fn a_chunk_is_checked_on_a_core_of_the_budget() {
+        let (export, snapshot) = ("disk".parse().unwrap(), SnapshotId::generate());
+        let root = ExportRoot::new("exports".parse().unwrap());
+        let key = root.export(&export).base(snapshot);
+        let store = Arc::new(RemoteStore::memory());
+        store.put(&key, Bytes::from_static(b"chunk"), Condition::Always).await.unwrap();
+        let services = Services::new(store, root, Arc::new(RealDisk), Arc::new(SystemClock));
+        let hash = Some(*blake3::hash(b"chunk").as_bytes());
+        let source = Remote { key, range: ByteRange::new(0, 5).unwrap(), hash };
+        let soon = |stream| {
+            tokio::time::timeout(Duration::from_millis(50), services.fetch(&export, ChunkIndex(0), &source, stream))
+        };
+        let mut taken = Vec::new();
+        for _ in 0..std::thread::available_parallelism().unwrap().get() {
+            taken.push(services.fill_budget.core(true).await);
+        }
+        assert!(soon(Some(services.fill_budget.stream())).await.is_err(), "none is free for clients");
+        assert!(soon(Some(services.fill_budget.background(5).await.1)).await.unwrap().is_ok(), "but for others");
+        taken.pop();
+        assert_eq!(soon(Some(services.fill_budget.stream())).await.unwrap().unwrap()[..], *b"chunk");
     }
 }
