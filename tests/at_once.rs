@@ -280,8 +280,12 @@ async fn after_a_write_that_had_to_wait_none_is_done_at_once_for_a_while() {
 
 /// A server whose export `disk` is on a hooked disk and dirty all over.
 fn served_on(disk: &Hooked) -> Served {
+    served_in(tokio::runtime::Runtime::new().unwrap(), disk)
+}
+
+fn served_in(runtime: tokio::runtime::Runtime, disk: &Hooked) -> Served {
     let disk = disk.clone();
-    Served::start(Limits::default(), &"127.0.0.1:0".parse().unwrap(), async move |_| {
+    Served::start_in(runtime, Limits::default(), None, &"127.0.0.1:0".parse().unwrap(), async move |_| {
         let mut site = Site::new();
         let registry = site.start_on("served", Arc::new(disk)).await;
         registry.create(id("disk"), Geometry::new(64 * NBD_CHUNK, NBD_CHUNK).unwrap()).await.unwrap();
@@ -319,42 +323,97 @@ fn a_read_that_waits_for_the_disk_holds_up_nothing() {
     assert_eq!(client.answer(0, 4096).cookie, 1);
 }
 
+/// READs of a MiB each from the start on, as one piece.
+fn long_reads(client: &Raw, count: u64) -> Vec<u8> {
+    (0..count).flat_map(|i| client.encode(0, cmd::READ, i, i * MIB, MIB)).collect()
+}
+
+fn take_ones(client: &mut Raw, replies: u64, len: u64) {
+    for _ in 0..replies {
+        assert_eq!(client.take(16 + len as usize)[16..], vec![1; len as usize]);
+    }
+}
+
 #[test]
 fn long_reads_that_came_together_are_shared_among_processors_unless_all_have_clients_of_their_own() {
     let disk = Hooked::new(RealDisk);
     let served = served_on(&disk);
-    let elsewhere = Arc::new(AtomicUsize::new(0));
-    let count = Arc::clone(&elsewhere);
+    let by = Arc::new(std::sync::Mutex::new(BTreeSet::new()));
+    let notes = Arc::clone(&by);
     disk.hook(move |operation, _| {
-        if operation == "read_at_once" && std::thread::current().name() != Some("nbd-client") {
-            count.fetch_add(1, Ordering::SeqCst);
+        if operation == "read_at_once" {
+            notes.lock().unwrap().insert(std::thread::current().name().unwrap_or_default().to_owned());
         }
         Ok(())
     });
-    // How many reads of the disk other threads than those of busy clients did for requests that are sent together.
-    let read_elsewhere = |client: &mut Raw, requests: u64, len: u64| {
-        elsewhere.store(0, Ordering::SeqCst);
-        let sent: Vec<u8> = (0..requests).flat_map(|i| client.encode(0, cmd::READ, i, i * MIB, len)).collect();
-        client.send(&sent);
-        for _ in 0..requests {
-            assert_eq!(client.take(16 + len as usize)[16..], vec![1; len as usize]);
-        }
-        elsewhere.load(Ordering::SeqCst)
+    // Whether threads of that name read for what was asked just now.
+    let was_read_by = |name: &str| std::mem::take(&mut *by.lock().unwrap()).contains(name);
+    let has_thread = |client: &mut Raw| {
+        client.send(&client.encode(0, cmd::READ, 1, 0, 1));
+        take_ones(client, 1, 1);
+        was_read_by("nbd-client")
     };
-    let has_no_thread = |client: &mut Raw| read_elsewhere(client, 1, 1) > 0;
+    let readers_help = |client: &mut Raw| {
+        client.send(&long_reads(client, 4));
+        take_ones(client, 4, MIB);
+        was_read_by("nbd-reader")
+    };
     let processors = std::thread::available_parallelism().unwrap().get();
     let mut clients: Vec<Raw> = (0..processors).map(|_| Raw::attach(&served, "disk", Mode::Simple)).collect();
+    assert!(readers_help(&mut clients[0]));
     let patience = Instant::now() + Duration::from_secs(30);
-    if processors > 1 {
-        while has_no_thread(&mut clients[0]) {
-            assert!(Instant::now() < patience, "it gets no thread");
+    // A stall of the machine may take a client's thread away: then it is asked until it has one again.
+    loop {
+        for client in &mut clients {
+            while !has_thread(client) {
+                assert!(Instant::now() < patience, "it gets no thread");
+            }
         }
-        assert!(read_elsewhere(&mut clients[0], 4, MIB) > 0);
-    }
-    // A stall of the machine may take a client's thread away: it is asked until it has one again.
-    while clients.iter_mut().any(has_no_thread) || read_elsewhere(&mut clients[0], 4, MIB) > 0 {
+        if clients.iter_mut().all(has_thread) && !readers_help(&mut clients[0]) {
+            break;
+        }
         assert!(Instant::now() < patience, "all are busy, and still others read for them");
     }
+}
+
+#[test]
+fn long_reads_that_came_together_wait_for_no_read_of_a_disk_that_hangs() {
+    const BLOCKING_THREADS: usize = 4;
+    let disk = Hooked::new(RealDisk);
+    let mut builder = tokio::runtime::Builder::new_multi_thread();
+    let runtime = builder.enable_all().max_blocking_threads(BLOCKING_THREADS).build().unwrap();
+    let served = served_in(runtime, &disk);
+    let mut client = Raw::attach(&served, "disk", Mode::Simple);
+    let mut other = Raw::attach(&served, "disk", Mode::Simple);
+    let (open, gate) = std::sync::mpsc::channel::<()>();
+    let (gate, refused, held) = (std::sync::Mutex::new(gate), AtomicUsize::new(0), Arc::new(AtomicUsize::new(0)));
+    let holds = Arc::clone(&held);
+    disk.hook(move |operation, path: &Path| {
+        match operation {
+            // Not in memory.
+            "read_at_once" if refused.fetch_add(1, Ordering::SeqCst) < BLOCKING_THREADS => {
+                return Err(ErrorKind::WouldBlock.into());
+            }
+            "read_at" if path.ends_with("cache.raw") => {
+                holds.fetch_add(1, Ordering::SeqCst);
+                let _ = gate.lock().unwrap().recv();
+            }
+            _ => {}
+        }
+        Ok(())
+    });
+    for cookie in 0..BLOCKING_THREADS as u64 {
+        other.send(&other.encode(0, cmd::READ, cookie, 0, 4096));
+    }
+    let patience = Instant::now() + Duration::from_secs(30);
+    while held.load(Ordering::SeqCst) < BLOCKING_THREADS {
+        assert!(Instant::now() < patience, "not all threads are held up");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    client.send(&long_reads(&client, 4));
+    take_ones(&mut client, 4, MIB);
+    drop(open);
+    take_ones(&mut other, BLOCKING_THREADS as u64, 4096);
 }
 
 #[test]

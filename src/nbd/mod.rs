@@ -5,10 +5,9 @@
 //! Must never: see the admin interface, the cache, the store or a manifest. Exports and their data come from
 //! [`crate::volume`] alone.
 //!
-//! The way of a request: [`listen`] → `driver` polls the connection, on the runtime or on a thread → `connection` drives the pure [`handshake`], over [`tls`] if so agreed →
-//! `transmission` takes requests
-//! from its inbox, [`request`] judges each once, `serve` calls the volume, [`reply`] makes the frames, the outbox sends
-//! them.
+//! The way of a request: [`listen`] → `driver` polls the connection, on the runtime or on a thread → `connection` drives the
+//! pure [`handshake`], over [`tls`] if so agreed → `transmission` takes requests from its inbox, [`request`] judges each once,
+//! `serve` calls the volume, [`reply`] makes the frames, the outbox sends them.
 
 mod connection;
 pub mod context;
@@ -20,6 +19,7 @@ pub mod limits;
 pub mod listen;
 mod outbox;
 mod pool;
+mod readers;
 pub mod reply;
 pub mod request;
 mod serve;
@@ -44,6 +44,7 @@ pub use self::limits::Limits;
 use self::listen::Client;
 pub use self::listen::{DEFAULT_PORT, ListenAddr, ListenError, Listener, PassedSocket};
 use self::pool::Pool;
+use self::readers::{Reader, Readers};
 use self::tls::Tls;
 use crate::metrics::{Counter, Kind, Page};
 use crate::volume::registry::Registry;
@@ -73,7 +74,7 @@ struct Shared {
     bytes: Arc<Semaphore>,
     /// For busy connections.
     threads: Arc<Semaphore>,
-    processors: usize,
+    readers: Readers,
     pool: Arc<Pool>,
     bites: Bites,
     /// Clients that were let in; and of these, those that attached an export.
@@ -82,9 +83,10 @@ struct Shared {
 }
 
 impl Shared {
-    /// Whether fewer connections are busy than there are processors.
-    fn has_processors_to_spare(&self) -> bool {
-        self.limits.threads - self.threads.available_permits() < self.processors
+    /// Someone to read for a connection, if fewer of them are busy than there are processors.
+    fn reader_to_spare(&self) -> Option<Reader<'_>> {
+        let busy = self.limits.threads - self.threads.available_permits();
+        if busy < self.readers.count() { self.readers.free() } else { None }
     }
 }
 
@@ -106,7 +108,7 @@ impl Server {
                 tls,
                 bytes,
                 threads: Arc::new(Semaphore::new(limits.threads)),
-                processors: std::thread::available_parallelism().map_or(1, usize::from),
+                readers: Readers::new(),
                 pool: Arc::default(),
                 bites: Bites::default(),
                 accepted: Counter::default(),

@@ -20,6 +20,7 @@ use super::inbox::{DIRECT_PAYLOAD_BYTES, Gone, Inbox};
 use super::limits::{MAX_DRAINED_PAYLOAD_BYTES, MAX_PAYLOAD_BYTES};
 use super::outbox::{self, Outbox, Slot, Ticket};
 use super::pool::{self, Lease};
+use super::readers::Reader;
 use super::reply::{Asked, Outcome};
 use super::request::{self, Attachment, Command, MAX_BLOCK_STATUS_PAYLOAD_BYTES, Refusal};
 use super::serve::{self, MAX_EXTENTS, Task};
@@ -243,9 +244,12 @@ impl<R: AsyncRead + Unpin> Connection<'_, R> {
             return Outbox::read_at_once(asked, slot, len, whole, |buf| self.volume.read_at_once(range, buf));
         }
         let mut buffer = self.shared.pool.lease(len);
-        // With the next request here already, one processor goes on to it, or sends, while another one reads.
-        if len >= ASIDE_READ_BYTES && self.inbox.is_inside_request() && self.shared.has_processors_to_spare() {
-            self.read_aside(Outbox::ticket(asked, slot), range, whole, buffer);
+        // With the next request here already, this thread goes on to it, or sends, while another one reads.
+        if len >= ASIDE_READ_BYTES
+            && self.inbox.is_inside_request()
+            && let Some(reader) = self.shared.reader_to_spare()
+        {
+            self.read_aside(reader, Outbox::ticket(asked, slot), range, whole, buffer);
             return Ok(());
         }
         if !self.volume.read_at_once(range, &mut buffer) {
@@ -255,10 +259,10 @@ impl<R: AsyncRead + Unpin> Connection<'_, R> {
         Ok(())
     }
 
-    /// Serves a READ on another thread.
-    fn read_aside(&self, ticket: Ticket, range: ByteRange, whole: bool, mut buffer: Lease) {
+    /// Has a READ served by a reader, or, if it has to wait, as any other that does.
+    fn read_aside(&self, reader: Reader<'_>, ticket: Ticket, range: ByteRange, whole: bool, mut buffer: Lease) {
         let volume = Arc::clone(&self.volume);
-        tokio::task::spawn_blocking(move || {
+        reader.work(move || {
             if volume.read_at_once(range, &mut buffer) {
                 return ticket.answer(Outcome::Data { bytes: buffer.freeze(), whole });
             }

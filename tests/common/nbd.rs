@@ -97,7 +97,16 @@ impl Served {
         addr: &ListenAddr,
         registry: impl AsyncFnOnce(watch::Receiver<bool>) -> (Arc<Registry>, Site),
     ) -> Self {
-        let runtime = tokio::runtime::Runtime::new().unwrap();
+        Self::start_in(tokio::runtime::Runtime::new().unwrap(), limits, tls, addr, registry)
+    }
+
+    pub fn start_in(
+        runtime: tokio::runtime::Runtime,
+        limits: Limits,
+        tls: Option<TlsConfig>,
+        addr: &ListenAddr,
+        registry: impl AsyncFnOnce(watch::Receiver<bool>) -> (Arc<Registry>, Site),
+    ) -> Self {
         let (gate, closed) = watch::channel(false);
         let (stop, stopping) = watch::channel(false);
         let (registry, site) = runtime.block_on(registry(closed));
