@@ -18,6 +18,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -29,6 +30,9 @@ PEERS = ["nbdkit file", "qemu-nbd", "nbd-server (Debian)"]
 ORDER = [CEILING, FILE_CEILING, OURS, *PEERS]
 COLOURS = {CEILING: "#bbbbbb", FILE_CEILING: "#888888", OURS: "#1f6feb", "nbdkit file": "#e07b39",
            "qemu-nbd": "#8250df", "nbd-server (Debian)": "#5c8a3a"}
+
+# Of the export that is published while its client writes: enough to take longer than the client does.
+SNAPSHOT_BYTES = 2 << 30
 
 # name, what fio is told, the unit of the figure
 JOBS = [
@@ -100,14 +104,19 @@ def start_ours(folder, size, binary):
                "--admin-sock", admin, "--listen", f"127.0.0.1:{port}"]
     server = Server(OURS, command, f"nbd://127.0.0.1:{port}/bench")
     wait_for(port)
+    ask(folder, "create", {"export_id": "bench", "size": size})
+    return server
+
+
+def ask(folder, what, body):
     connection = http.client.HTTPConnection("localhost")
     connection.sock = socket.socket(socket.AF_UNIX)
-    connection.sock.connect(str(admin))
-    connection.request("POST", "/v1/exports/create", json.dumps({"export_id": "bench", "size": size}))
+    connection.sock.connect(str(folder / "admin.sock"))
+    connection.request("POST", f"/v1/exports/{what}", json.dumps(body))
     answer = connection.getresponse()
-    if answer.status != 201:
-        sys.exit(f"bench: the export was not created: {answer.read()}")
-    return server
+    if answer.status >= 300:
+        sys.exit(f"bench: {what} failed: {answer.read()}")
+    answer.read()
 
 
 def start_ceiling(name, size, *file):
@@ -162,6 +171,34 @@ def measure(server, options, unit, seconds):
     done = job["read"] if "read" in options["rw"] else job["write"]
     figure = done["iops"] if unit == "IOPS" else done["bw_bytes"] / 2**20
     return figure, cpu * 1e6 / max(done["total_ios"], 1)
+
+
+def measure_under_snapshots(folder, binary, rounds):
+    """How long a client waits for a write, by itself and while all of a large export is published: rows of a table."""
+    server = start_ours(folder, SNAPSHOT_BYTES, binary)
+    times = {"by itself": [], "during a snapshot": []}
+
+    def write_for_a_while(when):
+        done = fio(server, dict(rw="randwrite", bs="4k", iodepth=1, rate_iops=2000), 1)["write"]
+        times[when].append([done["clat_ns"]["percentile"][f"{percent}.000000"] / 1000 for percent in (50, 90, 99)])
+
+    try:
+        for _ in range(rounds):
+            fio(server, dict(rw="write", bs="1m", iodepth=4), 0)
+            measure_cold("touch")
+            write_for_a_while("by itself")
+            snapshot = threading.Thread(target=ask, args=(folder, "bench/snapshot", {}))
+            snapshot.start()
+            write_for_a_while("during a snapshot")
+            # What was measured after its end is no measure of it.
+            if not snapshot.is_alive():
+                times["during a snapshot"].pop()
+            snapshot.join()
+    finally:
+        server.stop()
+    work = "a client's 4 KiB writes, 2,000 a second,"
+    return [(f"{work} {when}", "percentiles 50, 90, 99: " + ", ".join(f"{statistics.median(of):.0f} µs" for of in zip(*each)))
+            for when, each in times.items() if each]
 
 
 def amount(figure):
@@ -302,6 +339,8 @@ def main():
                 print(f"    {server:22} {amount(figure):>10}  {cpu:8.1f} µs")
         return
     cold = measure_cold(*(["reads", "publishing", "cuts"] if options.quick else []))
+    with tempfile.TemporaryDirectory(prefix="nbd-bench-") as folder:
+        cold += measure_under_snapshots(Path(folder), options.binary, options.rounds)
     write_document(medians, cold, options, about + "; " + "; ".join(
         [version("fio", "--version"), version("nbdkit", "--version"), version("qemu-nbd", "--version")]))
 

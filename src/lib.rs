@@ -14,6 +14,7 @@ pub mod metrics;
 pub mod nbd;
 pub mod sabotage;
 pub mod server;
+pub mod slices;
 pub mod store;
 pub mod sync;
 pub mod units;

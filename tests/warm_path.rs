@@ -16,7 +16,8 @@ use common::server::TestServer;
 use common::volumes::{Site, id, write};
 use nbd_server::nbd::Limits;
 use nbd_server::nbd::wire::{Mode, cmd};
-use nbd_server::units::Geometry;
+use nbd_server::slices::SLICE_BYTES;
+use nbd_server::units::{DEFAULT_CHUNK_BYTES, Geometry};
 use stats_alloc::{INSTRUMENTED_SYSTEM, Region, StatsAlloc};
 
 #[global_allocator]
@@ -85,31 +86,38 @@ fn calls_of(clients: usize, rounds: u64, exchange: impl Fn(&mut [Raw], u64)) -> 
 }
 
 fn calls_of_a_life(clients: usize, rounds: u64, exchange: impl Fn(&mut [Raw], u64)) -> BTreeMap<String, u64> {
-    let (_dir, summary) = common::nbd::scratch("calls");
-    let strace = ["strace", "-D", "-f", "-c", "-o", summary.to_str().unwrap()].map(str::to_owned).to_vec();
+    let text = traced("-c", " total", |server| {
+        server.ok("POST", "/v1/exports/create", serde_json::json!({"export_id": "disk", "size": MIB}));
+        let mut clients: Vec<Raw> = (0..clients).map(|_| attach(server)).collect();
+        clients[0].write(0, &vec![1; usize::try_from(MIB).unwrap()]);
+        exchange(&mut clients, rounds);
+    });
+    counted(&text).into_iter().map(|(name, calls)| (name.to_owned(), calls)).collect()
+}
+
+fn attach(server: &TestServer) -> Raw {
+    let mut client = Raw::connect_to(&server.nbd_address());
+    client.negotiate("disk", Mode::Simple);
+    client
+}
+
+/// What `strace` with this option wrote of a server's life with this `work` in it; the last of it has `last` in it.
+fn traced(option: &str, last: &str, work: impl FnOnce(&TestServer)) -> String {
+    let (_dir, file) = common::nbd::scratch("calls");
+    let strace = ["strace", "-D", "-f", option, "-o", file.to_str().unwrap()].map(str::to_owned).to_vec();
     let mut server = TestServer::start_through(strace, &["--listen", "127.0.0.1:0"], &[]);
-    server.ok("POST", "/v1/exports/create", serde_json::json!({"export_id": "disk", "size": MIB}));
-    let attach = |_| {
-        let mut client = Raw::connect_to(&server.nbd_address());
-        client.negotiate("disk", Mode::Simple);
-        client
-    };
-    let mut clients: Vec<Raw> = (0..clients).map(attach).collect();
-    clients[0].write(0, &vec![1; usize::try_from(MIB).unwrap()]);
-    exchange(&mut clients, rounds);
-    drop(clients);
+    work(&server);
     server.stop();
     // The tracer ends after the server.
     let patience = Instant::now() + Duration::from_secs(60);
-    let text = loop {
-        let text = std::fs::read_to_string(&summary).unwrap();
-        if text.contains(" total") {
-            break text;
+    loop {
+        let text = std::fs::read_to_string(&file).unwrap();
+        if text.contains(last) {
+            return text;
         }
-        assert!(Instant::now() < patience, "strace wrote no summary: {text:?}");
+        assert!(Instant::now() < patience, "strace did not end: {text:?}");
         std::thread::sleep(Duration::from_millis(10));
-    };
-    counted(&text).into_iter().map(|(name, calls)| (name.to_owned(), calls)).collect()
+    }
 }
 
 /// What is called to wait, receive, send and wake.
@@ -170,4 +178,26 @@ fn a_flush_is_one_sync_and_its_reply_is_sent_by_the_thread_that_did_it() {
     assert!(calls("sendto") >= ROUNDS, "{} replies sent by the thread that has them", calls("sendto"));
     let around = AROUND.map(&calls).iter().sum::<u64>() / ROUNDS;
     assert!(around < 20, "{around} calls besides");
+}
+
+/// What a warm request waits for, on a machine with all cores busy, is the system calls of others: many a kernel interrupts
+/// none.
+#[test]
+fn publishing_and_fetching_go_over_no_more_than_a_slice_in_one_system_call() {
+    let _alone = alone();
+    let text = traced("-etrace=read,write,pread64,pwrite64,preadv2", " exited with 0 ", |server| {
+        let size = 2 * DEFAULT_CHUNK_BYTES;
+        server.ok("POST", "/v1/exports/create", serde_json::json!({"export_id": "disk", "size": size}));
+        let mut client = attach(server);
+        let mut over_all = |each: &mut dyn FnMut(&mut Raw, u64)| {
+            (0..size).step_by(SLICE_BYTES).for_each(|at| each(&mut client, at));
+        };
+        over_all(&mut |client, at| drop(client.write(at, &[7; SLICE_BYTES])));
+        server.ok("POST", "/v1/exports/disk/snapshot", serde_json::json!({}));
+        server.ok("POST", "/v1/exports/disk/cache/reset", serde_json::json!({}));
+        over_all(&mut |client, at| assert!(client.read(at, SLICE_BYTES as u64) == [7; SLICE_BYTES]));
+    });
+    let moved = |line: &str| line.rsplit_once(" = ").and_then(|(_, moved)| moved.parse::<usize>().ok());
+    let longest = text.lines().max_by_key(|line| moved(line)).unwrap();
+    assert_eq!(moved(longest), Some(SLICE_BYTES), "{longest}");
 }

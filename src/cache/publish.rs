@@ -14,15 +14,12 @@ use super::states::Content;
 use super::{Base, Cache, CacheError, LogFile, RAW_FILE};
 use crate::disk::DiskFile;
 use crate::sabotage::{Rule, breaks};
-use crate::sync::{Ordering, yield_now};
+use crate::slices::{SLICE_BYTES, slices_mut};
+use crate::sync::Ordering;
 use crate::units::{ByteRange, ChunkIndex};
 
 /// Where blocks of chunks are copied before a write changes them under a publish.
 pub const ASIDE_FILE: &str = "cut.aside";
-
-/// How much of a chunk a publish reads, or hashes, before it offers its core to whoever waits for one: a client's request, else,
-/// would wait for as long as the kernel lets a thread run.
-pub const SLICE_BYTES: usize = 128 << 10;
 
 /// What was set aside; it lives as long as the publish and need not survive a crash. For every chunk that was written to since
 /// the cut and that the publish has not read yet it holds about 150 bytes.
@@ -106,9 +103,8 @@ impl Cache {
         let _shared = self.gate.read();
         let whole = self.geometry.chunk_range(chunk);
         // Writers need not wait for this read: what one of them changes meanwhile is aside.
-        for (slice, at) in buf.chunks_mut(SLICE_BYTES).zip((whole.offset()..).step_by(SLICE_BYTES)) {
+        for (slice, at) in slices_mut(buf).zip((whole.offset()..).step_by(SLICE_BYTES)) {
             self.raw.read_at(slice, at).map_err(|e| self.error("read", RAW_FILE, e))?;
-            yield_now();
         }
         let (file, blocks) = {
             let _stripe = self.stripe(chunk);

@@ -28,10 +28,11 @@ use super::progress::Publishing;
 use super::registry::{ExportError, Operation, Published};
 use super::{Volume, VolumeError};
 use crate::cache::journal::{self, Journal, Kind, Phase};
-use crate::cache::publish::{CutChunk, SLICE_BYTES};
+use crate::cache::publish::CutChunk;
 use crate::cache::{self, Cache, states::Content};
 use crate::manifest::{Change, Manifest};
 use crate::sabotage::{Rule, breaks};
+use crate::slices::slices;
 use crate::store::parts::upload_floor;
 use crate::store::{BoxError, Condition, StoreError};
 use crate::units::{ChunkIndex, SnapshotId};
@@ -448,9 +449,8 @@ pub(super) fn hashed(chunk: ChunkIndex, bytes: Bytes) -> HashedChunk {
         return (chunk, None);
     }
     let mut hasher = blake3::Hasher::new();
-    for slice in bytes.chunks(SLICE_BYTES) {
+    for slice in slices(&bytes) {
         hasher.update(slice);
-        std::thread::yield_now();
     }
     let mut hash = *hasher.finalize().as_bytes();
     if breaks(Rule::HashOtherBytes) {

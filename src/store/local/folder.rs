@@ -24,7 +24,9 @@ use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 
 use crate::clock::Clock;
+use crate::slices::{SLICE_BYTES, slices};
 use crate::store::{Condition, Key, MAX_LISTED, Object, Version};
+use crate::sync::yield_now;
 use crate::units::ByteRange;
 
 /// How long a write waits for other writers before it gives up. The lock is held for a rename and two fsyncs.
@@ -84,8 +86,8 @@ pub(super) struct Tmp {
 impl Tmp {
     /// Adds the pieces, in order.
     pub(super) fn append(mut self, pieces: &[Bytes]) -> Result<Self, Fault> {
-        for piece in pieces {
-            self.file.write_all(piece)?;
+        for slice in pieces.iter().flat_map(|piece| slices(piece)) {
+            self.file.write_all(slice)?;
         }
         Ok(self)
     }
@@ -341,8 +343,13 @@ fn read_exactly(mut file: &File, offset: u64, len: u64) -> Result<Bytes, Fault> 
     let capacity = usize::try_from(len).map_err(|e| Fault::Forbidden(e.to_string()))?;
     let mut bytes = Vec::with_capacity(capacity);
     file.seek(SeekFrom::Start(offset))?;
-    if file.take(len).read_to_end(&mut bytes)? < capacity {
-        return Err(Fault::Io(io::Error::new(ErrorKind::UnexpectedEof, "the file became shorter while it was read")));
+    while bytes.len() < capacity {
+        let slice = SLICE_BYTES.min(capacity - bytes.len()) as u64;
+        if file.take(slice).read_to_end(&mut bytes)? == 0 {
+            let text = "the file became shorter while it was read";
+            return Err(Fault::Io(io::Error::new(ErrorKind::UnexpectedEof, text)));
+        }
+        yield_now();
     }
     Ok(bytes.into())
 }
