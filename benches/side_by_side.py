@@ -18,8 +18,8 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -175,7 +175,7 @@ def measure(server, options, unit, seconds):
 
 def measure_under_snapshots(folder, binary, rounds):
     """How long a client waits for a write, by itself and while all of a large export is published: rows of a table."""
-    server = start_ours(folder, SNAPSHOT_BYTES, binary)
+    server, beside = start_ours(folder, SNAPSHOT_BYTES, binary), ThreadPoolExecutor(1)
     times = {"by itself": [], "during a snapshot": []}
 
     def write_for_a_while(when):
@@ -187,13 +187,13 @@ def measure_under_snapshots(folder, binary, rounds):
             fio(server, dict(rw="write", bs="1m", iodepth=4), 0)
             measure_cold("touch")
             write_for_a_while("by itself")
-            snapshot = threading.Thread(target=ask, args=(folder, "bench/snapshot", {}))
-            snapshot.start()
+            snapshot = beside.submit(ask, folder, "bench/snapshot", {})
             write_for_a_while("during a snapshot")
             # What was measured after its end is no measure of it.
-            if not snapshot.is_alive():
+            if snapshot.done():
                 times["during a snapshot"].pop()
-            snapshot.join()
+            # Ends the benchmark too, if it failed.
+            snapshot.result()
     finally:
         server.stop()
     work = "a client's 4 KiB writes, 2,000 a second,"
