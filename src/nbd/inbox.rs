@@ -1,23 +1,23 @@
 //! What the client sends, as bytes: one buffer that a receive fills with as many requests as there are.
 //!
-//! Promises: memory is the buffer, which grows with what the client sends, and the payloads asked for; a long payload is
+//! Promises: memory is the buffer, lent while there is something in it, and the payloads asked for; a long payload is
 //! received into its own memory and never copied; a short one is handed out where it is, to be used before the next receive.
 //! Must never: wait without end inside a frame, or hand out a part of a payload.
 
+use std::future::poll_fn;
 use std::io;
+use std::pin::Pin;
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::{BufMut, Bytes, BytesMut};
-use tokio::io::{AsyncRead, AsyncReadExt};
+use tokio::io::{AsyncRead, AsyncReadExt, ReadBuf};
 
 use super::limits::within;
+use super::pool::{self, Lease, Pool};
 
-/// The receive buffer of a client that sends little, in bytes.
-const SMALL_BUFFER_BYTES: usize = 4 << 10;
-/// What it grows to for one that fills it, in bytes: room for 60 requests with 4 KiB each.
+/// The receive buffer, in bytes: room for 60 requests with 4 KiB each.
 const BUFFER_BYTES: usize = 256 << 10;
-/// It grows by this factor at a time.
-const GROWTH: usize = 4;
 /// What is received at once where a long payload may follow, in bytes: one request. What is received with its header is
 /// copied once more.
 const WARY_BYTES: usize = 32;
@@ -45,7 +45,8 @@ pub(super) enum Gone {
 #[derive(Debug)]
 pub(super) struct Inbox<R> {
     reader: R,
-    buffer: Box<[u8]>,
+    /// Nothing while the client is waited for between two requests.
+    buffer: Lease,
     start: usize,
     end: usize,
     /// The last request had a long payload, and so may the next one: a receive takes little more than its header.
@@ -55,8 +56,8 @@ pub(super) struct Inbox<R> {
 
 impl<R: AsyncRead + Unpin> Inbox<R> {
     /// `early`: what came behind the handshake; clients need not wait.
-    pub(super) fn new(reader: R, early: &[u8], stalled: Duration) -> Self {
-        let mut buffer = vec![0; SMALL_BUFFER_BYTES.max(early.len())].into_boxed_slice();
+    pub(super) fn new(reader: R, early: &[u8], stalled: Duration, pool: &Arc<Pool>) -> Self {
+        let mut buffer = pool.lease(BUFFER_BYTES.max(early.len()));
         buffer[..early.len()].copy_from_slice(early);
         Self { reader, buffer, start: 0, end: early.len(), wary: false, stalled }
     }
@@ -85,12 +86,9 @@ impl<R: AsyncRead + Unpin> Inbox<R> {
     /// Receives once more. Between requests a client may be silent for as long as it likes; inside one it may not.
     pub(super) async fn receive(&mut self) -> Result<(), Gone> {
         let inside = self.is_inside_request();
-        self.make_room();
-        let most = if std::mem::take(&mut self.wary) { WARY_BYTES } else { self.buffer.len() };
-        let room = self.end..self.buffer.len().min(self.end + most);
-        let reading = self.reader.read(&mut self.buffer[room]);
-        let got =
-            if inside { within(self.stalled, reading).await.map_err(|_| Gone::Stalled)?? } else { reading.await? };
+        let stalled = self.stalled;
+        let reading = self.read();
+        let got = if inside { within(stalled, reading).await.map_err(|_| Gone::Stalled)?? } else { reading.await? };
         if got == 0 {
             return Err(if inside { Gone::Cut } else { Gone::Closed });
         }
@@ -98,39 +96,38 @@ impl<R: AsyncRead + Unpin> Inbox<R> {
         Ok(())
     }
 
-    /// Makes room behind what was received. A receive that filled the buffer has left more behind: it grows.
+    /// Reads what there is into the buffer. While there is nothing, and no part of a request, there is no buffer either.
+    async fn read(&mut self) -> io::Result<usize> {
+        let most = if std::mem::take(&mut self.wary) { WARY_BYTES } else { BUFFER_BYTES };
+        poll_fn(|context| {
+            self.make_room();
+            let room = self.end..self.buffer.len().min(self.end + most);
+            let mut into = ReadBuf::new(&mut self.buffer[room]);
+            let reading = Pin::new(&mut self.reader).poll_read(context, &mut into);
+            let got = into.filled().len();
+            if reading.is_pending() && !self.is_inside_request() {
+                self.buffer.give_back();
+            }
+            reading.map_ok(|()| got)
+        })
+        .await
+    }
+
+    /// Makes room behind what was received.
     fn make_room(&mut self) {
-        let filled = self.end == self.buffer.len();
-        if filled && self.buffer.len() < BUFFER_BYTES {
-            self.resize((self.buffer.len() * GROWTH).min(BUFFER_BYTES));
-        } else if filled {
+        if self.buffer.is_empty() {
+            self.buffer.room(BUFFER_BYTES);
+        }
+        if self.start == self.end {
+            (self.start, self.end) = (0, 0);
+        } else if self.end == self.buffer.len() {
             self.buffer.copy_within(self.start..self.end, 0);
             (self.start, self.end) = (0, self.end - self.start);
-        } else if self.start == self.end {
-            (self.start, self.end) = (0, 0);
-        }
-    }
-
-    fn resize(&mut self, bytes: usize) {
-        let mut buffer = vec![0; bytes].into_boxed_slice();
-        let received = self.received();
-        buffer[..received.len()].copy_from_slice(received);
-        (self.start, self.end) = (0, received.len());
-        self.buffer = buffer;
-    }
-
-    /// Gives memory back that a client needed which now is silent.
-    pub(super) fn shrink(&mut self) {
-        if self.start == self.end && self.buffer.len() > SMALL_BUFFER_BYTES {
-            self.resize(SMALL_BUFFER_BYTES);
         }
     }
 
     /// Receives until at least `len` bytes, no more than [`DIRECT_PAYLOAD_BYTES`], are there to be taken.
     pub(super) async fn gather(&mut self, len: usize) -> Result<&[u8], Gone> {
-        if len > self.buffer.len() {
-            self.resize(BUFFER_BYTES);
-        }
         while self.received().len() < len {
             self.more().await?;
         }
@@ -201,7 +198,7 @@ impl<R: AsyncRead + Unpin> Inbox<R> {
 }
 
 // Whatever is gathered fits, with a header before it.
-const _: () = assert!(DIRECT_PAYLOAD_BYTES < BUFFER_BYTES && SMALL_BUFFER_BYTES < BUFFER_BYTES);
+const _: () = assert!(DIRECT_PAYLOAD_BYTES + WARY_BYTES < BUFFER_BYTES && BUFFER_BYTES <= pool::BUFFER_BYTES);
 
 #[cfg(test)]
 mod tests {
@@ -219,7 +216,7 @@ mod tests {
             let all: Vec<u8> = (0..lengths.iter().sum()).map(byte).collect();
             let sent = all.clone();
             tokio::spawn(async move { client.write_all(&sent[3..]).await });
-            let mut inbox = Inbox::new(server, &all[..3], SOON);
+            let mut inbox = Inbox::new(server, &all[..3], SOON, &Arc::default());
             let mut at = 0;
             for len in lengths {
                 let gathered = len <= DIRECT_PAYLOAD_BYTES && inbox.gather(len).await.unwrap() == &all[at..at + len];
@@ -235,27 +232,29 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn the_buffer_grows_with_what_is_sent_and_shrinks_in_silence() {
+    async fn there_is_a_buffer_only_while_there_is_something_in_it() {
         let (mut client, server) = tokio::io::duplex(BUFFER_BYTES * 2);
-        let mut inbox = Inbox::new(server, &[], SOON);
-        client.write_all(&vec![7; BUFFER_BYTES + 1]).await.unwrap();
-        while inbox.received().len() < BUFFER_BYTES {
-            inbox.receive().await.unwrap();
+        let mut inbox = Inbox::new(server, &[], SOON, &Arc::default());
+        for len in [1, BUFFER_BYTES + 1] {
+            assert!(tokio::time::timeout(SOON, inbox.receive()).await.is_err(), "still waiting");
+            assert!(inbox.buffer.is_empty());
+            let sent: Vec<u8> = (0..len).map(|i| u8::try_from(i % 251).unwrap()).collect();
+            client.write_all(&sent).await.unwrap();
+            let mut got = Vec::new();
+            while got.len() < len {
+                inbox.receive().await.unwrap();
+                assert!(!inbox.buffer.is_empty());
+                got.extend_from_slice(inbox.received());
+                inbox.take(inbox.received().len());
+            }
+            assert!(got == sent);
         }
-        assert_eq!(inbox.buffer.len(), BUFFER_BYTES);
-        inbox.shrink();
-        assert!(inbox.received() == vec![7; BUFFER_BYTES], "what was received stays");
-        inbox.take(BUFFER_BYTES);
-        inbox.shrink();
-        assert_eq!(inbox.buffer.len(), SMALL_BUFFER_BYTES);
-        inbox.receive().await.unwrap();
-        assert_eq!(inbox.received(), [7]);
     }
 
     #[tokio::test]
     async fn silence_is_allowed_between_requests_and_not_inside_one() {
         let (mut client, server) = tokio::io::duplex(1024);
-        let mut inbox = Inbox::new(server, &[], SOON);
+        let mut inbox = Inbox::new(server, &[], SOON, &Arc::default());
         assert!(tokio::time::timeout(SOON * 3, inbox.receive()).await.is_err(), "still waiting");
         client.write_all(&[1]).await.unwrap();
         inbox.receive().await.unwrap();
@@ -271,11 +270,14 @@ mod tests {
             let (mut client, server) = tokio::io::duplex(1024);
             client.write_all(&[1; 50]).await.unwrap();
             drop(client);
-            assert!(matches!(Inbox::new(server, &[], SOON).payload(len).await, Err(Gone::Cut)));
+            assert!(matches!(Inbox::new(server, &[], SOON, &Arc::default()).payload(len).await, Err(Gone::Cut)));
             let (mut client, server) = tokio::io::duplex(1024);
             client.write_all(&[1; 50]).await.unwrap();
             drop(client);
-            assert!(matches!(Inbox::new(server, &[], SOON).payload_into(&mut vec![0; len]).await, Err(Gone::Cut)));
+            assert!(matches!(
+                Inbox::new(server, &[], SOON, &Arc::default()).payload_into(&mut vec![0; len]).await,
+                Err(Gone::Cut)
+            ));
         }
     }
 }

@@ -23,12 +23,10 @@ mod readers;
 pub mod reply;
 pub mod request;
 mod serve;
-mod silence;
 mod socket;
 mod stream;
 pub mod tls;
 mod transmission;
-mod tray;
 pub mod wire;
 
 use std::sync::Arc;

@@ -21,6 +21,7 @@ use tokio::sync::{Semaphore, SemaphorePermit};
 
 use super::errno::Errno;
 use super::limits::{Bites, Limits, within};
+use super::pool::Pool;
 use super::reply::{Asked, Frames, Outcome};
 use super::socket::Socket;
 
@@ -38,15 +39,14 @@ pub(super) struct Outbox {
     shared: Arc<Semaphore>,
     limits: Limits,
     socket: Socket,
+    pool: Arc<Pool>,
     line: Mutex<Line>,
 }
 
 /// Replies that wait for the writer.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Line {
     frames: Frames,
-    /// Memory to gather the next ones in while these are sent.
-    spare: Frames,
     /// What these replies hold of the limits.
     held: Share,
     /// Requests that are not answered yet.
@@ -63,6 +63,19 @@ struct Line {
 }
 
 impl Line {
+    fn new(pool: &Arc<Pool>) -> Self {
+        Self {
+            frames: Frames::new(pool),
+            held: Share::default(),
+            owed: 0,
+            sending: false,
+            closed: false,
+            gone: false,
+            reader_let_go_first: false,
+            writer: None,
+        }
+    }
+
     /// Whether nothing is being sent or will be, but for what is put here next, and nobody waits for the end.
     fn is_idle(&self) -> bool {
         self.owed == 0 && self.frames.is_empty() && !(self.sending || self.closed || self.gone)
@@ -105,7 +118,7 @@ impl Drop for Slot {
 pub(super) struct Waited(pub(super) bool);
 
 impl Outbox {
-    pub(super) fn new(limits: Limits, shared: Arc<Semaphore>, socket: Socket) -> Arc<Self> {
+    pub(super) fn new(limits: Limits, shared: Arc<Semaphore>, socket: Socket, pool: Arc<Pool>) -> Arc<Self> {
         Arc::new(Self {
             requests: Semaphore::new(limits.requests),
             allowance: Semaphore::new(limits.allowance_bytes),
@@ -113,7 +126,8 @@ impl Outbox {
             shared,
             limits,
             socket,
-            line: Mutex::default(),
+            line: Mutex::new(Line::new(&pool)),
+            pool,
         })
     }
 
@@ -248,24 +262,14 @@ impl Outbox {
         self.give_back(held);
     }
 
-    /// Gives memory back that a client needed which now is silent.
-    pub(super) fn shrink(&self) {
-        let line = &mut *self.line.lock();
-        line.spare = Frames::default();
-        if line.frames.is_empty() {
-            line.frames = Frames::default();
-        }
-    }
-
-    /// Waits for replies; `None` once there will be none any more.
-    async fn next(&self) -> Option<Sending<'_>> {
+    /// Waits for replies, and puts them into `frames`, which holds none; `None` once there will be none any more.
+    async fn next(&self, frames: &mut Frames) -> Option<Sending<'_>> {
         poll_fn(|context| {
             let line = &mut *self.line.lock();
             line.sending = !line.frames.is_empty();
             if line.sending {
-                let frames = std::mem::replace(&mut line.frames, std::mem::take(&mut line.spare));
-                let share = std::mem::take(&mut line.held);
-                return Poll::Ready(Some(Sending { frames, share, outbox: self }));
+                std::mem::swap(&mut line.frames, frames);
+                return Poll::Ready(Some(Sending { share: std::mem::take(&mut line.held), outbox: self }));
             }
             if line.closed && line.owed == 0 {
                 return Poll::Ready(None);
@@ -288,19 +292,15 @@ impl Drop for Outbox {
     }
 }
 
-/// Replies being sent, and what they hold of the limits; it is given back when they are dropped.
+/// What replies that are being sent hold of the limits; it is given back when this is dropped.
 struct Sending<'a> {
-    frames: Frames,
     share: Share,
     outbox: &'a Outbox,
 }
 
 impl Drop for Sending<'_> {
     fn drop(&mut self) {
-        let mut frames = std::mem::take(&mut self.frames);
-        frames.clear();
         self.outbox.give_back(std::mem::take(&mut self.share));
-        self.outbox.line.lock().spare = frames;
     }
 }
 
@@ -332,7 +332,7 @@ impl Ticket {
     fn send(&mut self, outcome: Outcome) {
         let Some(mut slot) = self.slot.take() else { return };
         // Looking for holes in a long read takes its time, so not under the lock.
-        let mut frames = Frames::default();
+        let mut frames = Frames::new(&slot.outbox.pool);
         self.asked.encode(outcome, &mut frames);
         let writer = {
             let line = &mut *slot.outbox.line.lock();
@@ -372,8 +372,11 @@ pub(super) async fn send_all<W: AsyncWrite + Unpin>(
     outbox: &Outbox,
     stalled: Duration,
 ) -> io::Result<()> {
-    while let Some(sending) = outbox.next().await {
-        send(writer, &sending.frames, stalled).await?;
+    let mut frames = Frames::new(&outbox.pool);
+    while let Some(_sending) = outbox.next(&mut frames).await {
+        send(writer, &frames, stalled).await?;
+        // The memory first, then what was paid for it.
+        frames.clear();
     }
     Ok(())
 }

@@ -7,12 +7,13 @@
 
 use std::borrow::Cow;
 use std::ops::Range;
+use std::sync::Arc;
 
 use bytes::Bytes;
 
 use super::errno::Errno;
+use super::pool::{Lease, Pool};
 use super::request::Refusal;
-use super::tray::Tray;
 use super::wire::{self, ChunkHeader, Mode, Request, chunk, cmd};
 
 /// Holes are looked for in aligned blocks of this size, in bytes. It is the page and the block of the file systems
@@ -57,10 +58,14 @@ impl From<Refusal> for Outcome {
     }
 }
 
+/// How many stretches of bytes, and bytes of a head, memory is kept for while there are none.
+const KEPT_SEGMENTS: usize = 64;
+const KEPT_HEAD_BYTES: usize = 1024;
+
 /// Frames ready to be sent: small parts are gathered in one buffer, the data of READs is only referred to.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Frames {
-    heads: Tray,
+    heads: Lease,
     /// Where a head is encoded first.
     scratch: Vec<u8>,
     segments: Vec<Segment>,
@@ -74,18 +79,31 @@ enum Segment {
     Body(Bytes),
 }
 
+impl Default for Frames {
+    fn default() -> Self {
+        Self::new(&Arc::default())
+    }
+}
+
 impl Frames {
-    /// Forgets everything and keeps the memory.
+    pub(super) fn new(pool: &Arc<Pool>) -> Self {
+        Self { heads: pool.nothing(), scratch: Vec::new(), segments: Vec::new(), body_bytes: 0 }
+    }
+
+    /// Forgets everything, and keeps memory for the next few.
     pub fn clear(&mut self) {
-        self.heads.truncate(0);
+        self.heads.give_back();
+        self.scratch.clear();
+        self.scratch.shrink_to(KEPT_HEAD_BYTES);
         self.segments.clear();
+        self.segments.shrink_to(KEPT_SEGMENTS);
         self.body_bytes = 0;
     }
 
     /// The stretches of bytes to send, in order; none is empty.
     pub fn slices(&self) -> impl Iterator<Item = &[u8]> + Clone {
         self.segments.iter().map(|segment| match segment {
-            Segment::Head(range) => &self.heads.bytes()[range.clone()],
+            Segment::Head(range) => &self.heads[range.clone()],
             Segment::Body(bytes) => bytes,
         })
     }
@@ -105,7 +123,7 @@ impl Frames {
     /// Appends what another has gathered.
     pub fn append(&mut self, other: Self) {
         let base = self.heads.len();
-        self.heads.append(other.heads.bytes());
+        self.heads.append(&other.heads);
         self.segments.extend(other.segments.into_iter().map(|segment| match segment {
             Segment::Head(range) => Segment::Head(base + range.start..base + range.end),
             body @ Segment::Body(_) => body,
@@ -116,7 +134,7 @@ impl Frames {
     /// All there is to send, if no data of a READ is among it.
     #[must_use]
     pub fn only_head(&self) -> &[u8] {
-        if self.body_bytes == 0 { self.heads.bytes() } else { &[] }
+        if self.body_bytes == 0 { &self.heads } else { &[] }
     }
 
     /// Forgets the first `len` bytes of [`only_head`](Self::only_head).

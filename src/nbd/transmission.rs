@@ -24,7 +24,6 @@ use super::readers::Reader;
 use super::reply::{Asked, Outcome};
 use super::request::{self, Attachment, Command, MAX_BLOCK_STATUS_PAYLOAD_BYTES, Refusal};
 use super::serve::{self, MAX_EXTENTS, Task};
-use super::silence::Silence;
 use super::socket::Socket;
 use super::wire::{self, BadMagic, Request, cflag};
 use crate::units::ByteRange;
@@ -71,14 +70,13 @@ pub(super) async fn run<S>(
 {
     let limits = shared.limits;
     let (reader, mut writer) = tokio::io::split(stream);
-    let outbox = Outbox::new(limits, Arc::clone(&shared.bytes), socket);
+    let outbox = Outbox::new(limits, Arc::clone(&shared.bytes), socket, Arc::clone(&shared.pool));
     let mut connection = Connection {
-        inbox: Inbox::new(reader, early, limits.stalled),
+        inbox: Inbox::new(reader, early, limits.stalled, &shared.pool),
         volume,
         attachment,
         outbox: &outbox,
         shared,
-        silence: Silence::new(),
     };
     let sent = {
         let mut sending = pin!(outbox::send_all(&mut writer, &outbox, limits.stalled));
@@ -136,7 +134,6 @@ struct Connection<'a, R> {
     attachment: Attachment,
     outbox: &'a Arc<Outbox>,
     shared: &'a Shared,
-    silence: Silence,
 }
 
 impl<R: AsyncRead + Unpin> Connection<'_, R> {
@@ -154,30 +151,9 @@ impl<R: AsyncRead + Unpin> Connection<'_, R> {
                     }
                 }
                 Ok(None) => {
-                    if let Err(gone) = self.receive().await {
+                    if let Err(gone) = self.inbox.receive().await {
                         return gone.into();
                     }
-                }
-            }
-        }
-    }
-
-    /// Receives once more; a client that is silent for long costs little meanwhile.
-    async fn receive(&mut self) -> Result<(), Gone> {
-        if self.inbox.is_inside_request() {
-            return self.inbox.receive().await;
-        }
-        loop {
-            // A receive that is cut off loses nothing.
-            tokio::select! {
-                biased;
-                received = self.inbox.receive() => {
-                    self.silence.is_broken();
-                    return received;
-                }
-                () = self.silence.lasts(), if !self.silence.was_noticed() => {
-                    self.inbox.shrink();
-                    self.outbox.shrink();
                 }
             }
         }

@@ -14,7 +14,7 @@ fn no_socket() -> Socket {
 }
 
 fn outbox(limits: Limits) -> Arc<Outbox> {
-    Outbox::new(limits, Arc::new(Semaphore::new(limits.shared_bytes)), no_socket())
+    Outbox::new(limits, Arc::new(Semaphore::new(limits.shared_bytes)), no_socket(), Arc::default())
 }
 
 #[tokio::test]
@@ -50,8 +50,9 @@ async fn a_ticket_that_is_dropped_unanswered_answers_eio() {
     let outbox = outbox(Limits::default());
     let (slot, _) = outbox.slot(0, &Bites::default()).await.unwrap();
     drop(Outbox::ticket(asked(1), slot));
-    let sending = outbox.next().await.unwrap();
-    let sent: Vec<u8> = sending.frames.slices().flatten().copied().collect();
+    let mut frames = Frames::default();
+    let _sending = outbox.next(&mut frames).await.unwrap();
+    let sent: Vec<u8> = frames.slices().flatten().copied().collect();
     assert_eq!(sent, [0x67, 0x44, 0x66, 0x98, 0, 0, 0, 5, 0, 0, 0, 0, 0, 0, 0, 1]);
 }
 
@@ -60,7 +61,7 @@ async fn small_requests_go_on_when_others_have_used_up_what_is_shared() {
     let limits = Limits { shared_bytes: 1 << 20, ..Limits::default() };
     let shared = Arc::new(Semaphore::new(limits.shared_bytes));
     let (greedy, modest) =
-        (Outbox::new(limits, Arc::clone(&shared), no_socket()), Outbox::new(limits, shared, no_socket()));
+        [Arc::clone(&shared), shared].map(|shared| Outbox::new(limits, shared, no_socket(), Arc::default())).into();
     let bites = Bites::default();
     let _held = greedy.slot(1 << 20, &bites).await.unwrap();
     let soon = Duration::from_millis(50);
@@ -86,7 +87,7 @@ async fn a_client_that_takes_nothing_is_given_up_after_the_deadline() {
 async fn replies_that_are_never_sent_give_back_what_all_share() {
     let limits = Limits::default();
     let shared = Arc::new(Semaphore::new(limits.shared_bytes));
-    let outbox = Outbox::new(limits, Arc::clone(&shared), no_socket());
+    let outbox = Outbox::new(limits, Arc::clone(&shared), no_socket(), Arc::default());
     let (slot, _) = outbox.slot(1 << 20, &Bites::default()).await.unwrap();
     Outbox::answer_at_once(asked(1), slot, Outcome::Done);
     assert!(shared.available_permits() < limits.shared_bytes);
@@ -99,7 +100,8 @@ fn with_socket() -> (Arc<Outbox>, UnixStream) {
     let (ours, theirs) = UnixStream::pair().unwrap();
     theirs.set_nonblocking(true).unwrap();
     let limits = Limits::default();
-    (Outbox::new(limits, Arc::new(Semaphore::new(limits.shared_bytes)), Socket::plain(Arc::new(ours.into()))), theirs)
+    let (shared, socket) = (Arc::new(Semaphore::new(limits.shared_bytes)), Socket::plain(Arc::new(ours.into())));
+    (Outbox::new(limits, shared, socket, Arc::default()), theirs)
 }
 
 async fn ticket(outbox: &Arc<Outbox>, cookie: u64) -> Ticket {
@@ -131,12 +133,15 @@ async fn nothing_is_sent_past_replies_that_wait_or_are_being_sent_or_owed() {
     assert!(client.read(&mut [0; 1]).is_err());
     second.answer(Outcome::Done);
     assert!(client.read(&mut [0; 1]).is_err(), "the first goes first");
-    let sending = outbox.next().await.unwrap();
+    let mut frames = Frames::default();
+    let sending = outbox.next(&mut frames).await.unwrap();
     ticket(&outbox, 3).await.answer(Outcome::Done);
     assert!(client.read(&mut [0; 1]).is_err(), "the writer is at it");
-    assert_eq!(sending.frames.bytes(), 32);
+    assert_eq!(frames.bytes(), 32);
     drop(sending);
-    assert_eq!(outbox.next().await.unwrap().frames.bytes(), 16);
+    frames.clear();
+    let _sending = outbox.next(&mut frames).await.unwrap();
+    assert_eq!(frames.bytes(), 16);
     // A writer that failed comes for no more. What it sent last may be half there, so nothing may follow.
     ticket(&outbox, 4).await.answer(Outcome::Done);
     assert!(client.read(&mut [0; 1]).is_err());
@@ -152,7 +157,9 @@ async fn what_a_full_socket_does_not_take_is_left_to_the_writer() {
     }
     let mut got = Vec::new();
     let _would_block = client.read_to_end(&mut got);
-    got.extend(outbox.next().await.unwrap().frames.slices().flatten());
+    let mut frames = Frames::default();
+    let _sending = outbox.next(&mut frames).await.unwrap();
+    got.extend(frames.slices().flatten());
     assert!(got.len() == sent && got.chunks(16).all(|each| each == reply(1)));
 }
 
@@ -161,7 +168,8 @@ async fn the_last_reply_of_a_connection_wakes_its_writer_to_the_end() {
     let (outbox, _client) = with_socket();
     let last = ticket(&outbox, 1).await;
     outbox.close();
-    let mut next = std::pin::pin!(async { outbox.next().await.map(|sending| sending.frames.bytes()) });
+    let mut frames = Frames::default();
+    let mut next = std::pin::pin!(async { outbox.next(&mut frames).await.map(|_| frames.bytes()) });
     assert!(tokio::time::timeout(Duration::from_millis(10), next.as_mut()).await.is_err());
     last.answer(Outcome::Done);
     assert_eq!(tokio::time::timeout(Duration::from_secs(1), next).await.unwrap(), Some(16));
