@@ -187,13 +187,15 @@ impl<'a> Talk<'a> {
                 }
                 (Step::NeedMore, _) => {
                     self.input.reserve(RECEIVE_BYTES);
+                    // What arrived after a stop is answered as such.
                     tokio::select! {
+                        biased;
+                        () = super::stopped(stop), if !self.stopping => self.stop(),
                         got = tokio::time::timeout_at(self.deadline, stream.read_buf(&mut self.input)) => {
                             if got.map_err(|_| self.too_slow())?? == 0 {
                                 return Err(Left::HungUp);
                             }
                         }
-                        () = super::stopped(stop), if !self.stopping => self.stop(),
                     }
                 }
                 (Step::List | Step::Find(_) | Step::Transmit(_), _) => {}
@@ -217,8 +219,9 @@ impl<'a> Talk<'a> {
         let mut accepting = tls.acceptor().accept(stream).into_fallible();
         let accepted = loop {
             tokio::select! {
-                accepted = tokio::time::timeout_at(self.deadline, &mut accepting) => break accepted,
+                biased;
                 () = super::stopped(stop), if !self.stopping => self.stop(),
+                accepted = tokio::time::timeout_at(self.deadline, &mut accepting) => break accepted,
             }
         };
         match accepted {
