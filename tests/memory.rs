@@ -76,6 +76,26 @@ fn a_thousand_idle_connections_cost_less_than_50_mib_before_and_after_they_had_w
 }
 
 #[test]
+fn a_thousand_half_requests_cost_less_than_50_mib_whatever_their_memory_was_used_for_before() {
+    let mut server = TestServer::start(&["--listen", "127.0.0.1:0"], &[]);
+    server.ok("POST", "/v1/exports/create", json!({"export_id": "disk", "size": MIB}));
+    let mut reader = attach(&server);
+    reader.read(0, MIB);
+    let before = anonymous_bytes(server.pid());
+    let mut clients: Vec<Raw> = (0..CONNECTIONS).map(|_| attach(&server)).collect();
+    for client in &mut clients {
+        let (requests, _) = batch(client, cmd::WRITE);
+        client.send(&requests[..100]);
+        // Its pages are those that the next client gets, if all of them are used again.
+        reader.read(0, MIB);
+    }
+    let more = anonymous_bytes(server.pid()).saturating_sub(before) / MIB;
+    assert!(more < 50, "{more} MiB more");
+    drop(clients);
+    server.stop();
+}
+
+#[test]
 fn an_export_of_16_tib_with_nothing_resident_costs_less_than_32_mib() {
     let mut server = TestServer::start(&["--listen", "127.0.0.1:0"], &[]);
     // All but its last chunk: ext4 holds no longer file.

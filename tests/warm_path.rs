@@ -138,6 +138,7 @@ fn a_warm_read_is_one_system_call_and_its_share_of_a_batch_on_each_of_four_conne
         });
         let batches = ROUNDS * clients as u64;
         assert_eq!(calls("preadv2"), DEPTH * batches, "one each");
+        assert!(calls("mmap") + calls("munmap") < ROUNDS, "memory is used again");
         // One wait, one receive and one send.
         let per_batch = AROUND.map(&calls).iter().sum::<u64>() / batches;
         assert!(per_batch < 8, "{per_batch} calls per batch of {DEPTH} besides, {clients} connections");
@@ -185,7 +186,7 @@ fn a_flush_is_one_sync_and_its_reply_is_sent_by_the_thread_that_did_it() {
 #[test]
 fn publishing_and_fetching_go_over_no_more_than_a_slice_in_one_system_call() {
     let _alone = alone();
-    let text = traced("-etrace=read,write,pread64,pwrite64,preadv2", " exited with 0 ", |server| {
+    let text = traced("-etrace=read,write,pread64,pwrite64,preadv2,sched_yield", " exited with 0 ", |server| {
         let size = 2 * DEFAULT_CHUNK_BYTES;
         server.ok("POST", "/v1/exports/create", serde_json::json!({"export_id": "disk", "size": size}));
         let mut client = attach(server);
@@ -200,4 +201,15 @@ fn publishing_and_fetching_go_over_no_more_than_a_slice_in_one_system_call() {
     let moved = |line: &str| line.rsplit_once(" = ").and_then(|(_, moved)| moved.parse::<usize>().ok());
     let longest = text.lines().max_by_key(|line| moved(line)).unwrap();
     assert_eq!(moved(longest), Some(SLICE_BYTES), "{longest}");
+    // The core is offered before each: what a thread did just before it moved a slice into the store.
+    let (mut last, mut offered) = (BTreeMap::new(), 0);
+    for line in text.lines() {
+        let (thread, call) = line.split_once(' ').unwrap();
+        let before = last.insert(thread, call.trim_start());
+        if call.trim_start().starts_with("write(") && moved(line) == Some(SLICE_BYTES) {
+            assert!(before.is_some_and(|before| before.starts_with("sched_yield")), "{before:?}, then {call}");
+            offered += 1;
+        }
+    }
+    assert!(offered > 0);
 }

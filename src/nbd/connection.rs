@@ -75,7 +75,7 @@ where
     tracing::debug!("it negotiated {negotiated:?}");
     let Negotiated { mode, contexts } = negotiated;
     let attachment = Attachment { mode, contexts, size: export.size, read_only: export.read_only };
-    transmission::run(stream, socket, &input, volume, attachment, shared, stop).await;
+    transmission::run(stream, socket, input, volume, attachment, shared, stop).await;
     tracing::info!("a client is gone");
 }
 

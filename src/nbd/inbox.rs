@@ -1,6 +1,6 @@
 //! What the client sends, as bytes: one buffer that a receive fills with as many requests as there are.
 //!
-//! Promises: memory is the buffer, lent while there is something in it, and the payloads asked for; a long payload is
+//! Promises: memory is the buffer, borrowed while there is something in it, and the payloads asked for; a long payload is
 //! received into its own memory and never copied; a short one is handed out where it is, to be used before the next receive.
 //! Must never: wait without end inside a frame, or hand out a part of a payload.
 
@@ -45,7 +45,7 @@ pub(super) enum Gone {
 #[derive(Debug)]
 pub(super) struct Inbox<R> {
     reader: R,
-    /// Nothing while the client is waited for between two requests.
+    /// Nothing while the client is waited for and there is nothing in it.
     buffer: Lease,
     start: usize,
     end: usize,
@@ -96,7 +96,7 @@ impl<R: AsyncRead + Unpin> Inbox<R> {
         Ok(())
     }
 
-    /// Reads what there is into the buffer. While there is nothing, and no part of a request, there is no buffer either.
+    /// Reads what there is into the buffer. While there is nothing, here or there, there is no buffer either.
     async fn read(&mut self) -> io::Result<usize> {
         let most = if std::mem::take(&mut self.wary) { WARY_BYTES } else { BUFFER_BYTES };
         poll_fn(|context| {
@@ -105,18 +105,26 @@ impl<R: AsyncRead + Unpin> Inbox<R> {
             let mut into = ReadBuf::new(&mut self.buffer[room]);
             let reading = Pin::new(&mut self.reader).poll_read(context, &mut into);
             let got = into.filled().len();
-            if reading.is_pending() && !self.is_inside_request() {
-                self.buffer.give_back();
+            if reading.is_pending() {
+                self.let_go();
             }
             reading.map_ok(|()| got)
         })
         .await
     }
 
+    /// Gives the buffer back, if there is nothing in it.
+    fn let_go(&mut self) {
+        if self.start == self.end {
+            (self.start, self.end) = (0, 0);
+            self.buffer.give_back();
+        }
+    }
+
     /// Makes room behind what was received.
     fn make_room(&mut self) {
         if self.buffer.is_empty() {
-            self.buffer.room(BUFFER_BYTES);
+            self.buffer.add(BUFFER_BYTES);
         }
         if self.start == self.end {
             (self.start, self.end) = (0, 0);
@@ -139,6 +147,7 @@ impl<R: AsyncRead + Unpin> Inbox<R> {
         let here = self.received().len().min(payload.len());
         payload[..here].copy_from_slice(&self.received()[..here]);
         self.take(here);
+        self.let_go();
         let mut got = here;
         while got < payload.len() {
             let reading = self.reader.read(&mut payload[got..]);
@@ -162,6 +171,7 @@ impl<R: AsyncRead + Unpin> Inbox<R> {
         let here = self.received().len().min(len);
         payload.extend_from_slice(&self.received()[..here]);
         self.take(here);
+        self.let_go();
         while payload.len() < len {
             let left = len - payload.len();
             let mut rest = (&mut payload).limit(left);
@@ -234,21 +244,26 @@ mod tests {
     #[tokio::test]
     async fn there_is_a_buffer_only_while_there_is_something_in_it() {
         let (mut client, server) = tokio::io::duplex(BUFFER_BYTES * 2);
-        let mut inbox = Inbox::new(server, &[], SOON, &Arc::default());
+        let pool = Arc::<Pool>::default();
+        let mut inbox = Inbox::new(server, &[], SOON, &pool);
         for len in [1, BUFFER_BYTES + 1] {
             assert!(tokio::time::timeout(SOON, inbox.receive()).await.is_err(), "still waiting");
-            assert!(inbox.buffer.is_empty());
+            assert_eq!(pool.kept(), 1);
             let sent: Vec<u8> = (0..len).map(|i| u8::try_from(i % 251).unwrap()).collect();
             client.write_all(&sent).await.unwrap();
             let mut got = Vec::new();
             while got.len() < len {
                 inbox.receive().await.unwrap();
-                assert!(!inbox.buffer.is_empty());
+                assert_eq!(pool.kept(), 0);
                 got.extend_from_slice(inbox.received());
                 inbox.take(inbox.received().len());
             }
             assert!(got == sent);
         }
+        // Inside a request, but with nothing of it here, either.
+        client.write_all(&[1]).await.unwrap();
+        assert!(matches!(inbox.payload_into(&mut [0; 2]).await, Err(Gone::Stalled)));
+        assert_eq!(pool.kept(), 1);
     }
 
     #[tokio::test]

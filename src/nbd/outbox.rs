@@ -263,13 +263,13 @@ impl Outbox {
     }
 
     /// Waits for replies, and puts them into `frames`, which holds none; `None` once there will be none any more.
-    async fn next(&self, frames: &mut Frames) -> Option<Sending<'_>> {
-        poll_fn(|context| {
+    async fn next<'a>(&'a self, frames: &'a mut Frames) -> Option<Sending<'a>> {
+        let share = poll_fn(|context| {
             let line = &mut *self.line.lock();
             line.sending = !line.frames.is_empty();
             if line.sending {
                 std::mem::swap(&mut line.frames, frames);
-                return Poll::Ready(Some(Sending { share: std::mem::take(&mut line.held), outbox: self }));
+                return Poll::Ready(Some(std::mem::take(&mut line.held)));
             }
             if line.closed && line.owed == 0 {
                 return Poll::Ready(None);
@@ -280,7 +280,8 @@ impl Outbox {
             }
             Poll::Pending
         })
-        .await
+        .await?;
+        Some(Sending { frames, share, outbox: self })
     }
 }
 
@@ -292,14 +293,16 @@ impl Drop for Outbox {
     }
 }
 
-/// What replies that are being sent hold of the limits; it is given back when this is dropped.
+/// Replies being sent, and what they hold of the limits; when this is dropped their memory is given back, and then that.
 struct Sending<'a> {
+    frames: &'a mut Frames,
     share: Share,
     outbox: &'a Outbox,
 }
 
 impl Drop for Sending<'_> {
     fn drop(&mut self) {
+        self.frames.clear();
         self.outbox.give_back(std::mem::take(&mut self.share));
     }
 }
@@ -373,10 +376,8 @@ pub(super) async fn send_all<W: AsyncWrite + Unpin>(
     stalled: Duration,
 ) -> io::Result<()> {
     let mut frames = Frames::new(&outbox.pool);
-    while let Some(_sending) = outbox.next(&mut frames).await {
-        send(writer, &frames, stalled).await?;
-        // The memory first, then what was paid for it.
-        frames.clear();
+    while let Some(sending) = outbox.next(&mut frames).await {
+        send(writer, sending.frames, stalled).await?;
     }
     Ok(())
 }

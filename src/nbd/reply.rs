@@ -79,6 +79,7 @@ enum Segment {
     Body(Bytes),
 }
 
+/// With memory of their own, for who has no server.
 impl Default for Frames {
     fn default() -> Self {
         Self::new(&Arc::default())
@@ -122,6 +123,10 @@ impl Frames {
 
     /// Appends what another has gathered.
     pub fn append(&mut self, other: Self) {
+        if self.is_empty() {
+            *self = other;
+            return;
+        }
         let base = self.heads.len();
         self.heads.append(&other.heads);
         self.segments.extend(other.segments.into_iter().map(|segment| match segment {
@@ -242,7 +247,7 @@ impl Asked {
             wire::encode_simple(scratch, 0, self.cookie);
         }
         heads.append(scratch);
-        let data = heads.room(len);
+        let data = heads.add(len);
         if !read(data) {
             heads.truncate(start);
             return false;

@@ -11,7 +11,7 @@ use std::pin::pin;
 use std::sync::Arc;
 use std::task::Poll;
 
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::watch;
 
@@ -60,7 +60,7 @@ enum End {
 pub(super) async fn run<S>(
     stream: S,
     socket: Socket,
-    early: &[u8],
+    early: BytesMut,
     volume: Arc<Volume>,
     attachment: Attachment,
     shared: &Shared,
@@ -72,13 +72,14 @@ pub(super) async fn run<S>(
     let (reader, mut writer) = tokio::io::split(stream);
     let outbox = Outbox::new(limits, Arc::clone(&shared.bytes), socket, Arc::clone(&shared.pool));
     let mut connection = Connection {
-        inbox: Inbox::new(reader, early, limits.stalled, &shared.pool),
+        inbox: Inbox::new(reader, &early, limits.stalled, &shared.pool),
         volume,
         attachment,
         outbox: &outbox,
         shared,
     };
-    let sent = {
+    drop(early);
+    let (sent, mut reader) = {
         let mut sending = pin!(outbox::send_all(&mut writer, &outbox, limits.stalled));
         let end = {
             let mut taking = pin!(connection.take_requests());
@@ -103,20 +104,22 @@ pub(super) async fn run<S>(
             })
             .await
         };
-        match end {
-            Ok(end) => {
-                connection.log_end(&end);
+        if let Ok(end) = &end {
+            connection.log_end(end);
+        }
+        // No more requests are taken, so nothing is held for them while replies are waited for.
+        let reader = connection.inbox.into_reader();
+        let sent = match end {
+            Ok(_) => {
                 outbox.close();
                 sending.await
             }
             Err(sent) => sent,
-        }
+        };
+        (sent, reader)
     };
     match sent {
-        Ok(()) => {
-            let mut reader = connection.inbox.into_reader();
-            super::close_gently(&mut reader, &mut writer).await;
-        }
+        Ok(()) => super::close_gently(&mut reader, &mut writer).await,
         Err(error) => {
             if error.kind() == std::io::ErrorKind::TimedOut {
                 shared.bites.stalled.log("a client did not take its replies: its connection is closed");

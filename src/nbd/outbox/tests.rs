@@ -51,8 +51,8 @@ async fn a_ticket_that_is_dropped_unanswered_answers_eio() {
     let (slot, _) = outbox.slot(0, &Bites::default()).await.unwrap();
     drop(Outbox::ticket(asked(1), slot));
     let mut frames = Frames::default();
-    let _sending = outbox.next(&mut frames).await.unwrap();
-    let sent: Vec<u8> = frames.slices().flatten().copied().collect();
+    let sending = outbox.next(&mut frames).await.unwrap();
+    let sent: Vec<u8> = sending.frames.slices().flatten().copied().collect();
     assert_eq!(sent, [0x67, 0x44, 0x66, 0x98, 0, 0, 0, 5, 0, 0, 0, 0, 0, 0, 0, 1]);
 }
 
@@ -137,11 +137,9 @@ async fn nothing_is_sent_past_replies_that_wait_or_are_being_sent_or_owed() {
     let sending = outbox.next(&mut frames).await.unwrap();
     ticket(&outbox, 3).await.answer(Outcome::Done);
     assert!(client.read(&mut [0; 1]).is_err(), "the writer is at it");
-    assert_eq!(frames.bytes(), 32);
+    assert_eq!(sending.frames.bytes(), 32);
     drop(sending);
-    frames.clear();
-    let _sending = outbox.next(&mut frames).await.unwrap();
-    assert_eq!(frames.bytes(), 16);
+    assert_eq!(outbox.next(&mut frames).await.unwrap().frames.bytes(), 16);
     // A writer that failed comes for no more. What it sent last may be half there, so nothing may follow.
     ticket(&outbox, 4).await.answer(Outcome::Done);
     assert!(client.read(&mut [0; 1]).is_err());
@@ -158,8 +156,7 @@ async fn what_a_full_socket_does_not_take_is_left_to_the_writer() {
     let mut got = Vec::new();
     let _would_block = client.read_to_end(&mut got);
     let mut frames = Frames::default();
-    let _sending = outbox.next(&mut frames).await.unwrap();
-    got.extend(frames.slices().flatten());
+    got.extend(outbox.next(&mut frames).await.unwrap().frames.slices().flatten());
     assert!(got.len() == sent && got.chunks(16).all(|each| each == reply(1)));
 }
 
@@ -169,8 +166,29 @@ async fn the_last_reply_of_a_connection_wakes_its_writer_to_the_end() {
     let last = ticket(&outbox, 1).await;
     outbox.close();
     let mut frames = Frames::default();
-    let mut next = std::pin::pin!(async { outbox.next(&mut frames).await.map(|_| frames.bytes()) });
+    let mut next = std::pin::pin!(async { outbox.next(&mut frames).await.map(|sending| sending.frames.bytes()) });
     assert!(tokio::time::timeout(Duration::from_millis(10), next.as_mut()).await.is_err());
     last.answer(Outcome::Done);
     assert_eq!(tokio::time::timeout(Duration::from_secs(1), next).await.unwrap(), Some(16));
+}
+
+#[tokio::test]
+async fn replies_hold_memory_until_they_are_sent_or_nobody_gets_them_and_a_read_that_must_wait_none() {
+    let pool = Arc::<Pool>::default();
+    let limits = Limits::default();
+    let shared = Arc::new(Semaphore::new(limits.shared_bytes));
+    let outbox = Outbox::new(limits, shared, no_socket(), Arc::clone(&pool));
+    let slot = async || outbox.slot(4096, &Bites::default()).await.unwrap().0;
+    drop(Outbox::read_at_once(asked(1), slot().await, 4096, false, |_| false).unwrap_err());
+    assert_eq!(pool.kept(), 1);
+    let mut frames = Frames::new(&pool);
+    Outbox::read_at_once(asked(1), slot().await, 4096, false, |_| true).unwrap();
+    let sending = outbox.next(&mut frames).await.unwrap();
+    assert_eq!(pool.kept(), 0);
+    drop(sending);
+    assert_eq!(pool.kept(), 1);
+    Outbox::read_at_once(asked(1), slot().await, 4096, false, |_| true).unwrap();
+    assert_eq!(pool.kept(), 0);
+    outbox.abandon();
+    assert_eq!(pool.kept(), 1);
 }
