@@ -417,6 +417,31 @@ async fn after_the_host_went_down_only_sealed_marks_count() {
     assert_eq!([all[0], all[CHUNK as usize], all[2 * CHUNK as usize]], [0xaa, 2, 3]);
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_publish_whose_upload_hangs_holds_no_other_one_up() {
+    let mut site = Site::new();
+    let registry = site.start("origin").await;
+    for name in ["hangs", "goes"] {
+        write(&create(&registry, name, 64).await, 0, 1, 64 * CHUNK).await;
+    }
+    site.store.judge(
+        |op, key| {
+            if op == "upload" && key.as_str().contains("/hangs/") { Fate::Stuck } else { Fate::Served }
+        },
+    );
+    let hanging = tokio::spawn({
+        let registry = Arc::clone(&registry);
+        async move { registry.snapshot(&id("hangs")).await }
+    });
+    while site.store.count("upload") == 0 {
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    let going = tokio::time::timeout(Duration::from_secs(10), registry.snapshot(&id("goes"))).await;
+    assert!(going.expect("it waits for the other's cores").unwrap().created);
+    assert!(!hanging.is_finished());
+    hanging.abort();
+}
+
 #[tokio::test]
 async fn a_publish_interrupted_anywhere_is_finished_or_undone_at_the_next_start() {
     // The k-th change of the store never returns and the process is killed; then the host of k + 1, and so on.

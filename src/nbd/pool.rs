@@ -252,7 +252,10 @@ mod tests {
         drop((0..pool.most_kept * 2).map(|_| pool.lease(1)).collect::<Vec<_>>());
         drop(pool.lease(BUFFER_BYTES + 1));
         let state = pool.state.lock();
-        assert_eq!(state.kept.iter().map(|memory| memory.len()).collect::<Vec<_>>(), vec![BUFFER_BYTES; pool.most_kept]);
+        assert_eq!(
+            state.kept.iter().map(|memory| memory.len()).collect::<Vec<_>>(),
+            vec![BUFFER_BYTES; pool.most_kept]
+        );
         assert_eq!((state.lent_again, state.lent_fresh), (0, 0));
     }
 

@@ -18,6 +18,7 @@ use bytes::Bytes;
 use futures_util::future;
 use futures_util::stream::{self, StreamExt};
 use parking_lot::Mutex;
+use tokio::task::{JoinError, JoinSet};
 use tracing::Instrument;
 
 use super::ancestry::Ancestry;
@@ -32,7 +33,7 @@ use crate::cache::publish::CutChunk;
 use crate::cache::{self, Cache, states::Content};
 use crate::manifest::{Change, Manifest};
 use crate::sabotage::{Rule, breaks};
-use crate::slices::slices;
+use crate::slices::{background_core, slices};
 use crate::store::parts::upload_floor;
 use crate::store::{BoxError, Condition, StoreError};
 use crate::units::{ChunkIndex, SnapshotId};
@@ -272,7 +273,7 @@ impl Volume {
                 // In the order of the chunks: none holds what an earlier one waits for.
                 (planned, share.take(self.geometry.chunk_range(planned.chunk()).len()).await)
             })
-            .map(|(planned, held)| self.read_planned(planned, held))
+            .map(|(planned, held)| self.read_beside(planned, held))
             .buffered(CHUNKS_AT_A_TIME)
             .filter_map(move |read| {
                 counter.advance(chunk_bytes);
@@ -306,10 +307,30 @@ impl Volume {
         Ok(std::mem::take(&mut *changes.lock()))
     }
 
+    /// Reads on a task of its own, which ends with the publish: what it holds for its work it gives back also while the
+    /// upload has no room for more.
+    fn read_beside(
+        self: &Arc<Self>,
+        planned: Planned,
+        held: Held,
+    ) -> impl Future<Output = Result<HashedChunk, VolumeError>> + use<> {
+        let volume = Arc::clone(self);
+        let mut task = JoinSet::new();
+        task.spawn(async move { volume.read_planned(planned, held).await }.in_current_span());
+        async move {
+            match task.join_next().await.map(|ended| ended.map_err(JoinError::try_into_panic)) {
+                Some(Ok(read)) => read,
+                Some(Err(Ok(panic))) => std::panic::resume_unwind(panic),
+                // The runtime is shutting down: nobody is left to see a result.
+                Some(Err(Err(_))) | None => future::pending().await,
+            }
+        }
+    }
+
     async fn read_planned(self: &Arc<Self>, planned: Planned, held: Held) -> Result<HashedChunk, VolumeError> {
         match planned {
             Planned::Cut(chunk) => {
-                let _core = self.services.publish_budget.core().await;
+                let _core = background_core().await;
                 let read = move |cache: &Cache| {
                     let mut buf = held.buffer(super::buffer_len(cache.geometry().chunk_range(chunk)));
                     cache.take_cut_chunk(chunk, &mut buf).map(|()| hashed(chunk, held.by(buf)))
@@ -318,7 +339,7 @@ impl Volume {
             }
             Planned::Published(chunk) => {
                 let bytes = self.published_chunk(chunk).await?;
-                let _core = self.services.publish_budget.core().await;
+                let _core = background_core().await;
                 Ok(cache::blocking_io(move || hashed(chunk, held.by(bytes))).await)
             }
         }
