@@ -21,7 +21,6 @@ use futures_util::StreamExt;
 use super::retry::Request;
 use super::{Body, Condition, Key, Object, Store, StoreError, Version};
 use crate::clock::Clock;
-use crate::slices::background_core;
 use crate::units::ByteRange;
 use folder::{Fault, Folder, Tmp};
 pub use folder::{LOCK_PATIENCE, TMP_LIFETIME};
@@ -79,7 +78,6 @@ impl LocalStore {
             if ended || batch_bytes >= WRITE_BATCH_BYTES {
                 let pieces = std::mem::take(&mut batch);
                 batch_bytes = 0;
-                let _core = background_core().await;
                 tmp = self.blocking(request, move |_| tmp.append(&pieces)).await?;
             }
             if ended {

@@ -159,18 +159,24 @@ impl Stream {
     }
 }
 
-/// The memory that all publishes of a server share.
+/// What all publishes of a server share: memory, and the processor's cores.
 #[derive(Debug)]
 pub(crate) struct PublishBudget {
     free: Arc<Semaphore>,
     all: u32,
+    cores: Semaphore,
 }
 
 impl PublishBudget {
     /// A budget of so many bytes.
     pub(crate) fn new(bytes: u64) -> Self {
         let all = permits(bytes).max(1);
-        Self { free: Arc::new(Semaphore::new(all as usize)), all }
+        Self { free: Arc::new(Semaphore::new(all as usize)), all, cores: Semaphore::new(cores().div_ceil(2)) }
+    }
+
+    /// One of the cores for reading and hashing a chunk: half of them are left to the clients.
+    pub(super) async fn core(&self) -> Option<SemaphorePermit<'_>> {
+        self.cores.acquire().await.ok()
     }
 
     /// The share of one publish: waits for the `floor` of bytes without which its upload would not go on.

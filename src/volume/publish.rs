@@ -33,7 +33,7 @@ use crate::cache::publish::CutChunk;
 use crate::cache::{self, Cache, states::Content};
 use crate::manifest::{Change, Manifest};
 use crate::sabotage::{Rule, breaks};
-use crate::slices::{background_core, slices};
+use crate::slices::slices;
 use crate::store::parts::upload_floor;
 use crate::store::{BoxError, Condition, StoreError};
 use crate::units::{ChunkIndex, SnapshotId};
@@ -330,7 +330,7 @@ impl Volume {
     async fn read_planned(self: &Arc<Self>, planned: Planned, held: Held) -> Result<HashedChunk, VolumeError> {
         match planned {
             Planned::Cut(chunk) => {
-                let _core = background_core().await;
+                let _core = self.services.publish_budget.core().await;
                 let read = move |cache: &Cache| {
                     let mut buf = held.buffer(super::buffer_len(cache.geometry().chunk_range(chunk)));
                     cache.take_cut_chunk(chunk, &mut buf).map(|()| hashed(chunk, held.by(buf)))
@@ -339,7 +339,7 @@ impl Volume {
             }
             Planned::Published(chunk) => {
                 let bytes = self.published_chunk(chunk).await?;
-                let _core = background_core().await;
+                let _core = self.services.publish_budget.core().await;
                 Ok(cache::blocking_io(move || hashed(chunk, held.by(bytes))).await)
             }
         }

@@ -162,23 +162,6 @@ async fn an_abandoned_upload_leaves_neither_object_nor_tmp_file() {
     assert_eq!(tmp_files(root.path()), 0);
 }
 
-#[tokio::test]
-async fn an_upload_waits_for_one_of_the_cores_that_are_not_left_to_clients() {
-    let (root, store) = store();
-    let blob = key("blob");
-    let upload = || store.upload(&blob, 3, futures_util::stream::iter([Ok(Bytes::from_static(b"abc"))]).boxed());
-    let cores = std::thread::available_parallelism().map_or(1, usize::from).div_ceil(2);
-    let mut held = Vec::new();
-    for _ in 0..cores {
-        held.push(background_core().await.unwrap());
-    }
-    let soon = Duration::from_millis(50);
-    assert!(tokio::time::timeout(soon, upload()).await.is_err() && !root.path().join("blob").exists());
-    drop(held);
-    upload().await.unwrap();
-    assert_eq!(std::fs::read(root.path().join("blob")).unwrap(), b"abc");
-}
-
 #[test]
 fn a_root_that_cannot_be_used_is_an_error_that_names_it() {
     let root = tempfile::tempdir().unwrap();
