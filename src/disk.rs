@@ -125,13 +125,11 @@ fn ignore_missing(result: io::Result<()>) -> io::Result<()> {
 
 impl Disk for RealDisk {
     fn open(&self, path: &Path) -> io::Result<Arc<dyn DiskFile>> {
-        let file = fs::File::options().read(true).write(true).open(path)?;
-        Ok(Arc::new(RealFile(file)))
+        RealFile::over(fs::File::options().read(true).write(true).open(path)?)
     }
 
     fn create(&self, path: &Path) -> io::Result<Arc<dyn DiskFile>> {
-        let file = fs::File::options().read(true).write(true).create(true).truncate(true).open(path)?;
-        Ok(Arc::new(RealFile(file)))
+        RealFile::over(fs::File::options().read(true).write(true).create(true).truncate(true).open(path)?)
     }
 
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
@@ -184,32 +182,49 @@ impl Disk for RealDisk {
     }
 }
 
+/// What `statfs` calls tmpfs.
+const TMPFS: u32 = 0x0102_1994;
+
 #[derive(Debug)]
-struct RealFile(fs::File);
+struct RealFile {
+    file: fs::File,
+    /// Whether its file system keeps everything in memory. The kernel is not told to wait for nothing there.
+    in_memory: bool,
+}
+
+impl RealFile {
+    fn over(file: fs::File) -> io::Result<Arc<dyn DiskFile>> {
+        let in_memory = u32::try_from(rustix::fs::fstatfs(&file)?.f_type).is_ok_and(|kind| kind == TMPFS);
+        Ok(Arc::new(Self { file, in_memory }))
+    }
+}
 
 impl DiskFile for RealFile {
     fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
-        self.0.read_exact_at(buf, offset)
+        self.file.read_exact_at(buf, offset)
     }
 
     fn read_at_once(&self, buf: &mut [u8], offset: u64) -> io::Result<bool> {
+        if self.in_memory {
+            return self.read_at(buf, offset).map(|()| true);
+        }
         let whole = buf.len();
-        let read = rustix::io::preadv2(&self.0, &mut [io::IoSliceMut::new(buf)], offset, ReadWriteFlags::NOWAIT);
+        let read = rustix::io::preadv2(&self.file, &mut [io::IoSliceMut::new(buf)], offset, ReadWriteFlags::NOWAIT);
         // Less than all, "would block", "not on this file system": the read that may wait finds out what it is.
         Ok(read.is_ok_and(|read| read == whole))
     }
 
     fn write_at(&self, buf: &[u8], offset: u64) -> io::Result<()> {
         let pieces = (offset..).step_by(WRITE_PIECE_BYTES).zip(buf.chunks(WRITE_PIECE_BYTES));
-        pieces.into_iter().try_for_each(|(at, piece)| self.0.write_all_at(piece, at))
+        pieces.into_iter().try_for_each(|(at, piece)| self.file.write_all_at(piece, at))
     }
 
     fn len(&self) -> io::Result<u64> {
-        Ok(self.0.metadata()?.len())
+        Ok(self.file.metadata()?.len())
     }
 
     fn set_len(&self, len: u64) -> io::Result<()> {
-        self.0.set_len(len)
+        self.file.set_len(len)
     }
 
     fn punch(&self, range: ByteRange) -> io::Result<()> {
@@ -217,12 +232,12 @@ impl DiskFile for RealFile {
             return Ok(());
         }
         let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-        Ok(rustix::fs::fallocate(&self.0, flags, range.offset(), range.len())?)
+        Ok(rustix::fs::fallocate(&self.file, flags, range.offset(), range.len())?)
     }
 
     fn allocate(&self, range: ByteRange) -> io::Result<()> {
         use rustix::io::Errno;
-        match rustix::fs::fallocate(&self.0, FallocateFlags::empty(), range.offset(), range.len()) {
+        match rustix::fs::fallocate(&self.file, FallocateFlags::empty(), range.offset(), range.len()) {
             // A file system that takes no orders: what can be had is the length, which a hole gives.
             Err(Errno::OPNOTSUPP | Errno::NOSYS) if self.len()? < range.end() => self.set_len(range.end()),
             Err(Errno::OPNOTSUPP | Errno::NOSYS) => Ok(()),
@@ -232,6 +247,6 @@ impl DiskFile for RealFile {
 
     fn sync(&self) -> io::Result<()> {
         // fdatasync also flushes the size and the extents a reader needs to find the data.
-        self.0.sync_data()
+        self.file.sync_data()
     }
 }

@@ -14,11 +14,11 @@ use std::time::{Duration, Instant};
 use common::hooked::Hooked;
 use common::nbd::{CHUNK as NBD_CHUNK, LAZY_BYTES, MIB, Raw, Served};
 use common::volumes::*;
-use nbd_server::disk::RealDisk;
+use nbd_server::disk::{Disk, RealDisk};
 use nbd_server::nbd::Limits;
 use nbd_server::nbd::wire::{Mode, cmd};
 use nbd_server::units::Geometry;
-use nbd_server::volume::Volume;
+use nbd_server::volume::{Volume, VolumeError};
 use tokio::sync::watch;
 
 const SOON: Duration = Duration::from_millis(50);
@@ -321,6 +321,60 @@ fn a_read_that_waits_for_the_disk_holds_up_nothing() {
     }
     drop(open);
     assert_eq!(client.answer(0, 4096).cookie, 1);
+}
+
+#[tokio::test]
+async fn a_write_that_waits_for_the_disk_alone_is_done_by_one_other_thread_and_needs_nobody_else() {
+    let (mut site, disk) = (Site::new(), Hooked::new(RealDisk));
+    let volume = mixed(&mut site, &disk).await;
+    let (done, ended) = std::sync::mpsc::channel();
+    let begin = |offset, data: &'static [u8]| {
+        let done = done.clone();
+        let change = volume.change(range(offset, data.len() as u64));
+        change.write_then(data.into(), move |written| done.send((offset, written.is_ok())).unwrap());
+    };
+    // While the runtime's only thread waits here, it can do nothing for them.
+    begin(2 * CHUNK - 1, &[7, 7]);
+    assert_eq!(ended.recv_timeout(Duration::from_secs(30)), Ok((2 * CHUNK - 1, true)));
+    begin(4 * CHUNK - 1, &[8, 8]);
+    assert!(ended.recv_timeout(SOON).is_err(), "the rest of its second chunk is missing");
+    assert_eq!(reads_at_once(&volume, 4 * CHUNK - 1, 1).unwrap(), [0], "and until it is here, none is written");
+    let earlier = volume.change(range(0, 2));
+    begin(1, &[9]);
+    assert!(ended.recv_timeout(SOON).is_err(), "an earlier one of the same byte is under way");
+    earlier.write(vec![5, 5].into()).await.unwrap();
+    let mut others = BTreeSet::new();
+    while others.len() < 2 {
+        others.extend(ended.try_recv());
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    assert_eq!(others, BTreeSet::from([(1, true), (4 * CHUNK - 1, true)]));
+    assert_eq!(read(&volume, 0, 3).await[..], [5, 9, 1]);
+    assert_eq!(read(&volume, 2 * CHUNK - 1, 3).await[..], [7, 7, 0]);
+    assert_eq!(read(&volume, 4 * CHUNK - 2, 4).await[..], [0, 8, 8, 9]);
+}
+
+#[tokio::test]
+async fn a_write_that_would_wait_for_the_disk_is_refused_once_the_export_is_closed() {
+    let mut site = Site::new();
+    let registry = site.start("here").await;
+    let volume = create(&registry, "disk", 1).await;
+    write(&volume, 0, 1, CHUNK).await;
+    registry.close().await;
+    let (done, ended) = tokio::sync::oneshot::channel();
+    volume.change(range(0, 1)).write_then(vec![2].into(), |written| done.send(written).unwrap());
+    assert!(matches!(ended.await.unwrap(), Err(VolumeError::Closed(_))));
+}
+
+#[test]
+fn what_is_in_a_file_system_of_memory_is_read_at_once() {
+    // The kernel does not take orders not to wait there.
+    let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+    let file = RealDisk.create(&dir.path().join("file")).unwrap();
+    file.write_at(&[7; 4096], 0).unwrap();
+    let mut buf = [0; 4096];
+    assert!(file.read_at_once(&mut buf, 0).unwrap());
+    assert_eq!(buf, [7; 4096]);
 }
 
 /// READs of a MiB each from the start on, as one piece.

@@ -44,17 +44,24 @@ pub(super) fn serve(volume: &Arc<Volume>, task: Task, answer: impl FnOnce(Outcom
     let answer = counted(volume, &task.command, answer);
     let change = match task.command {
         // "Zero length: success, nothing done."
-        Command::Write { range } | Command::Trim { range } | Command::WriteZeroes { range, .. }
-            if !range.is_empty() =>
-        {
-            Some(volume.change(range))
-        }
-        // Without a task of its own: each change of threads costs as much as a fast disk takes.
+        Command::Trim { range } | Command::WriteZeroes { range, .. } if !range.is_empty() => Some(volume.change(range)),
+        // These two without a task of their own: each change of threads costs as much as a fast disk takes.
+        Command::Write { range } if !range.is_empty() => return write(volume, range, task, answer),
         Command::Flush => return volume.flush_then(|flushed| answer(outcome(flushed.map(|()| Outcome::Done), false))),
         _ => None,
     };
     let volume = Arc::clone(volume);
     tokio::spawn(async move { answer(serve_in_turn(&volume, task, change).await) });
+}
+
+fn write(volume: &Arc<Volume>, range: ByteRange, task: Task, answer: impl FnOnce(Outcome) + Send + 'static) {
+    let done = |written: Result<(), VolumeError>| answer(outcome(written.map(|()| Outcome::Done), true));
+    let flushed = task.durable.then(|| Arc::clone(volume));
+    volume.change(range).write_then(task.payload, |written| match (written, flushed) {
+        // FUA covers this command; the flush covers it and more.
+        (Ok(()), Some(volume)) => volume.flush_then(done),
+        (written, _) => done(written),
+    });
 }
 
 /// The answer, and before it what the volume counts of it.
@@ -91,22 +98,20 @@ fn outcome(served: Result<Outcome, VolumeError>, writes: bool) -> Outcome {
 }
 
 async fn serve_in_turn(volume: &Arc<Volume>, task: Task, change: Option<Change>) -> Outcome {
-    let writes = matches!(task.command, Command::Write { .. } | Command::WriteZeroes { .. });
-    let changes = writes || matches!(task.command, Command::Trim { .. });
-    let durable = task.durable && changes;
+    let zeroes = matches!(task.command, Command::WriteZeroes { .. });
+    let durable = task.durable && (zeroes || matches!(task.command, Command::Trim { .. }));
     let served = match carry_out(volume, task, change).await {
-        // FUA covers this command; the flush covers it and more. It makes no sense on the others, and is accepted there.
+        // As for a write. FUA makes no sense on the others, and is accepted there.
         Ok(Outcome::Done) if durable => volume.flush().await.map(|()| Outcome::Done),
         served => served,
     };
-    outcome(served, writes)
+    outcome(served, zeroes)
 }
 
 async fn carry_out(volume: &Arc<Volume>, task: Task, change: Option<Change>) -> Result<Outcome, VolumeError> {
     let done = |()| Outcome::Done;
     match (task.command, change) {
         (Command::Read { range, whole }, _) => read(volume, range, whole).await,
-        (Command::Write { .. }, Some(change)) => change.write(task.payload).await.map(done),
         (Command::Trim { .. }, Some(change)) => change.trim().await.map(done),
         (Command::WriteZeroes { range, fast }, Some(change)) => {
             if fast && needs_a_fetch(volume, range).await? {

@@ -6,11 +6,12 @@
 use std::sync::Arc;
 
 use bytes::Bytes;
+use tokio::runtime::Handle;
 
 use super::order::Turn;
 use super::{Volume, VolumeError};
-use crate::cache::Edges;
-use crate::units::ByteRange;
+use crate::cache::{self, Cache, Edges, Progress};
+use crate::units::{ByteRange, ChunkIndex};
 
 /// A change that has arrived. It leaves the line when it is done or dropped.
 #[derive(Debug)]
@@ -31,14 +32,52 @@ impl Change {
         self.turn.come().await;
         let (volume, range) = (&self.volume, self.range);
         let _open = volume.enter_to_write(range).await?;
-        let partial = [range.offset(), range.end()].map(|edge| volume.chunk_cut_by(edge));
-        volume.fill_all(partial.into_iter().flatten()).await?;
+        volume.fill_all(self.cut_chunks()).await?;
         volume
             .until_done(range, move |cache, volume, rest| {
                 let from = super::buffer_len_of(rest.offset() - range.offset());
                 cache.write(rest.offset(), &data[from..], |chunk| volume.is_zero(chunk))
             })
             .await
+    }
+
+    /// As [`write`](Self::write); `done` is called with the result, on the thread that has it: where only the disk has to be
+    /// waited for, each change of threads may take longer than the disk. It is dropped uncalled only if the runtime ends.
+    pub fn write_then(self, data: Bytes, done: impl FnOnce(Result<(), VolumeError>) + Send + 'static) {
+        let (cache, runtime) = (Arc::clone(&self.volume.cache), Handle::current());
+        cache::blocking_then(&cache, move |cache| {
+            if let Some(written) = self.write_to_disk(cache, &data) {
+                drop(self);
+                done(written);
+            } else {
+                runtime.spawn(async move { done(self.write(data).await) });
+            }
+        });
+    }
+
+    /// Writes `data`; `None` if something else than the disk has to be waited for, or to be found out about.
+    fn write_to_disk(&self, cache: &Cache, data: &[u8]) -> Option<Result<(), VolumeError>> {
+        // Not waiting: the door is only ever shut by who closes the volume, and that needs a thread like this one.
+        let open = self.volume.open.try_read().ok().filter(|open| **open)?;
+        // What has to be fetched is, before any of the range is written.
+        let fetches = self.cut_chunks().any(|chunk| self.volume.must_fetch(chunk));
+        let allowed = !self.volume.read_only && self.volume.geometry.contains(self.range);
+        if fetches || !allowed || !self.turn.has_come() {
+            return None;
+        }
+        let written = cache.write(self.range.offset(), data, |chunk| self.volume.is_zero(chunk));
+        drop(open);
+        match written {
+            Ok(Progress::Done) => Some(Ok(())),
+            Ok(Progress::NeedsFill { .. }) => None,
+            Err(e) => Some(Err(self.volume.cache_error(e))),
+        }
+    }
+
+    /// The chunks that the range begins or ends inside of.
+    fn cut_chunks(&self) -> impl Iterator<Item = ChunkIndex> + use<> {
+        let edges = [self.range.offset(), self.range.end()];
+        edges.map(|edge| self.volume.chunk_cut_by(edge)).into_iter().flatten()
     }
 
     /// Makes the range read as zeros. Whole chunks cost neither a fetch nor space.

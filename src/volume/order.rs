@@ -67,6 +67,11 @@ impl Order {
 }
 
 impl Turn {
+    /// Whether there was no earlier change of a byte of the range when this one arrived.
+    pub fn has_come(&self) -> bool {
+        self.before.is_empty() || breaks(Rule::IgnoreOrder)
+    }
+
     /// Returns once no earlier change of a byte of the range is under way.
     pub async fn come(&mut self) {
         for mut earlier in self.before.drain(..).filter(|_| !breaks(Rule::IgnoreOrder)) {
