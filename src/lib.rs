@@ -4,6 +4,7 @@
 //! `docs/architecture.md` draws the house.
 
 pub mod admin;
+pub mod background;
 pub mod cache;
 pub mod cli;
 pub mod clock;

@@ -6,6 +6,7 @@ use std::io::Write;
 use std::process::ExitCode;
 use std::time::Duration;
 
+use nbd_server::background::Background;
 use nbd_server::cli;
 use nbd_server::config::{
     self, Command, Config, ConfigCommand, ConfigError, FileError, Origins, ReadError, Serve, Surroundings,
@@ -124,13 +125,15 @@ fn ask(command: cli::Command) -> ExitCode {
 fn serve(config: Config, passed: Vec<PassedSocket>, args: Vec<OsString>, origins: Origins) -> ExitCode {
     let logging = Logging::start(config.log_level, config.log_format, args, origins);
     allow_many_connections();
-    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
-        Ok(runtime) => runtime,
+    let started = tokio::runtime::Builder::new_multi_thread().enable_all().build();
+    let (runtime, (background, threads)) = match started.and_then(|runtime| Ok((runtime, Background::start()?))) {
+        Ok(started) => started,
         Err(e) => return complain(&format!("cannot start the runtime: {e}"), FAILURE),
     };
-    let ended = runtime.block_on(server::run(config, passed, logging));
+    let ended = runtime.block_on(server::run(config, passed, logging, background));
     // Blocking work that a second signal overtook is not waited for.
     runtime.shutdown_background();
+    threads.shutdown_background();
     match ended {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) if e.is_usage() => complain(&e, USAGE),

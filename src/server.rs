@@ -29,6 +29,7 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 
 use crate::admin::{self, Api, BindError, ScrapeError, Scrapes, Watch};
+use crate::background::Background;
 use crate::clock::{Clock, SystemClock};
 use crate::config::Config;
 use crate::disk::RealDisk;
@@ -122,11 +123,16 @@ impl ServerError {
 ///
 /// # Errors
 /// [`ServerError`]; nothing half-made is left behind.
-pub async fn run(config: Config, passed: Vec<PassedSocket>, mut logging: Logging) -> Result<(), ServerError> {
+pub async fn run(
+    config: Config,
+    passed: Vec<PassedSocket>,
+    mut logging: Logging,
+    background: Background,
+) -> Result<(), ServerError> {
     let mut signals = Signals::new().map_err(ServerError::Signals)?;
     let reloads = signal(SignalKind::hangup()).map_err(ServerError::Signals)?;
     let server = tokio::select! {
-        started = Server::start(&config, passed) => started?,
+        started = Server::start(&config, passed, background) => started?,
         name = signals.next() => {
             tracing::info!("stopped by {name} before it was ready");
             return Ok(());
@@ -153,7 +159,7 @@ struct Server {
 }
 
 impl Server {
-    async fn start(config: &Config, passed: Vec<PassedSocket>) -> Result<Self, ServerError> {
+    async fn start(config: &Config, passed: Vec<PassedSocket>, background: Background) -> Result<Self, ServerError> {
         let tls = match &config.tls {
             Some(files) => Some(Arc::new(Tls::load(files.clone()).await?)),
             None => None,
@@ -184,11 +190,11 @@ impl Server {
 
         let clock: Arc<dyn Clock> = Arc::new(SystemClock);
         let access = config.access();
-        let store = WatchedStore::connect(&access, &clock)?;
+        let store = WatchedStore::connect(&access, &clock, background.clone())?;
         store.probe(&access).await?;
         let services =
             Services::new(store.shared(), config.export_root.clone(), Arc::new(RealDisk), Arc::clone(&clock));
-        let services = services.with_publish_bytes(config.publish_bytes);
+        let services = services.with_publish_bytes(config.publish_bytes).with_background(background);
         let registry = Registry::discover(Arc::new(services), config.cache_root.clone()).await?;
 
         cache_folders.keep();

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use super::ServerError;
+use crate::background::Background;
 use crate::clock::{Clock, SystemClock};
 use crate::config::{StoreAccess, StoreConfig};
 use crate::disk::RealDisk;
@@ -25,13 +26,18 @@ pub(super) struct WatchedStore {
 
 impl WatchedStore {
     /// The store of a configuration; nothing is asked of it yet.
-    pub(super) fn connect(access: &StoreAccess, clock: &Arc<dyn Clock>) -> Result<Self, ServerError> {
+    pub(super) fn connect(
+        access: &StoreAccess,
+        clock: &Arc<dyn Clock>,
+        background: Background,
+    ) -> Result<Self, ServerError> {
         let policy = RetryPolicy { limit: access.timeout, ..RetryPolicy::default() };
         let health = Arc::new(Health::new(clock.now()));
         let store: SharedStore = match &access.store {
             StoreConfig::Local(root) => {
                 let opened = LocalStore::open(root.clone(), Arc::clone(clock));
-                Arc::new(opened.map_err(|source| ServerError::LocalRoot { path: root.clone(), source })?)
+                let store = opened.map_err(|source| ServerError::LocalRoot { path: root.clone(), source })?;
+                Arc::new(store.with_background(background))
             }
             StoreConfig::Memory => Arc::new(RemoteStore::memory()),
             StoreConfig::Remote(remote) => {
@@ -81,7 +87,7 @@ impl Offline {
             return Err(ServerError::MemoryOffline);
         }
         let clock: Arc<dyn Clock> = Arc::new(SystemClock);
-        let store = WatchedStore::connect(access, &clock)?;
+        let store = WatchedStore::connect(access, &clock, Background::default())?;
         let services = Services::new(store.shared(), access.export_root.clone(), Arc::new(RealDisk), clock);
         Ok(Self { store, access: access.clone(), services: Arc::new(services) })
     }

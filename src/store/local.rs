@@ -17,9 +17,11 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use futures_util::StreamExt;
+use tokio::task::JoinError;
 
 use super::retry::Request;
 use super::{Body, Condition, Key, Object, Store, StoreError, Version};
+use crate::background::Background;
 use crate::clock::Clock;
 use crate::units::ByteRange;
 use folder::{Fault, Folder, Tmp};
@@ -32,6 +34,7 @@ const WRITE_BATCH_BYTES: u64 = 1 << 20;
 #[derive(Debug, Clone)]
 pub struct LocalStore {
     folder: Arc<Folder>,
+    background: Background,
 }
 
 impl LocalStore {
@@ -42,7 +45,13 @@ impl LocalStore {
     pub fn open(root: PathBuf, clock: Arc<dyn Clock>) -> io::Result<Self> {
         let folder = Folder::open(root.clone(), clock)
             .map_err(|e| io::Error::new(e.kind(), format!("cannot use {} as an object store: {e}", root.display())))?;
-        Ok(Self { folder: Arc::new(folder) })
+        Ok(Self { folder: Arc::new(folder), background: Background::default() })
+    }
+
+    /// The same with threads of their own for uploads.
+    #[must_use]
+    pub fn with_background(self, background: Background) -> Self {
+        Self { background, ..self }
     }
 
     async fn blocking<T: Send + 'static>(
@@ -51,10 +60,7 @@ impl LocalStore {
         work: impl FnOnce(&Folder) -> Result<T, Fault> + Send + 'static,
     ) -> Result<T, StoreError> {
         let folder = Arc::clone(&self.folder);
-        match tokio::task::spawn_blocking(move || work(&folder)).await {
-            Ok(outcome) => outcome.map_err(|fault| translate(fault, request)),
-            Err(lost) => Err(request.unavailable(lost)),
-        }
+        answer(request, tokio::task::spawn_blocking(move || work(&folder)).await)
     }
 
     /// Moves the pieces of a body into a tmp file.
@@ -78,12 +84,20 @@ impl LocalStore {
             if ended || batch_bytes >= WRITE_BATCH_BYTES {
                 let pieces = std::mem::take(&mut batch);
                 batch_bytes = 0;
-                tmp = self.blocking(request, move |_| tmp.append(&pieces)).await?;
+                tmp = answer(request, self.background.spawn(move || tmp.append(&pieces)).await)?;
             }
             if ended {
                 return Ok(tmp);
             }
         }
+    }
+}
+
+/// What the caller of the store is told of work that has ended.
+fn answer<T>(request: Request<'_>, ended: Result<Result<T, Fault>, JoinError>) -> Result<T, StoreError> {
+    match ended {
+        Ok(outcome) => outcome.map_err(|fault| translate(fault, request)),
+        Err(lost) => Err(request.unavailable(lost)),
     }
 }
 
@@ -132,13 +146,10 @@ impl Store for LocalStore {
     async fn upload(&self, key: &Key, max_bytes: u64, body: Body<'_>) -> Result<(), StoreError> {
         let request = Request { operation: "upload", key };
         let tmp = self.receive(request, max_bytes, body).await?;
+        // Synced once before the lock is taken, so that nobody waits for a gigabyte.
+        let tmp = answer(request, self.background.spawn(move || tmp.sync()).await)?;
         let at = key.clone();
-        self.blocking(request, move |folder| {
-            // Synced once before the lock is taken, so that nobody waits for a gigabyte.
-            tmp.sync()?;
-            folder.commit(tmp, &at, &Condition::Always).map(drop)
-        })
-        .await
+        self.blocking(request, move |folder| folder.commit(tmp, &at, &Condition::Always).map(drop)).await
     }
 
     async fn list(&self, prefix: &Key) -> Result<Vec<Key>, StoreError> {

@@ -33,6 +33,7 @@ use bytes::Bytes;
 use futures_util::stream::{self, StreamExt, TryStreamExt};
 use parking_lot::{Mutex, RwLock};
 
+use crate::background::Background;
 use crate::cache::{self, Cache, CacheError, Progress, states::Content};
 use crate::clock::Clock;
 use crate::disk::Disk;
@@ -119,6 +120,8 @@ pub struct Services {
     pub disk: Arc<dyn Disk>,
     /// The time.
     pub clock: Arc<dyn Clock>,
+    /// Where publishes work.
+    pub(crate) background: Background,
     /// Bounds the memory of chunks on their way from the store.
     pub(crate) fill_budget: Arc<FillBudget>,
     /// Bounds the memory of chunks on their way to the store.
@@ -131,13 +134,19 @@ impl Services {
     pub fn new(store: SharedStore, root: ExportRoot, disk: Arc<dyn Disk>, clock: Arc<dyn Clock>) -> Self {
         let fill_budget = FillBudget::new(Arc::clone(&clock));
         let publish_budget = PublishBudget::new(DEFAULT_PUBLISH_BYTES);
-        Self { store, root, disk, clock, fill_budget, publish_budget }
+        Self { store, root, disk, clock, background: Background::default(), fill_budget, publish_budget }
     }
 
     /// The same with another bound on the memory of publishes, in bytes.
     #[must_use]
     pub fn with_publish_bytes(self, bytes: u64) -> Self {
         Self { publish_budget: PublishBudget::new(bytes), ..self }
+    }
+
+    /// The same with threads of their own for publishes.
+    #[must_use]
+    pub fn with_background(self, background: Background) -> Self {
+        Self { background, ..self }
     }
 }
 

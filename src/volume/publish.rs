@@ -18,7 +18,7 @@ use bytes::Bytes;
 use futures_util::future;
 use futures_util::stream::{self, StreamExt};
 use parking_lot::Mutex;
-use tokio::task::{JoinError, JoinSet};
+use tokio::task::JoinSet;
 use tracing::Instrument;
 
 use super::ancestry::Ancestry;
@@ -28,6 +28,7 @@ use super::objects::StoredHead;
 use super::progress::Publishing;
 use super::registry::{ExportError, Operation, Published};
 use super::{Volume, VolumeError};
+use crate::background;
 use crate::cache::journal::{self, Journal, Kind, Phase};
 use crate::cache::publish::CutChunk;
 use crate::cache::{self, Cache, states::Content};
@@ -318,11 +319,9 @@ impl Volume {
         let mut task = JoinSet::new();
         task.spawn(async move { volume.read_planned(planned, held).await }.in_current_span());
         async move {
-            match task.join_next().await.map(|ended| ended.map_err(JoinError::try_into_panic)) {
-                Some(Ok(read)) => read,
-                Some(Err(Ok(panic))) => std::panic::resume_unwind(panic),
-                // The runtime is shutting down: nobody is left to see a result.
-                Some(Err(Err(_))) | None => future::pending().await,
+            match task.join_next().await {
+                Some(ended) => background::outcome(ended).await,
+                None => future::pending().await,
             }
         }
     }
@@ -331,16 +330,18 @@ impl Volume {
         match planned {
             Planned::Cut(chunk) => {
                 let _core = self.services.publish_budget.core().await;
-                let read = move |cache: &Cache| {
+                let cache = Arc::clone(&self.cache);
+                let read = self.services.background.spawn(move || {
                     let mut buf = held.buffer(super::buffer_len(cache.geometry().chunk_range(chunk)));
                     cache.take_cut_chunk(chunk, &mut buf).map(|()| hashed(chunk, held.by(buf)))
-                };
-                cache::blocking(&self.cache, read).await.map_err(|e| self.cache_error(e))
+                });
+                background::outcome(read.await).await.map_err(|e| self.cache_error(e))
             }
             Planned::Published(chunk) => {
                 let bytes = self.published_chunk(chunk).await?;
                 let _core = self.services.publish_budget.core().await;
-                Ok(cache::blocking_io(move || hashed(chunk, held.by(bytes))).await)
+                let hash = self.services.background.spawn(move || hashed(chunk, held.by(bytes)));
+                Ok(background::outcome(hash.await).await)
             }
         }
     }

@@ -15,6 +15,7 @@ use tokio::sync::OnceCell;
 
 use super::snapshots::Line;
 use super::{Outage, PublishProgress, Services, Volume, VolumeError};
+use crate::background;
 use crate::cache::journal::{JOURNAL_FILE, Kind};
 use crate::cache::{self, open as cache_files};
 use crate::manifest::head::{CloneSeed, Head};
@@ -177,14 +178,7 @@ struct Export {
 
 /// Runs work to its end even if the caller goes away.
 async fn in_full<T: Send + 'static>(work: impl Future<Output = T> + Send + 'static) -> T {
-    match tokio::spawn(work).await {
-        Ok(result) => result,
-        Err(join) => match join.try_into_panic() {
-            Ok(panic) => std::panic::resume_unwind(panic),
-            // The runtime is shutting down: nobody is left to see a result.
-            Err(_) => std::future::pending().await,
-        },
-    }
+    background::outcome(tokio::spawn(work).await).await
 }
 
 impl Export {

@@ -93,8 +93,9 @@ impl Tmp {
     }
 
     /// Makes what was written durable.
-    pub(super) fn sync(&self) -> Result<(), Fault> {
-        Ok(self.file.sync_all()?)
+    pub(super) fn sync(self) -> Result<Self, Fault> {
+        self.file.sync_all()?;
+        Ok(self)
     }
 }
 
