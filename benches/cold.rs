@@ -8,13 +8,14 @@ mod common;
 
 use std::ffi::OsStr;
 use std::path::Path;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use common::memory::{peak_bytes, resident_bytes};
 use common::shaped::{Shape, Shaped};
 use common::volumes::*;
+use nbd_server::background::Background;
 use nbd_server::cache::{Base, Cache, open::Opening};
 use nbd_server::clock::{Clock, SystemClock};
 use nbd_server::disk::RealDisk;
@@ -26,6 +27,7 @@ use nbd_server::store::{Condition, SharedStore, Store};
 use nbd_server::units::{ChunkIndex, Geometry, SnapshotId};
 use nbd_server::volume::registry::Registry;
 use nbd_server::volume::{Services, Volume};
+use tokio::runtime::Runtime;
 
 /// The server's.
 #[global_allocator]
@@ -84,8 +86,15 @@ fn run_this(args: &[impl AsRef<OsStr>]) {
     assert!(std::process::Command::new(this).args(args).status().unwrap().success());
 }
 
+/// Where publishes work, as in a server.
+fn background() -> Background {
+    static STARTED: OnceLock<(Background, Runtime)> = OnceLock::new();
+    STARTED.get_or_init(|| Background::start().unwrap()).0.clone()
+}
+
 async fn start(store: SharedStore, cache_root: &Path) -> Arc<Registry> {
     let services = Services::new(store, root(), Arc::new(RealDisk), Arc::new(SystemClock));
+    let services = services.with_background(background());
     Registry::discover(Arc::new(services), cache_root.to_owned()).await.unwrap()
 }
 
@@ -244,7 +253,7 @@ fn cuts() {
 
 fn local(dir: &Path) -> LocalStore {
     let clock: Arc<dyn Clock> = Arc::new(SystemClock);
-    LocalStore::open(dir.join("store"), clock).unwrap()
+    LocalStore::open(dir.join("store"), clock).unwrap().with_background(background())
 }
 
 async fn scale() {
