@@ -30,8 +30,9 @@ impl Background {
         let runtime = Builder::new_current_thread()
             .thread_name(THREAD_NAME)
             .on_thread_start(|| {
-                // Anybody may count less; and if not, the work is done all the same.
-                let _ = rustix::process::setpriority_process(None, NICENESS);
+                // Less than the server itself, whatever it was started with. Anybody may; and if not, the work is done all
+                // the same.
+                let _ = rustix::process::nice(NICENESS);
             })
             .build()?;
         Ok((Self(Some(runtime.handle().clone())), runtime))

@@ -125,11 +125,11 @@ fn ignore_missing(result: io::Result<()>) -> io::Result<()> {
 
 impl Disk for RealDisk {
     fn open(&self, path: &Path) -> io::Result<Arc<dyn DiskFile>> {
-        RealFile::over(fs::File::options().read(true).write(true).open(path)?)
+        Ok(RealFile::over(fs::File::options().read(true).write(true).open(path)?))
     }
 
     fn create(&self, path: &Path) -> io::Result<Arc<dyn DiskFile>> {
-        RealFile::over(fs::File::options().read(true).write(true).create(true).truncate(true).open(path)?)
+        Ok(RealFile::over(fs::File::options().read(true).write(true).create(true).truncate(true).open(path)?))
     }
 
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
@@ -193,9 +193,10 @@ struct RealFile {
 }
 
 impl RealFile {
-    fn over(file: fs::File) -> io::Result<Arc<dyn DiskFile>> {
-        let in_memory = u32::try_from(rustix::fs::fstatfs(&file)?.f_type).is_ok_and(|kind| kind == TMPFS);
-        Ok(Arc::new(Self { file, in_memory }))
+    fn over(file: fs::File) -> Arc<dyn DiskFile> {
+        // A file system that does not say what it is may have a disk.
+        let in_memory = rustix::fs::fstatfs(&file).is_ok_and(|about| u32::try_from(about.f_type) == Ok(TMPFS));
+        Arc::new(Self { file, in_memory })
     }
 }
 

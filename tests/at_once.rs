@@ -344,7 +344,9 @@ async fn a_write_that_waits_for_the_disk_alone_is_done_by_one_other_thread_and_n
     assert!(ended.recv_timeout(SOON).is_err(), "an earlier one of the same byte is under way");
     earlier.write(vec![5, 5].into()).await.unwrap();
     let mut others = BTreeSet::new();
+    let patience = Instant::now() + Duration::from_secs(30);
     while others.len() < 2 {
+        assert!(Instant::now() < patience, "{others:?}");
         others.extend(ended.try_recv());
         tokio::time::sleep(Duration::from_millis(1)).await;
     }

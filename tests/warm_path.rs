@@ -208,7 +208,7 @@ fn publishing_and_fetching_go_over_no_more_than_a_slice_in_one_system_call() {
     let (mut last, mut offered) = (BTreeMap::new(), 0);
     // And threads that count less do the work of a publish.
     let (mut count_less, mut read) = (BTreeSet::new(), 0);
-    let background = format!("setpriority(PRIO_PROCESS, 0, {NICENESS})");
+    let background = format!("setpriority(PRIO_PROCESS, 0, {NICENESS}");
     for line in text.lines() {
         let (thread, call) = line.split_once(' ').unwrap();
         let call = call.trim_start();
