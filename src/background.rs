@@ -5,7 +5,8 @@
 //! and whoever is woken for a request has a core at once. They share one where nobody else wants it, and have some tenth of
 //! it where others do: they are never starved.
 //!
-//! Must never: hold what a request waits for while working through megabytes, or sync what clients' flushes wait for.
+//! Must never: sync what clients' flushes wait for, or hold what a request waits for while working through megabytes. One
+//! such is left: a chunk of a cut is read under the cache's gate, which others share, but who folds the log wants alone.
 
 use std::io;
 
@@ -15,7 +16,7 @@ use tokio::task::{JoinError, JoinHandle};
 /// How much less they count: as `nice` has it, where 0 is the rule and 19 the most.
 pub const NICENESS: i32 = 10;
 /// Their name, for whoever looks at a server's threads.
-pub const THREAD_NAME: &str = "nbd-background";
+const THREAD_NAME: &str = "nbd-background";
 
 /// Where long work goes: to threads of that kind, or by default to those that the runtime has for all that blocks.
 #[derive(Debug, Clone, Default)]
@@ -44,6 +45,11 @@ impl Background {
             Some(threads) => threads.spawn_blocking(work),
             None => tokio::task::spawn_blocking(work),
         }
+    }
+
+    /// As [`spawn`](Self::spawn), to what it comes to.
+    pub async fn run<T: Send + 'static>(&self, work: impl FnOnce() -> T + Send + 'static) -> T {
+        outcome(self.spawn(work).await).await
     }
 }
 

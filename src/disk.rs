@@ -188,7 +188,7 @@ const TMPFS: u32 = 0x0102_1994;
 #[derive(Debug)]
 struct RealFile {
     file: fs::File,
-    /// Whether its file system keeps everything in memory. The kernel is not told to wait for nothing there.
+    /// Whether its file system keeps everything in memory, and takes no orders not to wait.
     in_memory: bool,
 }
 

@@ -357,15 +357,23 @@ async fn a_write_that_waits_for_the_disk_alone_is_done_by_one_other_thread_and_n
 }
 
 #[tokio::test]
-async fn a_write_that_would_wait_for_the_disk_is_refused_once_the_export_is_closed() {
+async fn a_write_that_would_wait_for_the_disk_is_refused_as_any_other() {
     let mut site = Site::new();
     let registry = site.start("here").await;
-    let volume = create(&registry, "disk", 1).await;
-    write(&volume, 0, 1, CHUNK).await;
-    registry.close().await;
-    let (done, ended) = tokio::sync::oneshot::channel();
-    volume.change(range(0, 1)).write_then(vec![2].into(), |written| done.send(written).unwrap());
-    assert!(matches!(ended.await.unwrap(), Err(VolumeError::Closed(_))));
+    let volume = create(&registry, "disk", 2).await;
+    write(&volume, 0, 1, 2 * CHUNK).await;
+    let refusal = async |volume: &Arc<Volume>, offset| {
+        let (done, ended) = tokio::sync::oneshot::channel();
+        volume.change(range(offset, 1)).write_then(vec![2].into(), |written| done.send(written).unwrap());
+        ended.await.unwrap().unwrap_err()
+    };
+    assert!(matches!(refusal(&volume, 2 * CHUNK).await, VolumeError::OutOfRange { .. }));
+    registry.unload(&id("disk")).await.unwrap();
+    assert!(matches!(refusal(&volume, 0).await, VolumeError::Closed(_)));
+    registry.open(id("disk"), true).await.unwrap();
+    let volume = registry.volume(&id("disk")).await.unwrap();
+    assert!(matches!(refusal(&volume, 0).await, VolumeError::ReadOnly(_)));
+    assert_eq!(read(&volume, 0, 1).await[..], [1]);
 }
 
 #[test]

@@ -27,7 +27,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use crate::background;
+use crate::background::Background;
 use crate::disk::{Disk, DiskFile};
 use crate::sabotage::{Rule, breaks};
 use crate::sync::{AtomicBool, Mutex, MutexGuard, OnceLock, RwLock};
@@ -115,7 +115,7 @@ pub fn blocking_then(cache: &Arc<Cache>, work: impl FnOnce(&Cache) + Send + 'sta
 
 /// Runs blocking disk work that has no cache yet.
 pub async fn blocking_io<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
-    background::outcome(tokio::task::spawn_blocking(work).await).await
+    Background::default().run(work).await
 }
 
 /// The cache of one export. See the module's documentation for its promises and locks.

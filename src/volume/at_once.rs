@@ -15,10 +15,9 @@ use crate::units::ByteRange;
 impl Volume {
     /// Reads a range into `buf`, which is as long; `false` if that would have to wait, or would fail.
     pub fn read_at_once(self: &Arc<Self>, range: ByteRange, buf: &mut [u8]) -> bool {
-        let Ok(open) = self.open.try_read() else { return false };
+        let Some(_open) = self.enter_at_once(range) else { return false };
         let started = Instant::now();
-        let done =
-            *open && self.geometry.contains(range) && self.cache.read_at_once(range, buf, |chunk| self.is_zero(chunk));
+        let done = self.cache.read_at_once(range, buf, |chunk| self.is_zero(chunk));
         if done {
             self.meter.read(self.geometry.chunks_in(range), 0);
             self.observe(RequestKind::Read, range.len(), started.elapsed(), true);
@@ -31,14 +30,8 @@ impl Volume {
     /// Writes `data` at `offset`; `false` if that would have to wait, or would fail, in which case any part of it may
     /// have been written.
     pub fn write_at_once(&self, offset: u64, data: &[u8]) -> bool {
-        let Ok(open) = self.open.try_read() else { return false };
-        if !*open || self.read_only {
-            return false;
-        }
         let Some(range) = ByteRange::new(offset, data.len() as u64) else { return false };
-        if !self.geometry.contains(range) {
-            return false;
-        }
+        let Some(_open) = self.enter_to_write_at_once(range) else { return false };
         let Some(_turn) = self.order.turn_at_once(range) else { return false };
         let started = Instant::now();
         let done = self.cache.write_at_once(range, data);

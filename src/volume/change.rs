@@ -57,17 +57,13 @@ impl Change {
 
     /// Writes `data`; `None` if something else than the disk has to be waited for, or to be found out about.
     fn write_to_disk(&self, cache: &Cache, data: &[u8]) -> Option<Result<(), VolumeError>> {
-        // Not waiting: the door is only ever shut by who closes the volume, and that needs a thread like this one.
-        let open = self.volume.open.try_read().ok().filter(|open| **open)?;
+        // Not waiting: who closes the volume needs a thread like this one.
+        let _open = self.volume.enter_to_write_at_once(self.range)?;
         // What has to be fetched is, before any of the range is written.
-        let fetches = self.cut_chunks().any(|chunk| self.volume.must_fetch(chunk));
-        let allowed = !self.volume.read_only && self.volume.geometry.contains(self.range);
-        if fetches || !allowed || !self.turn.has_come() {
+        if !self.turn.has_come() || self.cut_chunks().any(|chunk| self.volume.must_fetch(chunk)) {
             return None;
         }
-        let written = cache.write(self.range.offset(), data, |chunk| self.volume.is_zero(chunk));
-        drop(open);
-        match written {
+        match cache.write(self.range.offset(), data, |chunk| self.volume.is_zero(chunk)) {
             Ok(Progress::Done) => Some(Ok(())),
             Ok(Progress::NeedsFill { .. }) => None,
             Err(e) => Some(Err(self.volume.cache_error(e))),

@@ -93,8 +93,7 @@ impl Volume {
         // Until it has its turn it is not among the fetches under way: a client that comes for it first does not wait along.
         let bytes = self.geometry.chunk_range(chunk).len();
         let (_memory, stream) = self.services.fill_budget.background(bytes).await;
-        // Not waiting: who closes the volume waits for everybody else first.
-        if !self.open.try_read().is_ok_and(|open| *open) {
+        if self.still_open_at_once().is_none() {
             return Err(VolumeError::Closed(self.export_id.clone()));
         }
         if !self.must_fetch(chunk) {
@@ -187,8 +186,8 @@ impl Volume {
 
     async fn keep(self: &Arc<Self>, chunk: ChunkIndex, source: Remote, bytes: Bytes) -> Result<(), VolumeError> {
         // Not waiting: who closes the volume waits for the requests, and those wait for this fill.
-        let kept = match self.open.try_read() {
-            Ok(open) if *open => {
+        let kept = match self.still_open_at_once() {
+            Some(_open) => {
                 let volume = Arc::clone(self);
                 cache::blocking(&self.cache, move |cache| {
                     let published = || Remote::of(volume.image().source(chunk)).is_some_and(|now| now == source);
@@ -197,7 +196,7 @@ impl Volume {
                 .await
                 .map_err(|e| self.cache_error(e))
             }
-            _ => Err(VolumeError::Closed(self.export_id.clone())),
+            None => Err(VolumeError::Closed(self.export_id.clone())),
         };
         if let Err(e) = &kept {
             tracing::debug!(export = %self.export_id, %chunk, "a fetched chunk was not kept: {e}");

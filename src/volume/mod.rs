@@ -285,11 +285,10 @@ impl Volume {
     pub fn flush_then(self: &Arc<Self>, done: impl FnOnce(Result<(), VolumeError>) + Send + 'static) {
         let volume = Arc::clone(self);
         cache::blocking_then(&self.cache, move |cache| {
-            // Not waiting: it is only ever taken by who closes the volume, and that needs a thread like this one.
-            let open = volume.open.try_read();
-            let flushed = match open {
-                Ok(open) if *open => cache.flush(),
-                _ => return done(Err(VolumeError::Closed(volume.export_id.clone()))),
+            // Not waiting: who closes the volume needs a thread like this one.
+            let flushed = match volume.still_open_at_once() {
+                Some(_open) => cache.flush(),
+                None => return done(Err(VolumeError::Closed(volume.export_id.clone()))),
             };
             done(flushed.map_err(|e| volume.cache_error(e)));
         });
@@ -412,6 +411,22 @@ impl Volume {
             return Err(VolumeError::ReadOnly(self.export_id.clone()));
         }
         self.enter(range).await
+    }
+
+    /// As [`still_open`](Self::still_open), without waiting; `None` also while the volume is being closed. Only who closes it
+    /// ever has the door to himself, and he waits for everybody else first.
+    fn still_open_at_once(&self) -> Option<tokio::sync::RwLockReadGuard<'_, bool>> {
+        self.open.try_read().ok().filter(|open| **open)
+    }
+
+    /// As [`enter`](Self::enter), without waiting; `None` if it would have to wait, or would fail.
+    fn enter_at_once(&self, range: ByteRange) -> Option<tokio::sync::RwLockReadGuard<'_, bool>> {
+        self.still_open_at_once().filter(|_| self.geometry.contains(range))
+    }
+
+    /// As [`enter_to_write`](Self::enter_to_write), without waiting; `None` if it would have to wait, or would fail.
+    fn enter_to_write_at_once(&self, range: ByteRange) -> Option<tokio::sync::RwLockReadGuard<'_, bool>> {
+        self.enter_at_once(range).filter(|_| !self.read_only)
     }
 
     fn cache_error(&self, error: CacheError) -> VolumeError {

@@ -331,17 +331,16 @@ impl Volume {
             Planned::Cut(chunk) => {
                 let _core = self.services.publish_budget.core().await;
                 let cache = Arc::clone(&self.cache);
-                let read = self.services.background.spawn(move || {
+                let read = self.services.background.run(move || {
                     let mut buf = held.buffer(super::buffer_len(cache.geometry().chunk_range(chunk)));
                     cache.take_cut_chunk(chunk, &mut buf).map(|()| hashed(chunk, held.by(buf)))
                 });
-                background::outcome(read.await).await.map_err(|e| self.cache_error(e))
+                read.await.map_err(|e| self.cache_error(e))
             }
             Planned::Published(chunk) => {
                 let bytes = self.published_chunk(chunk).await?;
                 let _core = self.services.publish_budget.core().await;
-                let hash = self.services.background.spawn(move || hashed(chunk, held.by(bytes)));
-                Ok(background::outcome(hash.await).await)
+                Ok(self.services.background.run(move || hashed(chunk, held.by(bytes))).await)
             }
         }
     }
