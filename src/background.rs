@@ -5,8 +5,7 @@
 //! and whoever is woken for a request has a core at once. They share one where nobody else wants it, and have some tenth of
 //! it where others do: they are never starved.
 //!
-//! Must never: sync what clients' flushes wait for, or hold what a request waits for while working through megabytes. One
-//! such is left: a chunk of a cut is read under the cache's gate, which others share, but who folds the log wants alone.
+//! Must never: sync what clients' flushes wait for, or hold what a request waits for while working through megabytes.
 
 use std::io;
 

@@ -36,6 +36,7 @@ pub enum Rule {
     PunchBeforeReset,
     IgnoreOrder,
     SkipAside,
+    TakeForAnotherCut,
     CleanRedirtied,
     CleanUnseen,
     HashOtherBytes,
@@ -54,7 +55,7 @@ pub enum Rule {
 
 /// All rules by the names under which they are chosen.
 #[cfg(feature = "sabotage")]
-const NAMES: [(&str, Rule); 41] = [
+const NAMES: [(&str, Rule); 42] = [
     ("skip-mark", Rule::SkipMark),
     ("mark-before-whole-overwrite", Rule::MarkBeforeWholeOverwrite),
     ("bytes-before-mark", Rule::BytesBeforeMark),
@@ -82,6 +83,7 @@ const NAMES: [(&str, Rule); 41] = [
     ("punch-before-reset", Rule::PunchBeforeReset),
     ("ignore-order", Rule::IgnoreOrder),
     ("skip-aside", Rule::SkipAside),
+    ("take-for-another-cut", Rule::TakeForAnotherCut),
     ("clean-redirtied", Rule::CleanRedirtied),
     ("clean-unseen", Rule::CleanUnseen),
     ("hash-other-bytes", Rule::HashOtherBytes),

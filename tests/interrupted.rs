@@ -6,8 +6,8 @@ mod common;
 
 use std::io;
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use common::hooked::Hooked;
@@ -28,6 +28,8 @@ use tokio::time::{sleep, timeout};
 
 /// Long enough for anything that does not wait.
 const SOON: Duration = Duration::from_millis(300);
+/// Long enough for anything, on any machine.
+const PATIENCE: Duration = Duration::from_secs(30);
 
 async fn start_sim(sim: &Arc<Sim>, disk: Arc<dyn Disk>) -> Arc<Registry> {
     let services = Services::new(Arc::new(SimStore::new(Arc::clone(sim))), root(), disk, Arc::new(SystemClock));
@@ -444,6 +446,49 @@ async fn a_publish_that_is_cancelled_leaves_everything_as_before_and_the_next_on
     site.store.serve_all();
     assert!(registry.snapshot(&id("disk")).await.unwrap().created);
     assert_eq!(image(&site.elsewhere().await, "disk").await, read_all(&volume).await);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_cancelled_publish_whose_disk_hangs_holds_up_nobody_and_takes_nothing_from_the_next() {
+    let (mut site, disk) = (Site::new(), Hooked::new(RealDisk));
+    let registry = site.start_on("here", Arc::new(disk.clone())).await;
+    let volume = create(&registry, "disk", 1).await;
+    write(&volume, 0, 1, CHUNK).await;
+    // The first read of the cache is that of the publish given up, the second one that of the next.
+    let (gates, waits): (Vec<_>, Vec<_>) = [(); 2].map(|()| std::sync::mpsc::channel::<()>()).into_iter().unzip();
+    let (waits, reads) = (waits.into_iter().map(Mutex::new).collect::<Vec<_>>(), Arc::new(AtomicUsize::new(0)));
+    let counted = Arc::clone(&reads);
+    disk.hook(move |operation, path| {
+        if operation == "read_at" && path.ends_with("cache.raw") {
+            let nth = counted.fetch_add(1, Ordering::SeqCst);
+            waits.get(nth).map(|wait| wait.lock().unwrap().recv());
+        }
+        Ok(())
+    });
+    let snapshot = || {
+        let registry = Arc::clone(&registry);
+        tokio::spawn(async move { registry.snapshot(&id("disk")).await })
+    };
+    let reached = async |nth| {
+        while reads.load(Ordering::SeqCst) < nth {
+            sleep(Duration::from_millis(1)).await;
+        }
+    };
+    let given_up = snapshot();
+    timeout(PATIENCE, reached(1)).await.expect("a read by the publish");
+    assert!(timeout(PATIENCE, registry.cancel(&id("disk"))).await.expect("nobody waits for the disk").unwrap());
+    assert!(matches!(given_up.await.unwrap(), Err(ExportError::Cancelled(_))));
+    let next = snapshot();
+    timeout(PATIENCE, reached(2)).await.expect("a read by the next publish");
+    let mut gates = gates.into_iter();
+    drop(gates.next());
+    // Time for the late read to come to its end.
+    sleep(SOON).await;
+    write(&volume, 0, 2, 1).await;
+    drop(gates.next());
+    assert!(timeout(PATIENCE, next).await.unwrap().unwrap().unwrap().created);
+    assert!(image(&site.elsewhere().await, "disk").await.iter().all(|byte| *byte == 1), "as it was at the cut");
+    assert_eq!(read(&volume, 0, 2).await[..], [2, 1]);
 }
 
 #[tokio::test]

@@ -9,7 +9,7 @@
 //! - It never decides what a missing chunk's content is, and never sees the store: callers say which missing chunks
 //!   are zeros and bring the bytes of the others.
 //!
-//! Locks, always taken in this order: *checkpointing*, *filling*, the *gate* (shared by every read and transition,
+//! Locks, always taken in this order: *checkpointing*, *filling*, the *gate* (shared by every client's read and every transition,
 //! exclusive for the cut, the commit and the reset), a chunk's *stripe* (around each transition), *syncing*, the *log*.
 //! None is held across anything but local I/O. The methods block, and [`blocking`] is the one crossing from async code; but
 //! for those of `at_once`, which async code may call as it is.
@@ -30,7 +30,7 @@ use std::sync::Arc;
 use crate::background::Background;
 use crate::disk::{Disk, DiskFile};
 use crate::sabotage::{Rule, breaks};
-use crate::sync::{AtomicBool, Mutex, MutexGuard, OnceLock, RwLock};
+use crate::sync::{AtomicBool, AtomicU64, Mutex, MutexGuard, OnceLock, RwLock};
 use crate::units::{ByteRange, ChunkIndex, ExportId, Geometry};
 use at_once::Pace;
 use flush::FlushBarrier;
@@ -142,8 +142,8 @@ pub struct Cache {
     syncing: Mutex<()>,
     pace: Pace,
     aside: Mutex<publish::Aside>,
-    /// Whether this life of the server made the newest cut. Changed and read under the whole gate.
-    cut_is_ours: AtomicBool,
+    /// How many cuts this life of the server has made. Changed under the whole gate.
+    cuts: AtomicU64,
     failed: OnceLock<Arc<str>>,
 }
 

@@ -15,7 +15,7 @@ use super::states::{ChunkState, ChunkStates, Content};
 use super::{Base, Cache, CacheError, Log, LogFile, RAW_FILE, STRIPES, disk_error};
 use crate::disk::{self, Disk, DiskFile};
 use crate::sabotage::{Rule, breaks};
-use crate::sync::{AtomicBool, Mutex, OnceLock, Ordering, RwLock};
+use crate::sync::{AtomicBool, AtomicU64, Mutex, OnceLock, Ordering, RwLock};
 use crate::units::{ByteRange, ExportId, Geometry};
 
 /// Where the note of a clone's seed is written before it takes its place.
@@ -192,7 +192,7 @@ impl Opening {
             pace: Pace::default(),
             filling: Mutex::new(()),
             aside: Mutex::new(Aside::default()),
-            cut_is_ours: AtomicBool::new(false),
+            cuts: AtomicU64::new(0),
             failed: OnceLock::new(),
         }
     }

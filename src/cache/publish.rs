@@ -52,9 +52,11 @@ impl Blocks {
     }
 }
 
-/// A chunk of the cut.
+/// A chunk of a cut.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct CutChunk {
+    /// Which of the cuts of this life of the server it belongs to.
+    cut: u64,
     /// Which one.
     pub chunk: ChunkIndex,
     /// Known to be all zeros: there is nothing to read.
@@ -72,11 +74,11 @@ impl Cache {
         self.check_not_failed()?;
         self.append(MetaLog::cut)?;
         *self.aside.lock() = Aside::default();
-        self.cut_is_ours.store(true, Ordering::Relaxed);
+        let cut = self.cuts.fetch_add(1, Ordering::Relaxed) + 1;
         let mut chunks = Vec::new();
         for (chunk, state) in self.states.iter().filter(|(_, state)| state.is_dirty()) {
             self.states.set(chunk, state.uncut().cut());
-            chunks.push(CutChunk { chunk, zero: state.content() == Content::Zero });
+            chunks.push(CutChunk { cut, chunk, zero: state.content() == Content::Zero });
         }
         Ok(chunks)
     }
@@ -94,32 +96,34 @@ impl Cache {
         self.sync_log(|log| Ok(log.to_sync()))
     }
 
-    /// Reads a chunk as it was at the cut; from then on writers need not keep it. `buf` is as long as the chunk.
+    /// Reads a chunk as it was at its cut; from then on writers need not keep it. `buf` is as long as the chunk.
     ///
     /// # Errors
-    /// [`CacheError`] if it cannot be read, or something could not be set aside when a write came.
-    pub fn take_cut_chunk(&self, chunk: ChunkIndex, buf: &mut [u8]) -> Result<(), CacheError> {
-        // The gate keeps the end of the publish out: a read that outlives its caller must not touch the states after.
-        let _shared = self.gate.read();
-        let whole = self.geometry.chunk_range(chunk);
-        // Writers need not wait for this read: what one of them changes meanwhile is aside.
-        for (slice, at) in slices_mut(buf).zip((whole.offset()..).step_by(SLICE_BYTES)) {
-            self.raw.read_at(slice, at).map_err(|e| self.error("read", RAW_FILE, e))?;
-        }
+    /// [`CacheError`] if it cannot be read, or something could not be set aside when a write came, or the publish has ended.
+    pub fn take_cut_chunk(&self, CutChunk { cut, chunk, .. }: CutChunk, buf: &mut [u8]) -> Result<(), CacheError> {
+        // Nobody waits for this read: what a write changes meanwhile is aside by then.
+        self.read_unchecked(chunk, buf)?;
         let (file, blocks) = {
+            let _shared = self.gate.read();
             let _stripe = self.stripe(chunk);
             let aside = &mut *self.aside.lock();
+            let state = self.states.get(chunk);
+            let given_up = || Err(self.error("read", RAW_FILE, io::Error::other("the publish was given up")));
+            // A read may outlive its publish: it must not take what the next one waits for.
+            if cut != self.cuts.load(Ordering::Relaxed) && !breaks(Rule::TakeForAnotherCut) {
+                return given_up();
+            }
             if let Some(e) = &aside.broken {
                 return Err(e.clone());
             }
-            let state = self.states.get(chunk);
             if !state.awaited() {
-                return Err(self.error("read", RAW_FILE, io::Error::other("the publish was given up")));
+                return given_up();
             }
             self.states.set(chunk, state.taken());
             (aside.file.clone(), aside.blocks.remove(&chunk))
         };
         let (Some(file), Some(blocks)) = (file, blocks) else { return Ok(()) };
+        let whole = self.geometry.chunk_range(chunk);
         for (_, range) in self.blocks(chunk, whole).filter(|(block, _)| blocks.has(*block)) {
             let old = super::slice_mut(buf, whole, range);
             file.read_at(old, range.offset()).map_err(|e| self.error("read", ASIDE_FILE, e))?;
@@ -127,19 +131,17 @@ impl Cache {
         Ok(())
     }
 
-    /// Reads a chunk if it is clean right now; `false` if it is not. `buf` is as long as the chunk.
+    /// Reads what is in a chunk's place in `cache.raw`, for whoever can tell by a hash whether it is what he looks for. `buf` is
+    /// as long as the chunk.
     ///
     /// # Errors
     /// [`CacheError::Io`] if the disk does not read.
-    pub fn read_clean_chunk(&self, chunk: ChunkIndex, buf: &mut [u8]) -> Result<bool, CacheError> {
-        let _shared = self.gate.read();
-        let _stripe = self.stripe(chunk);
-        if self.states.get(chunk).content() != Content::Clean {
-            return Ok(false);
+    pub fn read_unchecked(&self, chunk: ChunkIndex, buf: &mut [u8]) -> Result<(), CacheError> {
+        let whole = self.geometry.chunk_range(chunk);
+        for (slice, at) in slices_mut(buf).zip((whole.offset()..).step_by(SLICE_BYTES)) {
+            self.raw.read_at(slice, at).map_err(|e| self.error("read", RAW_FILE, e))?;
         }
-        let offset = self.geometry.chunk_range(chunk).offset();
-        self.raw.read_at(buf, offset).map_err(|e| self.error("read", RAW_FILE, e))?;
-        Ok(true)
+        Ok(())
     }
 
     /// Keeps what a piece of a chunk was at the cut, under its stripe lock. A failure breaks the publish, not the write.
@@ -226,7 +228,7 @@ impl Cache {
         self.checkpoint_after(|current| {
             swap();
             *current = base;
-            let ours = self.cut_is_ours.load(Ordering::Relaxed) || breaks(Rule::CleanUnseen);
+            let ours = self.cuts.load(Ordering::Relaxed) > 0 || breaks(Rule::CleanUnseen);
             for (chunk, state) in self.states.iter() {
                 let published = if ours { state.published() } else { state.published_unseen() };
                 if published != state {

@@ -140,7 +140,7 @@ impl Volume {
         let alone = !self.fills.under_way.lock().contains_key(&key);
         if alone
             && self.cache.state(chunk).content() == Content::Clean
-            && let Some(bytes) = self.clean_chunk(chunk, None).await?
+            && let Some(bytes) = self.resident(chunk).await?
         {
             return Ok(already(bytes));
         }
@@ -154,18 +154,13 @@ impl Volume {
         Ok(shared)
     }
 
-    /// A chunk's bytes from the cache, if it is clean there right now, and its hash the one that is asked for. After a failed
-    /// sync nothing there is clean: the kernel may have dropped what a fill wrote.
-    pub(super) async fn clean_chunk(
-        &self,
-        chunk: ChunkIndex,
-        hash: Option<[u8; 32]>,
-    ) -> Result<Option<Bytes>, VolumeError> {
+    /// A chunk's content right now, if that is in the cache.
+    async fn resident(&self, chunk: ChunkIndex) -> Result<Option<Bytes>, VolumeError> {
         let read = move |cache: &Cache| {
-            let mut buf = vec![0; super::buffer_len(cache.geometry().chunk_range(chunk))];
-            let clean = cache.read_clean_chunk(chunk, &mut buf)? && cache.failure().is_none();
-            let right = clean && hash.is_none_or(|hash| *blake3::hash(&buf).as_bytes() == hash);
-            Ok(right.then(|| buf.into()))
+            let whole = cache.geometry().chunk_range(chunk);
+            let mut buf = vec![0; super::buffer_len(whole)];
+            let missing = cache.read(whole, &mut buf, |_| false)?;
+            Ok(missing.is_empty().then(|| buf.into()))
         };
         cache::blocking(&self.cache, read).await.map_err(|e| self.cache_error(e))
     }

@@ -22,7 +22,6 @@ use super::Services;
 use super::fill::{FetchError, Remote};
 use super::publish::hashed;
 use super::registry::{ExportError, Published};
-use crate::cache;
 use crate::manifest::head::{Head, MAX_HEAD_BYTES};
 use crate::manifest::{Change, Manifest};
 use crate::store::parts::upload_floor;
@@ -115,7 +114,7 @@ impl Services {
                     // The very buffer that is uploaded is hashed.
                     Ok((chunk, bytes)) => {
                         let held = share.take(bytes.len() as u64).await;
-                        Ok(cache::blocking_io(move || hashed(chunk, held.by(bytes))).await)
+                        Ok(self.background.run(move || hashed(chunk, held.by(bytes))).await)
                     }
                     Err(e) => Err(BoxError::from(e)),
                 }

@@ -58,7 +58,7 @@ impl Drop for OperationGuard<'_> {
 #[derive(Debug, Clone, Copy)]
 enum Planned {
     /// Dirty at the cut: read as it was then.
-    Cut(ChunkIndex),
+    Cut(CutChunk),
     /// As published: from the cache if it is there, else from the store.
     Published(ChunkIndex),
 }
@@ -66,7 +66,7 @@ enum Planned {
 impl Planned {
     fn chunk(self) -> ChunkIndex {
         match self {
-            Self::Cut(chunk) | Self::Published(chunk) => chunk,
+            Self::Cut(CutChunk { chunk, .. }) | Self::Published(chunk) => chunk,
         }
     }
 }
@@ -215,9 +215,9 @@ impl Volume {
         publishing: &Arc<Publishing>,
     ) -> Result<Manifest, ExportError> {
         let mut changes: Vec<_> = cut.iter().filter(|c| c.zero).map(|c| (c.chunk, Change::Zero)).collect();
-        let dirty: Vec<_> = cut.iter().filter(|c| !c.zero).map(|c| c.chunk).collect();
+        let dirty: Vec<_> = cut.iter().filter(|c| !c.zero).copied().map(Planned::Cut).collect();
         changes.extend(self.adopt_unhashed(image, &cut).await?);
-        changes.extend(self.upload(journal, dirty.into_iter().map(Planned::Cut), publishing).await?);
+        changes.extend(self.upload(journal, dirty.into_iter(), publishing).await?);
         let (parent, now) = (journal.parent, self.services.clock.now());
         let blob = self.blob_key(journal);
         image.successor(self.export_id.clone(), parent, now, blob, changes).map_err(ExportError::damaged)
@@ -236,7 +236,7 @@ impl Volume {
         let plan: Vec<_> = chunks
             .filter_map(|chunk| match in_cut.next_if(|c| c.chunk == chunk) {
                 Some(CutChunk { zero: true, .. }) => None,
-                Some(_) => Some(Planned::Cut(chunk)),
+                Some(cut) => Some(Planned::Cut(cut)),
                 None => (!image.is_zero(chunk)).then_some(Planned::Published(chunk)),
             })
             .collect();
@@ -328,35 +328,52 @@ impl Volume {
 
     async fn read_planned(self: &Arc<Self>, planned: Planned, held: Held) -> Result<HashedChunk, VolumeError> {
         match planned {
-            Planned::Cut(chunk) => {
-                let _core = self.services.publish_budget.core().await;
-                let cache = Arc::clone(&self.cache);
-                let read = self.services.background.run(move || {
-                    let mut buf = held.buffer(super::buffer_len(cache.geometry().chunk_range(chunk)));
-                    cache.take_cut_chunk(chunk, &mut buf).map(|()| hashed(chunk, held.by(buf)))
-                });
-                read.await.map_err(|e| self.cache_error(e))
+            Planned::Cut(cut) => {
+                let read = move |cache: &Cache| {
+                    let mut buf = held.buffer(super::buffer_len(cache.geometry().chunk_range(cut.chunk)));
+                    cache.take_cut_chunk(cut, &mut buf).map(|()| hashed(cut.chunk, held.by(buf)))
+                };
+                self.in_background(read).await.map_err(|e| self.cache_error(e))
             }
             Planned::Published(chunk) => {
-                let bytes = self.published_chunk(chunk).await?;
-                let _core = self.services.publish_budget.core().await;
-                Ok(self.services.background.run(move || hashed(chunk, held.by(bytes))).await)
+                let Some(source) = Remote::of(self.image().source(chunk)) else { return Ok((chunk, None)) };
+                let held = match self.published_from_cache(chunk, source.hash, held).await? {
+                    Ok(read) => return Ok(read),
+                    Err(held) => held,
+                };
+                let (_memory, stream) = self.services.fill_budget.background(source.range.len()).await;
+                let bytes = self.fetch(chunk, &source, Some(stream)).await?;
+                Ok(self.in_background(move |_| hashed(chunk, held.by(bytes))).await)
             }
         }
     }
 
-    /// A chunk as published: from the cache if that holds it and it is still right, else from the store.
-    async fn published_chunk(self: &Arc<Self>, chunk: ChunkIndex) -> Result<Bytes, VolumeError> {
-        let Some(source) = Remote::of(self.image().source(chunk)) else {
-            return Ok(vec![0; super::buffer_len(self.geometry.chunk_range(chunk))].into());
+    /// A chunk as published, if the cache holds it so; else the memory for it is given back.
+    async fn published_from_cache(
+        &self,
+        chunk: ChunkIndex,
+        hash: Option<[u8; 32]>,
+        held: Held,
+    ) -> Result<Result<HashedChunk, Held>, VolumeError> {
+        let Some(hash) = hash.filter(|_| self.cache.state(chunk).content() == Content::Clean) else {
+            return Ok(Err(held));
         };
-        if let (Content::Clean, Some(hash)) = (self.cache.state(chunk).content(), source.hash)
-            && let Some(bytes) = self.clean_chunk(chunk, Some(hash)).await?
-        {
-            return Ok(bytes);
-        }
-        let (_memory, stream) = self.services.fill_budget.background(source.range.len()).await;
-        self.fetch(chunk, &source, Some(stream)).await
+        let read = move |cache: &Cache| {
+            let mut buf = held.buffer(super::buffer_len(cache.geometry().chunk_range(chunk)));
+            cache.read_unchecked(chunk, &mut buf)?;
+            Ok(match hash_unless_zeros(&buf) {
+                Some(found) if found == hash => Ok((chunk, Some((held.by(buf), hash)))),
+                _ => Err(held),
+            })
+        };
+        self.in_background(read).await.map_err(|e| self.cache_error(e))
+    }
+
+    /// Work over a chunk's bytes for a publish, on a core of those that publishes have.
+    async fn in_background<T: Send + 'static>(&self, work: impl FnOnce(&Cache) -> T + Send + 'static) -> T {
+        let _core = self.services.publish_budget.core().await;
+        let cache = Arc::clone(&self.cache);
+        self.services.background.run(move || work(&cache)).await
     }
 
     /// Chunks under a `base_ref` of older tools have no hash. What we write covers every byte by one, so they are
@@ -377,7 +394,7 @@ impl Volume {
             }
             let Some(source @ Remote { hash: None, .. }) = Remote::of(image.source(chunk)) else { continue };
             let bytes = self.fetch(chunk, &source, None).await?;
-            adopted.push(match cache::blocking_io(move || hashed(chunk, bytes)).await {
+            adopted.push(match self.in_background(move |_| hashed(chunk, bytes)).await {
                 (chunk, None) => (chunk, Change::Zero),
                 (chunk, Some((_, hash))) => {
                     (chunk, Change::Existing { blob: source.key, offset: source.range.offset(), hash })
@@ -466,16 +483,21 @@ impl Volume {
 pub(super) type HashedChunk = (ChunkIndex, Option<(Bytes, [u8; 32])>);
 
 pub(super) fn hashed(chunk: ChunkIndex, bytes: Bytes) -> HashedChunk {
-    if bytes.iter().all(|b| *b == 0) {
-        return (chunk, None);
+    let hash = hash_unless_zeros(&bytes);
+    (chunk, hash.map(|hash| (bytes, hash)))
+}
+
+fn hash_unless_zeros(bytes: &[u8]) -> Option<[u8; 32]> {
+    if slices(bytes).all(|slice| slice.iter().all(|b| *b == 0)) {
+        return None;
     }
     let mut hasher = blake3::Hasher::new();
-    for slice in slices(&bytes) {
+    for slice in slices(bytes) {
         hasher.update(slice);
     }
-    let mut hash = *hasher.finalize().as_bytes();
-    if breaks(Rule::HashOtherBytes) {
-        hash = *blake3::hash(&bytes[..bytes.len() - 1]).as_bytes();
-    }
-    (chunk, Some((bytes, hash)))
+    Some(if breaks(Rule::HashOtherBytes) {
+        *blake3::hash(&bytes[..bytes.len() - 1]).as_bytes()
+    } else {
+        *hasher.finalize().as_bytes()
+    })
 }

@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
 use nbd_server::cache::open::Opening;
+use nbd_server::cache::publish::CutChunk;
 use nbd_server::cache::states::Content;
 use nbd_server::cache::{Base, Cache, CacheError, Edges, Progress};
 use nbd_server::disk::Disk;
@@ -249,9 +250,9 @@ impl World {
         state == state.uncut()
     }
 
-    pub fn take(&self, at: usize) -> Result<Halves, CacheError> {
+    pub fn take(&self, cut: CutChunk) -> Result<Halves, CacheError> {
         let mut buf = vec![0xee; CHUNK];
-        self.cache.take_cut_chunk(chunk(at), &mut buf)?;
+        self.cache.take_cut_chunk(cut, &mut buf)?;
         Ok(halves(&buf))
     }
 
@@ -262,7 +263,7 @@ impl World {
         let mut image = self.published();
         for cut in cut {
             let at = cut.chunk.slot();
-            image[at] = match if cut.zero { Ok([0, 0]) } else { self.take(at) } {
+            image[at] = match if cut.zero { Ok([0, 0]) } else { self.take(cut) } {
                 Ok(taken) => taken,
                 Err(e) => return (chunks, Err(e)),
             };

@@ -24,9 +24,9 @@ fn whole(cache: &Cache, chunk: ChunkIndex) -> std::ops::Range<usize> {
     usize::try_from(range.offset()).unwrap()..usize::try_from(range.end()).unwrap()
 }
 
-fn taken(cache: &Cache, chunk: ChunkIndex) -> Vec<u8> {
-    let mut buf = vec![0xEE; whole(cache, chunk).len()];
-    cache.take_cut_chunk(chunk, &mut buf).unwrap();
+fn taken(cache: &Cache, cut: CutChunk) -> Vec<u8> {
+    let mut buf = vec![0xEE; whole(cache, cut.chunk).len()];
+    cache.take_cut_chunk(cut, &mut buf).unwrap();
     buf
 }
 
@@ -73,19 +73,19 @@ proptest! {
             }
         }
         let (cut, at_cut) = (cache.cut().unwrap(), image.clone());
-        let mut awaited: Vec<_> = cut.iter().filter(|c| !c.zero).map(|c| c.chunk).collect();
+        let mut awaited: Vec<_> = cut.into_iter().filter(|c| !c.zero).collect();
         for step in after {
             match step {
                 Step::Write { at, len, byte } => change(&mut image, at, len, byte),
                 Step::Zero { at, len } => change(&mut image, at, len, 0),
-                Step::Take { chunk } => if let Some(i) = awaited.iter().position(|c| c.0 == chunk) {
-                    let chunk = awaited.swap_remove(i);
-                    prop_assert!(taken(&cache, chunk) == at_cut[whole(&cache, chunk)], "chunk {chunk}");
+                Step::Take { chunk } => if let Some(i) = awaited.iter().position(|c| c.chunk.0 == chunk) {
+                    let cut = awaited.swap_remove(i);
+                    prop_assert!(taken(&cache, cut) == at_cut[whole(&cache, cut.chunk)], "chunk {chunk}");
                 }
             }
         }
-        for chunk in awaited {
-            prop_assert!(taken(&cache, chunk) == at_cut[whole(&cache, chunk)], "chunk {chunk} at the end");
+        for cut in awaited {
+            prop_assert!(taken(&cache, cut) == at_cut[whole(&cache, cut.chunk)], "{cut:?} at the end");
         }
         let mut now = vec![0xEE; image.len()];
         cache.read(ByteRange::new(0, SIZE).unwrap(), &mut now, |_| true).unwrap();
@@ -98,14 +98,14 @@ fn a_write_during_a_publish_copies_the_block_it_changes_and_not_the_chunk() {
     const CHUNK: u64 = 4 << 20;
     let (cache, dir) = cache(CHUNK, CHUNK);
     cache.write(0, &vec![1; 4 << 20], |_| true).unwrap();
-    cache.cut().unwrap();
+    let cut = cache.cut().unwrap();
     for _ in 0..3 {
         cache.write(1 << 20, &[2; 4096], |_| true).unwrap();
     }
     let aside = std::fs::metadata(dir.path().join("disk").join(ASIDE_FILE)).unwrap();
     let copied = std::os::unix::fs::MetadataExt::blocks(&aside) * 512;
     assert!((4096..=64 << 10).contains(&copied), "{copied}");
-    assert!(taken(&cache, ChunkIndex(0)).iter().all(|b| *b == 1));
+    assert!(taken(&cache, cut[0]).iter().all(|b| *b == 1));
     cache.write(2 << 20, &[2; 4096], |_| true).unwrap();
     assert_eq!(std::os::unix::fs::MetadataExt::blocks(&aside) * 512, copied, "nobody waits for it any more");
 }
@@ -116,14 +116,14 @@ fn a_chunk_is_read_as_it_was_at_the_cut_while_a_writer_changes_it() {
     let (cache, _dir) = cache(CHUNK, CHUNK);
     for round in 1..=20u8 {
         cache.write(0, &vec![round; 4 << 20], |_| true).unwrap();
-        cache.cut().unwrap();
+        let cut = cache.cut().unwrap();
         std::thread::scope(|scope| {
             scope.spawn(|| {
                 for at in (0..500).map(|i: u64| i * 40_961 % (CHUNK - 4096)) {
                     cache.write(at, &[0xFF; 4096], |_| true).unwrap();
                 }
             });
-            assert!(taken(&cache, ChunkIndex(0)).iter().all(|b| *b == round), "round {round}");
+            assert!(taken(&cache, cut[0]).iter().all(|b| *b == round), "round {round}");
         });
         cache.uncut().unwrap();
     }
