@@ -43,6 +43,7 @@ need systemd systemd-analyze
 need dpkg dpkg-deb
 need dpkg-dev dpkg-shlibdeps
 need util-linux unshare runuser
+need util-linux-extra fincore
 need python3 $python
 $python -c 'import ensurepip' 2>/dev/null || missing+=(python3-venv)
 $python -c 'import nbd' 2>/dev/null || missing+=(python3-libnbd)

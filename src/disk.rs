@@ -185,6 +185,11 @@ impl Disk for RealDisk {
 /// What `statfs` calls tmpfs.
 const TMPFS: u32 = 0x0102_1994;
 
+/// Whether a file has no disk under it. A file system that does not say what it is may have one.
+pub(crate) fn is_in_memory(file: &fs::File) -> bool {
+    rustix::fs::fstatfs(file).is_ok_and(|about| u32::try_from(about.f_type) == Ok(TMPFS))
+}
+
 #[derive(Debug)]
 struct RealFile {
     file: fs::File,
@@ -194,8 +199,7 @@ struct RealFile {
 
 impl RealFile {
     fn over(file: fs::File) -> Arc<dyn DiskFile> {
-        // A file system that does not say what it is may have a disk.
-        let in_memory = rustix::fs::fstatfs(&file).is_ok_and(|about| u32::try_from(about.f_type) == Ok(TMPFS));
+        let in_memory = is_in_memory(&file);
         Arc::new(Self { file, in_memory })
     }
 }

@@ -56,6 +56,30 @@ fn no_memory_is_in_huge_pages_of_which_a_byte_takes_two_mebibytes() {
 }
 
 #[test]
+fn what_a_publish_writes_to_a_directory_takes_no_place_in_the_page_cache() {
+    // Where temporary files lie in memory there is no other place for them.
+    let store = tempfile::tempdir_in("/var/tmp").unwrap();
+    let root = store.path().to_str().unwrap();
+    let mut server =
+        TestServer::start(&["--listen", "127.0.0.1:0", "--storage-backend", "local", "--local-root", root], &[]);
+    server.ok("POST", "/v1/exports/create", json!({"export_id": "disk", "size": 64 * MIB}));
+    let mut client = attach(&server);
+    for at in (0..64 * MIB).step_by(MIB as usize) {
+        client.write(at, &[1; MIB as usize]);
+    }
+    for operation in ["snapshot", "compact"] {
+        server.ok("POST", &format!("/v1/exports/disk/{operation}"), json!({}));
+    }
+    server.stop();
+    let files = run("find", &[root, "-type", "f", "-size", "+32M"]);
+    assert_eq!(files.lines().count(), 2, "a delta and a base: {files}");
+    for blob in files.lines() {
+        let resident = run("fincore", &["--bytes", "--noheadings", "--output", "RES", blob]);
+        assert!(resident.trim().parse::<u64>().unwrap() <= MIB, "{blob}: {resident} bytes");
+    }
+}
+
+#[test]
 fn a_thousand_idle_connections_cost_less_than_50_mib_before_and_after_they_had_work() {
     let mut server = TestServer::start(&["--listen", "127.0.0.1:0"], &[]);
     server.ok("POST", "/v1/exports/create", json!({"export_id": "disk", "size": MIB}));

@@ -216,7 +216,7 @@ fn publishing_and_fetching_go_over_no_more_than_a_slice_in_one_system_call() {
         if call.starts_with(&background) {
             count_less.insert(thread);
         }
-        if moved(line) == Some(SLICE_BYTES) && call.starts_with("write(") {
+        if moved(line) == Some(SLICE_BYTES) && call.starts_with("pwrite64(") {
             assert!(before.is_some_and(|before| before.contains("sched_yield")), "{before:?}, then {call}");
             assert!(count_less.contains(thread), "{line}");
             offered += 1;

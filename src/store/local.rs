@@ -10,6 +10,7 @@
 //! with the disk, waiting for the lock by [`LOCK_PATIENCE`].
 
 mod folder;
+mod tmp;
 
 use std::io;
 use std::path::PathBuf;
@@ -24,8 +25,9 @@ use super::{Body, Condition, Key, Object, Store, StoreError, Version};
 use crate::background::Background;
 use crate::clock::Clock;
 use crate::units::ByteRange;
-use folder::{Fault, Folder, Tmp};
+use folder::{Fault, Folder};
 pub use folder::{LOCK_PATIENCE, TMP_LIFETIME};
+use tmp::Tmp;
 
 /// How many bytes of an upload are gathered for one trip to a blocking thread.
 const WRITE_BATCH_BYTES: u64 = 1 << 20;
@@ -65,7 +67,7 @@ impl LocalStore {
 
     /// Moves the pieces of a body into a tmp file.
     async fn receive(&self, request: Request<'_>, max_bytes: u64, mut body: Body<'_>) -> Result<Tmp, StoreError> {
-        let mut tmp = self.blocking(request, Folder::tmp).await?;
+        let mut tmp = self.blocking(request, |folder| folder.tmp().map(Tmp::for_blob)).await?;
         let mut total = 0;
         let mut batch = Vec::new();
         let mut batch_bytes = 0;

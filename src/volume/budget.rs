@@ -7,6 +7,7 @@
 //! A publish owns as much memory as its upload needs to go on at all, and beyond that takes what is free. So publishes never
 //! wait for each other in a circle, and many at a time queue for their beginning, not in their middle.
 
+use std::ops::{Deref, DerefMut};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -32,6 +33,9 @@ pub const PUBLISH_PATIENCE: Duration = Duration::from_millis(100);
 pub const DEFAULT_PUBLISH_BYTES: u64 = 256 << 20;
 
 const PERMIT_BYTES: u64 = 4 << 10;
+const PAGE_BYTES: usize = 4 << 10;
+/// A buffer of this many bytes or more is worth the part of a page that lies before it.
+const LONG_BYTES: usize = 64 << 10;
 
 fn permits(bytes: u64) -> u32 {
     u32::try_from(bytes.div_ceil(PERMIT_BYTES)).unwrap_or(u32::MAX)
@@ -222,10 +226,8 @@ pub(super) struct Held {
 
 impl Held {
     /// A buffer of `len` bytes of any content, to read a chunk into.
-    pub(super) fn buffer(&self, len: usize) -> Vec<u8> {
-        let mut buf = self.share.spare.lock().pop().unwrap_or_default();
-        buf.resize(len, 0);
-        buf
+    pub(super) fn buffer(&self, len: usize) -> Buffer {
+        Buffer::over(self.share.spare.lock().pop().unwrap_or_default(), len)
     }
 
     /// The bytes that are held: the memory is free again when the last copy of them is gone.
@@ -234,17 +236,49 @@ impl Held {
     }
 }
 
+/// Memory for a chunk. A long one begins at a page, so that a disk can have it as it is.
+#[derive(Debug)]
+pub(super) struct Buffer {
+    memory: Vec<u8>,
+    start: usize,
+}
+
+impl Buffer {
+    /// In memory that may have been used before.
+    fn over(mut memory: Vec<u8>, len: usize) -> Self {
+        let page = if len < LONG_BYTES { 1 } else { PAGE_BYTES };
+        memory.resize(len + page - 1, 0);
+        let start = memory.as_ptr().addr().next_multiple_of(page) - memory.as_ptr().addr();
+        memory.truncate(start + len);
+        Self { memory, start }
+    }
+}
+
+impl Deref for Buffer {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        &self.memory[self.start..]
+    }
+}
+
+impl DerefMut for Buffer {
+    fn deref_mut(&mut self) -> &mut [u8] {
+        &mut self.memory[self.start..]
+    }
+}
+
 /// What the bytes of a chunk are in.
 #[derive(Debug)]
 pub(super) enum Holder {
     /// One of the publish's own buffers.
-    Buffer(Vec<u8>),
+    Buffer(Buffer),
     /// What the store brought.
     Fetched(Bytes),
 }
 
-impl From<Vec<u8>> for Holder {
-    fn from(buf: Vec<u8>) -> Self {
+impl From<Buffer> for Holder {
+    fn from(buf: Buffer) -> Self {
         Self::Buffer(buf)
     }
 }
@@ -269,7 +303,7 @@ impl AsRef<[u8]> for Holding {
 impl Drop for Holding {
     fn drop(&mut self) {
         if let Holder::Buffer(buf) = &mut self.0 {
-            self.1.share.spare.lock().push(std::mem::take(buf));
+            self.1.share.spare.lock().push(std::mem::take(&mut buf.memory));
         }
     }
 }
@@ -369,7 +403,7 @@ mod tests {
     async fn memory_is_free_again_when_the_last_copy_of_its_bytes_is_gone() {
         let budget = PublishBudget::new(4 * MIB);
         let share = budget.share(4 * MIB).await;
-        let bytes = share.take(4 * MIB).await.by(vec![7; 10]);
+        let bytes = share.take(4 * MIB).await.by(Bytes::from(vec![7; 10]));
         let copy = bytes.slice(3..5);
         drop(bytes);
         assert!(takes_at_once(&share, 4 * MIB).await.is_none());

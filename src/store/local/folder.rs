@@ -9,11 +9,11 @@
 //! than that of the object replaced, so that even a rewrite of the same bytes within one tick of the kernel's clock,
 //! or after the clock was set back, is a new version.
 //!
-//! **Tmp files** are `flock`ed by their writer for as long as it lives. The sweep at open removes those that are old
-//! and locked by nobody: never one that another server is still writing.
+//! **Tmp files** (`tmp.rs`) are `flock`ed by their writer for as long as it lives. The sweep at open removes those that are
+//! old and locked by nobody: never one that another server is still writing.
 
 use std::fs::{self, File, FileTimes, TryLockError};
-use std::io::{self, ErrorKind, Read, Seek, SeekFrom, Write};
+use std::io::{self, ErrorKind, Read, Seek, SeekFrom};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -23,8 +23,9 @@ use bytes::Bytes;
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 
+use super::tmp::Tmp;
 use crate::clock::Clock;
-use crate::slices::{SLICE_BYTES, slices};
+use crate::slices::SLICE_BYTES;
 use crate::store::{Condition, Key, MAX_LISTED, Object, Version};
 use crate::sync::yield_now;
 use crate::units::ByteRange;
@@ -74,36 +75,6 @@ impl From<Errno> for Fault {
 pub(super) struct Folder {
     root: PathBuf,
     clock: Arc<dyn Clock>,
-}
-
-/// A file on its way to become an object; removed when dropped before.
-#[derive(Debug)]
-pub(super) struct Tmp {
-    path: PathBuf,
-    file: File,
-}
-
-impl Tmp {
-    /// Adds the pieces, in order.
-    pub(super) fn append(mut self, pieces: &[Bytes]) -> Result<Self, Fault> {
-        for slice in pieces.iter().flat_map(|piece| slices(piece)) {
-            self.file.write_all(slice)?;
-        }
-        Ok(self)
-    }
-
-    /// Makes what was written durable.
-    pub(super) fn sync(self) -> Result<Self, Fault> {
-        self.file.sync_all()?;
-        Ok(self)
-    }
-}
-
-impl Drop for Tmp {
-    fn drop(&mut self) {
-        // After a commit the name is gone; after a crash the sweep does this.
-        let _ = fs::remove_file(&self.path);
-    }
 }
 
 /// The object that stands at a path.
@@ -171,11 +142,7 @@ impl Folder {
 
     /// A new, empty tmp file.
     pub(super) fn tmp(&self) -> Result<Tmp, Fault> {
-        let path = self.root.join(TMP_DIR).join(uuid::Uuid::now_v7().simple().to_string());
-        let tmp = Tmp { file: File::options().write(true).create_new(true).open(&path)?, path };
-        // Nobody else knows the name yet, but for a sweep that looks at its age.
-        tmp.file.try_lock().map_err(io::Error::from)?;
-        Ok(tmp)
+        Tmp::create(self.root.join(TMP_DIR).join(uuid::Uuid::now_v7().simple().to_string()))
     }
 
     /// Turns a tmp file into the object, if the condition holds, and returns once that is durable.
@@ -191,13 +158,13 @@ impl Folder {
         if !holds {
             return Err(Fault::Changed);
         }
-        self.date(&tmp.file, standing.map(|s| s.modified))?;
-        tmp.file.sync_all()?;
+        self.date(tmp.file(), standing.map(|s| s.modified))?;
+        tmp.file().sync_all()?;
         let parent = path.parent().unwrap_or(&self.root);
         make_folders(parent)?;
-        fs::rename(&tmp.path, &path)?;
+        fs::rename(tmp.path(), &path)?;
         sync_dir(parent)?;
-        Ok(version_of(&tmp.file.metadata()?))
+        Ok(version_of(&tmp.file().metadata()?))
     }
 
     /// Removes the object, and the folders it leaves empty.

@@ -1,0 +1,154 @@
+//! A file on its way to become an object.
+//!
+//! The chunks of a blob go past the page cache to the disk, where the file system and their place in memory allow it. On
+//! their way through it they would be copied once more, drive out what clients read and write, and wait in memory for a
+//! sync that has gigabytes to write: all of that at the cost of the clients of the same machine.
+
+use std::fs::{self, File};
+use std::io::{self, ErrorKind};
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use bytes::Bytes;
+use rustix::fs::OFlags;
+
+use super::folder::Fault;
+use crate::disk;
+use crate::slices::slices;
+use crate::sync::yield_now;
+
+/// Where what goes past the page cache must begin and end, in memory and in the file, in bytes: no disk asks for more. One
+/// that does refuses, and gets the rest the other way.
+const PAGE_BYTES: u64 = 4096;
+/// What is handed to the disk at a time, and the least that goes there past the page cache, in bytes. The disk is waited for
+/// each time, so a store far away wants it long; the kernel does not let go of the core before all of it is on its way, so
+/// clients of the same machine want it short.
+const DIRECT_BYTES: usize = 256 << 10;
+
+/// A file that nobody knows but its writer; removed when dropped before it got a name.
+#[derive(Debug)]
+pub(super) struct Tmp {
+    path: PathBuf,
+    file: File,
+    len: u64,
+    /// The same file, past the page cache.
+    direct: Option<File>,
+}
+
+impl Tmp {
+    pub(super) fn create(path: PathBuf) -> Result<Self, Fault> {
+        let tmp = Self { file: File::options().write(true).create_new(true).open(&path)?, path, len: 0, direct: None };
+        // Nobody else knows the name yet, but for a sweep that looks at its age.
+        tmp.file.try_lock().map_err(io::Error::from)?;
+        Ok(tmp)
+    }
+
+    /// The same, for a blob.
+    pub(super) fn for_blob(mut self) -> Self {
+        let direct = || {
+            let flags = OFlags::DIRECT.bits().cast_signed();
+            File::options().write(true).custom_flags(flags).open(&self.path).ok()
+        };
+        self.direct = if disk::is_in_memory(&self.file) { None } else { direct() };
+        self
+    }
+
+    pub(super) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    pub(super) fn file(&self) -> &File {
+        &self.file
+    }
+
+    /// Adds the pieces, in order.
+    pub(super) fn append(mut self, pieces: &[Bytes]) -> Result<Self, Fault> {
+        for piece in pieces {
+            let written = self.append_directly(piece)?;
+            for slice in slices(&piece[written..]) {
+                self.file.write_all_at(slice, self.len)?;
+                self.len += slice.len() as u64;
+            }
+        }
+        Ok(self)
+    }
+
+    /// Adds what can go past the page cache of a piece: all of it, or nothing, as a rule; how many bytes that was.
+    fn append_directly(&mut self, piece: &[u8]) -> Result<usize, Fault> {
+        let places = [piece.as_ptr().addr() as u64, piece.len() as u64, self.len];
+        if piece.len() < DIRECT_BYTES || !places.iter().all(|place| place.is_multiple_of(PAGE_BYTES)) {
+            return Ok(0);
+        }
+        let mut written = 0;
+        for part in piece.chunks(DIRECT_BYTES) {
+            let Some(direct) = &self.direct else { break };
+            match direct.write_all_at(part, self.len) {
+                Ok(()) => {
+                    written += part.len();
+                    self.len += part.len() as u64;
+                }
+                Err(e) if e.kind() == ErrorKind::InvalidInput => self.direct = None,
+                Err(e) => return Err(e.into()),
+            }
+            yield_now();
+        }
+        Ok(written)
+    }
+
+    /// Makes what was written durable.
+    pub(super) fn sync(self) -> Result<Self, Fault> {
+        self.file.sync_all()?;
+        Ok(self)
+    }
+}
+
+impl Drop for Tmp {
+    fn drop(&mut self) {
+        // After a commit the name is gone; after a crash the sweep does this.
+        let _ = fs::remove_file(&self.path);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// A piece of a blob: its bytes, and how far behind the beginning of a page they lie in memory.
+    fn piece() -> impl Strategy<Value = (usize, usize)> {
+        const PAGE: usize = 4096;
+        let pages = prop_oneof![Just(1), Just(DIRECT_BYTES / PAGE), Just(DIRECT_BYTES / PAGE * 3), 1..200usize];
+        let len = prop_oneof![3 => pages.prop_map(|pages| pages * PAGE), 1 => 1..3 * DIRECT_BYTES];
+        (len, prop_oneof![3 => Just(0), 1 => 1..PAGE])
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(50))]
+
+        #[test]
+        fn a_blob_is_what_its_pieces_are_whichever_way_each_of_them_went(
+            pieces in prop::collection::vec(piece(), 0..8), directly: bool, refused: bool,
+        ) {
+            let dir = tempfile::tempdir_in("/var/tmp").unwrap();
+            let mut tmp = Tmp::create(dir.path().join("tmp")).unwrap();
+            if directly {
+                tmp = tmp.for_blob();
+            }
+            if refused {
+                // As a disk with larger sectors does it: this file takes numbers alone.
+                tmp.direct = Some(File::options().write(true).open("/proc/self/oom_score_adj").unwrap());
+            }
+            let mut all = Vec::new();
+            for (i, (len, behind)) in pieces.into_iter().enumerate() {
+                let memory: Vec<u8> = (0..len + 2 * 4096).map(|at| u8::try_from((at / 7 + i) % 251).unwrap()).collect();
+                let start = memory.as_ptr().addr().next_multiple_of(4096) - memory.as_ptr().addr() + behind;
+                let piece = Bytes::from_owner(memory).slice(start..start + len);
+                all.extend_from_slice(&piece);
+                tmp = tmp.append(&[piece]).unwrap();
+            }
+            let tmp = tmp.sync().unwrap();
+            prop_assert!(fs::read(tmp.path()).unwrap() == all);
+        }
+    }
+}
