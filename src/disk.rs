@@ -182,12 +182,29 @@ impl Disk for RealDisk {
     }
 }
 
-/// What `statfs` calls tmpfs.
-const TMPFS: u32 = 0x0102_1994;
+/// What a file's bytes are kept on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Medium {
+    /// Nothing but memory.
+    Memory,
+    /// A disk of this machine, which can be read and written past the page cache.
+    Disk,
+    /// Another machine, or something that is not known.
+    Unknown,
+}
 
-/// Whether a file has no disk under it. A file system that does not say what it is may have one.
-pub(crate) fn is_in_memory(file: &fs::File) -> bool {
-    rustix::fs::fstatfs(file).is_ok_and(|about| u32::try_from(about.f_type) == Ok(TMPFS))
+impl Medium {
+    /// The medium under a file, by its file system.
+    pub(crate) fn of(file: &fs::File) -> Self {
+        const TMPFS: u32 = 0x0102_1994;
+        const EXT: u32 = 0xEF53;
+        const XFS: u32 = 0x5846_5342;
+        match rustix::fs::fstatfs(file).map(|about| u32::try_from(about.f_type)) {
+            Ok(Ok(TMPFS)) => Self::Memory,
+            Ok(Ok(EXT | XFS)) => Self::Disk,
+            _ => Self::Unknown,
+        }
+    }
 }
 
 #[derive(Debug)]
@@ -199,7 +216,7 @@ struct RealFile {
 
 impl RealFile {
     fn over(file: fs::File) -> Arc<dyn DiskFile> {
-        let in_memory = is_in_memory(&file);
+        let in_memory = Medium::of(&file) == Medium::Memory;
         Arc::new(Self { file, in_memory })
     }
 }

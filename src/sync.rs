@@ -10,7 +10,7 @@
 #[cfg(not(feature = "shuttle"))]
 mod primitives {
     pub use std::sync::OnceLock;
-    pub use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
+    pub use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering};
     pub use std::thread::yield_now;
 
     pub use parking_lot::{Condvar, Mutex, MutexGuard, RwLock};
@@ -20,7 +20,7 @@ mod primitives {
 mod primitives {
     use std::sync::PoisonError;
 
-    pub use shuttle::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
+    pub use shuttle::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering};
     pub use shuttle::thread::yield_now;
     pub use shuttle_parking_lot::{Mutex, MutexGuard, RwLock};
 

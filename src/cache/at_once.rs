@@ -4,23 +4,24 @@
 //! already; or if it touches one chunk alone that is here, and marking it, or setting aside for a publish what it was, are
 //! copies of memory, too. The kernel cannot be asked not to wait on every file system: a write copies into the page cache,
 //! and now and then the kernel makes the writer wait there, 200 ms at most at a time, when more is dirty than the disk takes.
-//! So writes are timed ([`Pace`]): after a slow one they go the way of all that waits, for [`REST_FACTOR`] times as long as
-//! it took. A thread is thus held up for at most that part of its time. A write that meets a sync may wait for the file
-//! system's journal, so beside a flush none is done here at all.
+//! So writes are timed ([`Pace`]): after a slow one they go the way of all that waits, for as long as it took, and longer
+//! if slow ones follow each other. In the long run pauses of the kernel hold a thread up for a tenth of its time at most. A write that
+//! meets a sync may wait for the file system's journal, so beside a flush none is done here at all.
 
 use std::time::{Duration, Instant};
 
 use super::states::Content;
 use super::{Cache, LogFile, STRIPES};
-use crate::sync::{AtomicU64, Ordering};
+use crate::sync::{AtomicU32, AtomicU64, Ordering};
 use crate::units::{ByteRange, ChunkIndex};
 
 /// A write that took longer than this had to wait. Far above what it costs to copy one and to lose the processor
 /// meanwhile, far below the kernel's longest pause.
 const SLOW_WRITE: Duration = Duration::from_millis(20);
-/// How many times as long as a slow write took none is tried again.
-const REST_FACTOR: u32 = 20;
-/// But not longer than this.
+/// After a slow write none is tried for as long as it took; after the next one for twice as long, and so on up to this many
+/// times. A single one, as when the journal is written beside a publish, does not send a second's writes the longer way.
+const MOST_REST_FACTOR: u32 = 20;
+/// But never for longer than this. A slow write that comes so long after a rest is the first again.
 const LONGEST_REST: Duration = Duration::from_secs(4);
 
 /// The longest write to a chunk with a mark or a copy to be made first, in bytes. The copy is of the blocks it touches.
@@ -32,17 +33,19 @@ pub(super) struct Pace {
     begun: Instant,
     /// Until when writes rest, in microseconds since `begun`.
     rest_until: AtomicU64,
+    /// How many times as long as a slow write they rest.
+    factor: AtomicU32,
 }
 
 impl Default for Pace {
     fn default() -> Self {
-        Self { begun: Instant::now(), rest_until: AtomicU64::new(0) }
+        Self { begun: Instant::now(), rest_until: AtomicU64::new(0), factor: AtomicU32::new(1) }
     }
 }
 
 impl Pace {
     fn at(&self, when: Instant) -> u64 {
-        u64::try_from(when.saturating_duration_since(self.begun).as_micros()).unwrap_or(u64::MAX)
+        micros(when.saturating_duration_since(self.begun))
     }
 
     /// When the write may begin: now, or not at all.
@@ -54,11 +57,24 @@ impl Pace {
     /// A write that began at `started` has ended at `now`.
     fn end(&self, started: Instant, now: Instant) {
         let took = now.saturating_duration_since(started);
-        if took > SLOW_WRITE {
-            let rest = took.saturating_mul(REST_FACTOR).min(LONGEST_REST);
-            self.rest_until.fetch_max(self.at(now + rest), Ordering::Relaxed);
+        if took <= SLOW_WRITE {
+            return;
         }
+        let (began, rested) = (self.at(started), self.rest_until.load(Ordering::Relaxed));
+        let factor = match self.factor.load(Ordering::Relaxed) {
+            // It was held up beside the one that the rest is for.
+            factor if began < rested => factor,
+            factor if rested > 0 && began < rested + micros(LONGEST_REST) => (factor * 2).min(MOST_REST_FACTOR),
+            _ => 1,
+        };
+        self.factor.store(factor, Ordering::Relaxed);
+        let rest = took.saturating_mul(factor).min(LONGEST_REST);
+        self.rest_until.fetch_max(self.at(now + rest), Ordering::Relaxed);
     }
+}
+
+fn micros(time: Duration) -> u64 {
+    u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
 }
 
 impl Cache {
@@ -123,18 +139,41 @@ impl Cache {
 mod tests {
     use super::*;
 
-    #[test]
-    fn after_a_slow_write_none_is_tried_for_twenty_times_as_long() {
+    const SLOW: Duration = Duration::from_millis(100);
+
+    /// A pace, and the moment at which it began.
+    fn pace() -> (Pace, Instant) {
         let pace = Pace::default();
-        let started = pace.start().unwrap();
-        pace.end(started, started + SLOW_WRITE);
+        let begun = pace.start().unwrap();
+        (pace, begun)
+    }
+
+    #[test]
+    fn after_a_slow_write_none_is_tried_for_as_long_as_it_took() {
+        let (pace, begun) = pace();
+        pace.end(begun, begun + SLOW_WRITE);
         assert!(pace.start().is_some(), "as swift as it may be");
-        let took = Duration::from_millis(100);
-        pace.end(started, started + took);
+        for _ in 0..4 {
+            // Those that were held up by the same are one.
+            pace.end(begun, begun + SLOW);
+        }
+        assert_eq!(pace.rest_until.load(Ordering::Relaxed), pace.at(begun + 2 * SLOW));
+        pace.end(begun, begun + Duration::from_secs(3600));
         assert!(pace.start().is_none());
-        assert_eq!(pace.rest_until.load(Ordering::Relaxed), pace.at(started + took + took * REST_FACTOR));
-        pace.end(started, started + Duration::from_secs(3600));
-        let longest = pace.at(started + Duration::from_secs(3600) + LONGEST_REST);
+        let longest = pace.at(begun + Duration::from_secs(3600) + LONGEST_REST);
         assert_eq!(pace.rest_until.load(Ordering::Relaxed), longest);
+    }
+
+    #[test]
+    fn slow_writes_that_follow_each_other_are_rested_from_for_up_to_twenty_times_as_long() {
+        let (pace, mut now) = pace();
+        for factor in [1, 2, 4, 8, 16, 20, 20] {
+            pace.end(now, now + SLOW);
+            now += SLOW + SLOW * factor;
+            assert_eq!(pace.rest_until.load(Ordering::Relaxed), pace.at(now), "{factor}");
+        }
+        now += LONGEST_REST;
+        pace.end(now, now + SLOW);
+        assert_eq!(pace.rest_until.load(Ordering::Relaxed), pace.at(now + 2 * SLOW), "the first again");
     }
 }

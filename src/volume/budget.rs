@@ -16,6 +16,7 @@ use parking_lot::Mutex;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, SemaphorePermit, watch};
 
 use crate::clock::Clock;
+use crate::slices::SLICE_BYTES;
 
 /// The most bytes of chunks on their way from the store to the disk, over all volumes of a server.
 pub const FILL_BUDGET_BYTES: u64 = 256 << 20;
@@ -35,7 +36,7 @@ pub const DEFAULT_PUBLISH_BYTES: u64 = 256 << 20;
 const PERMIT_BYTES: u64 = 4 << 10;
 const PAGE_BYTES: usize = 4 << 10;
 /// A buffer of this many bytes or more is worth the part of a page that lies before it.
-const LONG_BYTES: usize = 64 << 10;
+const LONG_BYTES: usize = SLICE_BYTES;
 
 fn permits(bytes: u64) -> u32 {
     u32::try_from(bytes.div_ceil(PERMIT_BYTES)).unwrap_or(u32::MAX)

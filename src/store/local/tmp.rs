@@ -1,8 +1,9 @@
 //! A file on its way to become an object.
 //!
-//! The chunks of a blob go past the page cache to the disk, where the file system and their place in memory allow it. On
-//! their way through it they would be copied once more, drive out what clients read and write, and wait in memory for a
-//! sync that has gigabytes to write: all of that at the cost of the clients of the same machine.
+//! The chunks of a blob go past the page cache to a disk of this machine, if their place in memory allows it. On their way
+//! through it they would be copied once more, drive out what clients read and write, and wait for a sync that has
+//! gigabytes to write: all of that at the cost of the clients of the same machine. The disk is waited for slice by slice,
+//! as longer writes keep the core for longer before they wait; so what is far away is written the other way.
 
 use std::fs::{self, File};
 use std::io::{self, ErrorKind};
@@ -13,17 +14,12 @@ use bytes::Bytes;
 use rustix::fs::OFlags;
 
 use super::folder::Fault;
-use crate::disk;
-use crate::slices::slices;
-use crate::sync::yield_now;
+use crate::disk::Medium;
+use crate::slices::{SLICE_BYTES, slices};
 
 /// Where what goes past the page cache must begin and end, in memory and in the file, in bytes: no disk asks for more. One
 /// that does refuses, and gets the rest the other way.
 const PAGE_BYTES: u64 = 4096;
-/// What is handed to the disk at a time, and the least that goes there past the page cache, in bytes. The disk is waited for
-/// each time, so a store far away wants it long; the kernel does not let go of the core before all of it is on its way, so
-/// clients of the same machine want it short.
-const DIRECT_BYTES: usize = 256 << 10;
 
 /// A file that nobody knows but its writer; removed when dropped before it got a name.
 #[derive(Debug)]
@@ -45,11 +41,11 @@ impl Tmp {
 
     /// The same, for a blob.
     pub(super) fn for_blob(mut self) -> Self {
-        let direct = || {
+        if Medium::of(&self.file) == Medium::Disk {
             let flags = OFlags::DIRECT.bits().cast_signed();
-            File::options().write(true).custom_flags(flags).open(&self.path).ok()
-        };
-        self.direct = if disk::is_in_memory(&self.file) { None } else { direct() };
+            // One that cannot do it says so here, or at the first write.
+            self.direct = File::options().write(true).custom_flags(flags).open(&self.path).ok();
+        }
         self
     }
 
@@ -76,21 +72,20 @@ impl Tmp {
     /// Adds what can go past the page cache of a piece: all of it, or nothing, as a rule; how many bytes that was.
     fn append_directly(&mut self, piece: &[u8]) -> Result<usize, Fault> {
         let places = [piece.as_ptr().addr() as u64, piece.len() as u64, self.len];
-        if piece.len() < DIRECT_BYTES || !places.iter().all(|place| place.is_multiple_of(PAGE_BYTES)) {
+        if piece.len() < SLICE_BYTES || !places.iter().all(|place| place.is_multiple_of(PAGE_BYTES)) {
             return Ok(0);
         }
         let mut written = 0;
-        for part in piece.chunks(DIRECT_BYTES) {
+        for slice in slices(piece) {
             let Some(direct) = &self.direct else { break };
-            match direct.write_all_at(part, self.len) {
+            match direct.write_all_at(slice, self.len) {
                 Ok(()) => {
-                    written += part.len();
-                    self.len += part.len() as u64;
+                    written += slice.len();
+                    self.len += slice.len() as u64;
                 }
                 Err(e) if e.kind() == ErrorKind::InvalidInput => self.direct = None,
                 Err(e) => return Err(e.into()),
             }
-            yield_now();
         }
         Ok(written)
     }
@@ -118,8 +113,8 @@ mod tests {
     /// A piece of a blob: its bytes, and how far behind the beginning of a page they lie in memory.
     fn piece() -> impl Strategy<Value = (usize, usize)> {
         const PAGE: usize = 4096;
-        let pages = prop_oneof![Just(1), Just(DIRECT_BYTES / PAGE), Just(DIRECT_BYTES / PAGE * 3), 1..200usize];
-        let len = prop_oneof![3 => pages.prop_map(|pages| pages * PAGE), 1 => 1..3 * DIRECT_BYTES];
+        let pages = prop_oneof![Just(1), Just(SLICE_BYTES / PAGE), Just(SLICE_BYTES / PAGE * 3), 1..200usize];
+        let len = prop_oneof![3 => pages.prop_map(|pages| pages * PAGE), 1 => 1..3 * SLICE_BYTES];
         (len, prop_oneof![3 => Just(0), 1 => 1..PAGE])
     }
 
@@ -136,12 +131,12 @@ mod tests {
                 tmp = tmp.for_blob();
             }
             if refused {
-                // As a disk with larger sectors does it: this file takes numbers alone.
+                // As a disk with larger sectors does it: this file takes numbers alone, and no byte below is a digit.
                 tmp.direct = Some(File::options().write(true).open("/proc/self/oom_score_adj").unwrap());
             }
             let mut all = Vec::new();
             for (i, (len, behind)) in pieces.into_iter().enumerate() {
-                let memory: Vec<u8> = (0..len + 2 * 4096).map(|at| u8::try_from((at / 7 + i) % 251).unwrap()).collect();
+                let memory: Vec<u8> = (0..len + 2 * 4096).map(|at| u8::try_from((at / 7 + i) % 47).unwrap()).collect();
                 let start = memory.as_ptr().addr().next_multiple_of(4096) - memory.as_ptr().addr() + behind;
                 let piece = Bytes::from_owner(memory).slice(start..start + len);
                 all.extend_from_slice(&piece);
