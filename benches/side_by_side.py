@@ -24,12 +24,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 OURS, CEILING, FILE_CEILING = "nbd-server (ours)", "ceiling", "ceiling of a file"
+OURS_IN_MEMORY = "the same, in memory"
 TICKS = os.sysconf("SC_CLK_TCK")
 PEERS = ["nbdkit file", "qemu-nbd", "nbd-server (Debian)"]
 # In the order in which tables and plots show them.
-ORDER = [CEILING, FILE_CEILING, OURS, *PEERS]
-COLOURS = {CEILING: "#bbbbbb", FILE_CEILING: "#888888", OURS: "#1f6feb", "nbdkit file": "#e07b39",
-           "qemu-nbd": "#8250df", "nbd-server (Debian)": "#5c8a3a"}
+ORDER = [CEILING, FILE_CEILING, OURS, OURS_IN_MEMORY, *PEERS]
+COLOURS = {CEILING: "#bbbbbb", FILE_CEILING: "#888888", OURS: "#1f6feb", OURS_IN_MEMORY: "#79b8ff",
+           "nbdkit file": "#e07b39", "qemu-nbd": "#8250df", "nbd-server (Debian)": "#5c8a3a"}
 
 # Of the export that is published while its client writes: enough to take longer than the client does.
 SNAPSHOT_BYTES = 2 << 30
@@ -98,11 +99,11 @@ def wait_for(port):
     sys.exit(f"bench: nothing listens on 127.0.0.1:{port}")
 
 
-def start_ours(folder, size, binary):
+def start_ours(folder, size, binary, name=OURS):
     port, admin = free_port(), folder / "admin.sock"
     command = [binary, "serve", "--cache-root", folder / "cache", "--local-root", folder / "store",
                "--admin-sock", admin, "--listen", f"127.0.0.1:{port}"]
-    server = Server(OURS, command, f"nbd://127.0.0.1:{port}/bench")
+    server = Server(name, command, f"nbd://127.0.0.1:{port}/bench")
     wait_for(port)
     ask(folder, "create", {"export_id": "bench", "size": size})
     return server
@@ -176,31 +177,32 @@ def measure(server, options, unit, seconds):
 def measure_under_snapshots(folder, binary, rounds):
     """How long a client waits for a write, by itself and while all of a large export is published: rows of a table."""
     server, beside = start_ours(folder, SNAPSHOT_BYTES, binary), ThreadPoolExecutor(1)
-    times = {"by itself": [], "during a snapshot": []}
+    rates = {"one after the other": {}, "2,000 a second": {"rate_iops": 2000}}
+    times = {(rate, when): [] for rate in rates for when in ("by itself", "during a snapshot")}
 
-    def write_for_a_while(when):
-        done = fio(server, dict(rw="randwrite", bs="4k", iodepth=1, rate_iops=2000), 1)["write"]
-        times[when].append([done["clat_ns"]["percentile"][f"{percent}.000000"] / 1000 for percent in (50, 90, 99)])
+    def write_for_a_while(rate, when):
+        done = fio(server, dict(rw="randwrite", bs="4k", iodepth=1, **rates[rate]), 1)["write"]
+        times[rate, when].append([done["clat_ns"]["percentile"][f"{percent}.000000"] / 1000 for percent in (50, 90, 99)])
 
     try:
-        for _ in range(rounds):
+        for rate in list(rates) * rounds:
             fio(server, dict(rw="write", bs="1m", iodepth=4), 0)
             measure_cold("touch")
-            write_for_a_while("by itself")
+            write_for_a_while(rate, "by itself")
             snapshot = beside.submit(ask, folder, "bench/snapshot", {})
-            write_for_a_while("during a snapshot")
+            write_for_a_while(rate, "during a snapshot")
             # What was measured after its end is no measure of it.
             if snapshot.done():
-                times["during a snapshot"].pop()
+                times[rate, "during a snapshot"].pop()
             # Ends the benchmark too, if it failed.
             snapshot.result()
     finally:
         server.stop()
-    if not times["during a snapshot"]:
-        print("bench: every snapshot ended within a second, so no writes were measured beside one", file=sys.stderr)
-    work = "a client's 4 KiB writes, 2,000 a second,"
-    return [(f"{work} {when}", "percentiles 50, 90, 99: " + ", ".join(f"{statistics.median(of):.0f} µs" for of in zip(*each)))
-            for when, each in times.items() if each]
+    if not all(times.values()):
+        print("bench: snapshots ended within a second, so not all writes were measured beside one", file=sys.stderr)
+    return [(f"a client's 4 KiB writes, {rate}, {when}",
+             "percentiles 50, 90, 99: " + ", ".join(f"{statistics.median(of):.0f} µs" for of in zip(*each)))
+            for (rate, when), each in times.items() if each]
 
 
 def amount(figure):
@@ -216,7 +218,7 @@ def table(results, unit, jobs):
         for server in ORDER:
             if server in results[name]:
                 figure, cpu = results[name][server]
-                label = f"**{server}**" if server == OURS else server
+                label = f"**{server}**" if server in (OURS, OURS_IN_MEMORY) else server
                 lines.append(f"| {name} | {label} | {amount(figure)} | {figure / results[name][CEILING][0]:.2f} | "
                              f"{figure / best:.2f} | {cpu:.1f} |")
     return "\n".join(lines)
@@ -224,7 +226,7 @@ def table(results, unit, jobs):
 
 def plot(results, jobs, index, title, path):
     """Bars, one group per job: plain SVG, since it is all that is needed."""
-    row, gap, left, width = 16, 14, 330, 760
+    row, gap, left, width = 16, 14, 330, 1000
     most = max(results[name][server][index] for name in jobs for server in results[name])
     parts, y = [], 34
     for name in jobs:
@@ -305,12 +307,15 @@ def main():
     about = machine()
     starts = {CEILING: lambda _, s: start_ceiling(CEILING, s),
               FILE_CEILING: lambda f, s: start_ceiling(FILE_CEILING, s, f / "image.raw"),
-              OURS: lambda f, s: start_ours(f, s, options.binary), "nbdkit file": start_nbdkit,
+              OURS: lambda f, s: start_ours(f, s, options.binary),
+              OURS_IN_MEMORY: lambda _, s: start_ours(Path(memory), s, options.binary, OURS_IN_MEMORY),
+              "nbdkit file": start_nbdkit,
               "qemu-nbd": start_qemu, "nbd-server (Debian)": start_debian}
     wanted = options.servers.split(",")
     jobs = [job for job in JOBS if options.only in job[0]]
     runs = {name: {} for name, _, _ in jobs}
-    with tempfile.TemporaryDirectory(prefix="nbd-bench-") as folder:
+    with (tempfile.TemporaryDirectory(prefix="nbd-bench-") as folder,
+          tempfile.TemporaryDirectory(prefix="nbd-bench-", dir="/dev/shm") as memory):
         servers = []
         try:
             for name, start in starts.items():
