@@ -182,6 +182,10 @@ impl Disk for RealDisk {
     }
 }
 
+/// Where what goes past the page cache must begin and end, in memory and in the file, in bytes: hardly a disk asks for more,
+/// and one that does refuses the write.
+pub(crate) const DIRECT_ALIGNMENT: usize = 4096;
+
 /// What a file's bytes are kept on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Medium {

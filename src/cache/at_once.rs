@@ -5,8 +5,8 @@
 //! copies of memory, too. The kernel cannot be asked not to wait on every file system: a write copies into the page cache,
 //! and now and then the kernel makes the writer wait there, 200 ms at most at a time, when more is dirty than the disk takes.
 //! So writes are timed ([`Pace`]): after a slow one they go the way of all that waits, for as long as it took, and longer
-//! if slow ones follow each other. In the long run pauses of the kernel hold a thread up for a tenth of its time at most. A write that
-//! meets a sync may wait for the file system's journal, so beside a flush none is done here at all.
+//! if slow ones follow each other. In the long run pauses of the kernel hold a thread up for a tenth of its time at most. A
+//! write that meets a sync may wait for the file system's journal, so beside a flush none is done here at all.
 
 use std::time::{Duration, Instant};
 

@@ -9,10 +9,10 @@
 //! - It never decides what a missing chunk's content is, and never sees the store: callers say which missing chunks
 //!   are zeros and bring the bytes of the others.
 //!
-//! Locks, always taken in this order: *checkpointing*, *filling*, the *gate* (shared by every client's read and every transition,
-//! exclusive for the cut, the commit and the reset), a chunk's *stripe* (around each transition), *syncing*, the *log*.
-//! None is held across anything but local I/O. The methods block, and [`blocking`] is the one crossing from async code; but
-//! for those of `at_once`, which async code may call as it is.
+//! Locks, always taken in this order: *checkpointing*, *filling*, the *gate* (shared by every client's read and every
+//! transition, exclusive for the cut, the commit and the reset), a chunk's *stripe* (around each transition), *syncing*, the
+//! *log*. None is held across anything but local I/O. The methods block, and [`blocking`] is the one crossing from async
+//! code; but for those of `at_once`, which async code may call as it is.
 
 mod at_once;
 pub mod flush;

@@ -16,6 +16,7 @@ use parking_lot::Mutex;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, SemaphorePermit, watch};
 
 use crate::clock::Clock;
+use crate::disk::DIRECT_ALIGNMENT;
 use crate::slices::SLICE_BYTES;
 
 /// The most bytes of chunks on their way from the store to the disk, over all volumes of a server.
@@ -34,9 +35,6 @@ pub const PUBLISH_PATIENCE: Duration = Duration::from_millis(100);
 pub const DEFAULT_PUBLISH_BYTES: u64 = 256 << 20;
 
 const PERMIT_BYTES: u64 = 4 << 10;
-const PAGE_BYTES: usize = 4 << 10;
-/// A buffer of this many bytes or more is worth the part of a page that lies before it.
-const LONG_BYTES: usize = SLICE_BYTES;
 
 fn permits(bytes: u64) -> u32 {
     u32::try_from(bytes.div_ceil(PERMIT_BYTES)).unwrap_or(u32::MAX)
@@ -237,7 +235,7 @@ impl Held {
     }
 }
 
-/// Memory for a chunk. A long one begins at a page, so that a disk can have it as it is.
+/// Memory for a chunk. One of a slice or more begins where a local store can write it from past the page cache.
 #[derive(Debug)]
 pub(super) struct Buffer {
     memory: Vec<u8>,
@@ -247,9 +245,9 @@ pub(super) struct Buffer {
 impl Buffer {
     /// In memory that may have been used before.
     fn over(mut memory: Vec<u8>, len: usize) -> Self {
-        let page = if len < LONG_BYTES { 1 } else { PAGE_BYTES };
-        memory.resize(len + page - 1, 0);
-        let start = memory.as_ptr().addr().next_multiple_of(page) - memory.as_ptr().addr();
+        let alignment = if len < SLICE_BYTES { 1 } else { DIRECT_ALIGNMENT };
+        memory.resize(len + alignment - 1, 0);
+        let start = memory.as_ptr().addr().next_multiple_of(alignment) - memory.as_ptr().addr();
         memory.truncate(start + len);
         Self { memory, start }
     }
@@ -427,6 +425,18 @@ mod tests {
         drop(copy);
         let again = held.buffer(5);
         assert_eq!((again.as_ptr(), again.len()), (place, 5));
+    }
+
+    #[tokio::test]
+    async fn a_buffer_of_a_slice_begins_where_a_disk_can_have_it_also_when_it_is_used_again() {
+        let share = PublishBudget::new(4 * MIB).share(4 * MIB).await;
+        for len in [SLICE_BYTES, 3 * SLICE_BYTES + 1, 10, SLICE_BYTES] {
+            let held = share.take(MIB).await;
+            let buf = held.buffer(len);
+            assert_eq!(buf.len(), len);
+            assert!(len < SLICE_BYTES || buf.as_ptr().addr().is_multiple_of(DIRECT_ALIGNMENT), "{len}");
+            drop(held.by(buf));
+        }
     }
 
     #[tokio::test]

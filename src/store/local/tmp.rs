@@ -14,12 +14,8 @@ use bytes::Bytes;
 use rustix::fs::OFlags;
 
 use super::folder::Fault;
-use crate::disk::Medium;
+use crate::disk::{DIRECT_ALIGNMENT, Medium};
 use crate::slices::{SLICE_BYTES, slices};
-
-/// Where what goes past the page cache must begin and end, in memory and in the file, in bytes: no disk asks for more. One
-/// that does refuses, and gets the rest the other way.
-const PAGE_BYTES: u64 = 4096;
 
 /// A file that nobody knows but its writer; removed when dropped before it got a name.
 #[derive(Debug)]
@@ -72,7 +68,7 @@ impl Tmp {
     /// Adds what can go past the page cache of a piece: all of it, or nothing, as a rule; how many bytes that was.
     fn append_directly(&mut self, piece: &[u8]) -> Result<usize, Fault> {
         let places = [piece.as_ptr().addr() as u64, piece.len() as u64, self.len];
-        if piece.len() < SLICE_BYTES || !places.iter().all(|place| place.is_multiple_of(PAGE_BYTES)) {
+        if piece.len() < SLICE_BYTES || !places.iter().all(|place| place.is_multiple_of(DIRECT_ALIGNMENT as u64)) {
             return Ok(0);
         }
         let mut written = 0;
@@ -83,6 +79,7 @@ impl Tmp {
                     written += slice.len();
                     self.len += slice.len() as u64;
                 }
+                // It asks for more than that: the rest goes the other way.
                 Err(e) if e.kind() == ErrorKind::InvalidInput => self.direct = None,
                 Err(e) => return Err(e.into()),
             }
