@@ -1,4 +1,4 @@
-//! What a warm request costs, counted and not timed: system calls and allocations.
+//! What a warm request costs, and a cut while requests wait for it, counted and not timed: system calls and allocations.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
 
@@ -15,6 +15,9 @@ use common::nbd::{DEPTH, LEN, MIB, Raw, Served, batch};
 use common::server::TestServer;
 use common::volumes::{Site, id, write};
 use nbd_server::background::NICENESS;
+use nbd_server::cache::Base;
+use nbd_server::cache::open::Opening;
+use nbd_server::disk::RealDisk;
 use nbd_server::nbd::Limits;
 use nbd_server::nbd::wire::{Mode, cmd};
 use nbd_server::slices::SLICE_BYTES;
@@ -66,6 +69,24 @@ fn a_warm_request_allocates_nothing() {
         }
         assert!(fewest < 20, "{fewest} allocations for {} requests of kind {kind}", DEPTH * ROUNDS);
     }
+}
+
+/// Writers wait for a cut, and a list that grows while they do costs them more than the pass over the states.
+#[test]
+fn a_cut_takes_its_memory_at_once_however_many_chunks_are_dirty() {
+    let _alone = alone();
+    let (dir, dirty) = (tempfile::tempdir().unwrap(), 10_000);
+    let geometry = Geometry::new(dirty * 4096, 4096).unwrap();
+    let (disk, base) = (Arc::new(RealDisk), Base::default());
+    let opening = Opening { disk, dir: dir.path().join("disk"), export_id: id("disk"), geometry, base };
+    let cache = opening.open().unwrap();
+    for chunk in 0..dirty {
+        cache.write(chunk * 4096, &[1], |_| true).unwrap();
+    }
+    let region = Region::new(ALLOCATOR);
+    let cut = cache.cut().unwrap();
+    let change = region.change();
+    assert_eq!((cut.len() as u64, change.allocations, change.reallocations), (dirty, 1, 0));
 }
 
 /// The calls of each system call that `strace -c` counted.

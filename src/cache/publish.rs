@@ -70,12 +70,15 @@ impl Cache {
     /// [`CacheError`]; then nothing is frozen.
     pub fn cut(&self) -> Result<Vec<CutChunk>, CacheError> {
         self.ensure_log_is_ours()?;
+        // Room for all of it, and touched: to be given memory takes longer than the pass does, in which nobody may write.
+        let nothing = CutChunk { cut: 0, chunk: ChunkIndex(0), zero: false };
+        let mut chunks = vec![nothing; usize::try_from(self.states.counts().1).unwrap_or(0)];
+        chunks.clear();
         let _alone = self.gate.write();
         self.check_not_failed()?;
         self.append(MetaLog::cut)?;
         *self.aside.lock() = Aside::default();
         let cut = self.cuts.fetch_add(1, Ordering::Relaxed) + 1;
-        let mut chunks = Vec::new();
         for (chunk, state) in self.states.iter().filter(|(_, state)| state.is_dirty()) {
             self.states.set(chunk, state.uncut().cut());
             chunks.push(CutChunk { cut, chunk, zero: state.content() == Content::Zero });
