@@ -231,18 +231,26 @@ impl DiskFile for RealFile {
     }
 
     fn read_at_once(&self, buf: &mut [u8], offset: u64) -> io::Result<bool> {
-        if self.in_memory {
-            return self.read_at(buf, offset).map(|()| true);
-        }
         let whole = buf.len();
-        let read = rustix::io::preadv2(&self.file, &mut [io::IoSliceMut::new(buf)], offset, ReadWriteFlags::NOWAIT);
+        let read = if self.in_memory {
+            rustix::io::pread(&self.file, buf, offset)
+        } else {
+            rustix::io::preadv2(&self.file, &mut [io::IoSliceMut::new(buf)], offset, ReadWriteFlags::NOWAIT)
+        };
         // Less than all, "would block", "not on this file system": the read that may wait finds out what it is.
         Ok(read.is_ok_and(|read| read == whole))
     }
 
     fn write_at(&self, buf: &[u8], offset: u64) -> io::Result<()> {
-        let pieces = (offset..).step_by(WRITE_PIECE_BYTES).zip(buf.chunks(WRITE_PIECE_BYTES));
-        pieces.into_iter().try_for_each(|(at, piece)| self.file.write_all_at(piece, at))
+        // By rustix, which calls the kernel itself: libc's call is one at which a thread may be cancelled, and to say so to
+        // the thread before and after is a fiftieth of a warm request.
+        let write = |(at, piece): (u64, &[u8])| match rustix::io::pwrite(&self.file, piece, at) {
+            Ok(written) if written == piece.len() => Ok(()),
+            Ok(written) => self.file.write_all_at(&piece[written..], at + written as u64),
+            Err(rustix::io::Errno::INTR) => self.file.write_all_at(piece, at),
+            Err(e) => Err(e.into()),
+        };
+        (offset..).step_by(WRITE_PIECE_BYTES).zip(buf.chunks(WRITE_PIECE_BYTES)).try_for_each(write)
     }
 
     fn len(&self) -> io::Result<u64> {
