@@ -306,7 +306,7 @@ def main():
     options.seconds = options.seconds or (2 if options.quick else 5)
     about = machine()
     starts = {CEILING: lambda _, s: start_ceiling(CEILING, s),
-              FILE_CEILING: lambda f, s: start_ceiling(FILE_CEILING, s, f / "image.raw"),
+              FILE_CEILING: lambda _, s: start_ceiling(FILE_CEILING, s, Path(memory) / "image.raw"),
               OURS: lambda f, s: start_ours(f, s, options.binary),
               OURS_IN_MEMORY: lambda _, s: start_ours(Path(memory), s, options.binary, OURS_IN_MEMORY),
               "nbdkit file": start_nbdkit,
