@@ -11,7 +11,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use rustix::fs::FallocateFlags;
-use rustix::io::ReadWriteFlags;
+use rustix::io::{ReadWriteFlags, retry_on_intr};
 
 use crate::units::ByteRange;
 
@@ -243,12 +243,10 @@ impl DiskFile for RealFile {
 
     fn write_at(&self, buf: &[u8], offset: u64) -> io::Result<()> {
         // By rustix, which calls the kernel itself: libc's call is one at which a thread may be cancelled, and to say so to
-        // the thread before and after is a fiftieth of a warm request.
-        let write = |(at, piece): (u64, &[u8])| match rustix::io::pwrite(&self.file, piece, at) {
-            Ok(written) if written == piece.len() => Ok(()),
-            Ok(written) => self.file.write_all_at(&piece[written..], at + written as u64),
-            Err(rustix::io::Errno::INTR) => self.file.write_all_at(piece, at),
-            Err(e) => Err(e.into()),
+        // the thread before and after is a fiftieth of a warm request. What the kernel did not take at once goes on as usual.
+        let write = |(at, piece): (u64, &[u8])| {
+            let written = retry_on_intr(|| rustix::io::pwrite(&self.file, piece, at))?;
+            self.file.write_all_at(&piece[written..], at + written as u64)
         };
         (offset..).step_by(WRITE_PIECE_BYTES).zip(buf.chunks(WRITE_PIECE_BYTES)).try_for_each(write)
     }
