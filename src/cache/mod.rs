@@ -494,9 +494,19 @@ impl Cache {
         Header { export_id, geometry, base, boot_id, first_seq }
     }
 
-    fn all_states(&self) -> Vec<ChunkState> {
-        self.states.iter().map(|(_, state)| state).collect()
+    /// The states of all chunks, put into `room`, which is empty.
+    fn all_states(&self, mut room: Vec<ChunkState>) -> Vec<ChunkState> {
+        room.extend(self.states.iter().map(|(_, state)| state));
+        room
     }
+}
+
+/// An empty list with room for `len` of what `any` is one of, and all of the room touched. It is for what is listed under the
+/// gate: a machine may take longer to give memory, a page at a time, than a pass over all states takes, and everybody waits.
+fn touched_room<T: Clone>(len: u64, any: T) -> Vec<T> {
+    let mut room = vec![any; usize::try_from(len).unwrap_or(0)];
+    room.clear();
+    room
 }
 
 fn disk_error(operation: &'static str, path: &Path, source: io::Error) -> CacheError {

@@ -250,7 +250,7 @@ impl Cache {
         let LogFile::Sealed { next_seq, file: old } = &log.file else { return Ok(()) };
         let (next_seq, old) = (*next_seq, old.clone());
         // Nothing changes a state before this returns, for every change needs a mark in a log of ours.
-        let staged = log::stage(&*self.disk, &self.dir, &self.header(log.base, next_seq), &self.all_states())
+        let staged = log::stage(&*self.disk, &self.dir, &self.header(log.base, next_seq), &self.all_states(Vec::new()))
             .map_err(|e| self.error("write", META_FILE, e))?;
         let ours =
             staged.install(&*self.disk, &self.dir, Some(old)).map_err(|e| self.latch("renewal of cache.meta", &e))?;
@@ -283,12 +283,13 @@ impl Cache {
     pub(super) fn checkpoint_after(&self, change: impl FnOnce(&mut Base)) -> Result<(), CacheError> {
         let _one_at_a_time = self.checkpointing.lock();
         self.ensure_log_is_ours()?;
+        let room = super::touched_room(self.geometry.chunk_count().into(), ChunkState::new(Content::Dirty));
         let (header, states) = {
             let _alone = self.gate.write();
             let log = &mut *self.log.lock();
             change(&mut log.base);
             let LogFile::Open(file) = &mut log.file else { return Ok(()) };
-            (self.header(log.base, file.begin_carry()), self.all_states())
+            (self.header(log.base, file.begin_carry()), self.all_states(room))
         };
         let synced = if breaks(Rule::SealBeforeData) { Ok(()) } else { self.sync_raw() };
         let staged = synced.and_then(|()| {

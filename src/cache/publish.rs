@@ -70,10 +70,8 @@ impl Cache {
     /// [`CacheError`]; then nothing is frozen.
     pub fn cut(&self) -> Result<Vec<CutChunk>, CacheError> {
         self.ensure_log_is_ours()?;
-        // Room for all of it, and touched: to be given memory takes longer than the pass does, in which nobody may write.
-        let nothing = CutChunk { cut: 0, chunk: ChunkIndex(0), zero: false };
-        let mut chunks = vec![nothing; usize::try_from(self.states.counts().1).unwrap_or(0)];
-        chunks.clear();
+        let any = CutChunk { cut: u64::MAX, chunk: ChunkIndex(u32::MAX), zero: true };
+        let mut chunks = super::touched_room(self.states.counts().1, any);
         let _alone = self.gate.write();
         self.check_not_failed()?;
         self.append(MetaLog::cut)?;
