@@ -16,7 +16,7 @@ use common::memory::{peak_bytes, resident_bytes};
 use common::shaped::{Shape, Shaped};
 use common::volumes::*;
 use nbd_server::background::Background;
-use nbd_server::cache::{Base, Cache, open::Opening};
+use nbd_server::cache::{Base, Cache, aside::AsideMemory, open::Opening};
 use nbd_server::clock::{Clock, SystemClock};
 use nbd_server::disk::RealDisk;
 use nbd_server::manifest::head::Head;
@@ -229,8 +229,14 @@ fn cuts() {
         let dir = tempfile::tempdir().unwrap();
         let geometry = Geometry::new(chunks * 4096, 4096).unwrap();
         let disk = Arc::new(RealDisk);
-        let opening =
-            Opening { disk, dir: dir.path().join("c"), export_id: id("disk"), geometry, base: Base::default() };
+        let opening = Opening {
+            disk,
+            dir: dir.path().join("c"),
+            export_id: id("disk"),
+            geometry,
+            base: Base::default(),
+            aside_memory: AsideMemory::new(0),
+        };
         let cache: Cache = opening.open().unwrap();
         for i in 0..dirty {
             cache.write(i * (chunks / dirty) * 4096, &[1], |_| true).unwrap();

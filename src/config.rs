@@ -162,7 +162,8 @@ pub struct Serve {
     #[command(flatten)]
     storage: Storage,
 
-    /// Memory for chunks on their way to the store, over all snapshots and compactions under way: from 16MiB to 1TiB
+    /// Memory for chunks on their way to the store, over all snapshots and compactions under way, an eighth of it for blocks that
+    /// clients change meanwhile: from 16MiB to 1TiB
     #[arg(long, value_name = "BYTES", env = "NBD_SERVER_PUBLISH_MEMORY", value_parser = publish_bytes,
           default_value_t = DEFAULT_PUBLISH_BYTES)]
     publish_memory: u64,

@@ -171,10 +171,12 @@ async fn a_write_at_once_never_passes_an_overlapping_one_that_arrived_earlier() 
 #[tokio::test]
 async fn a_chunk_of_the_cut_is_written_at_once_and_keeps_its_content_for_the_snapshot() {
     let (mut site, disk) = (Site::new(), Hooked::new(RealDisk));
+    // An eighth of it is for what is set aside in memory: one block.
+    site.publish_bytes = 8 * CHUNK;
     let volume = mixed(&mut site, &disk).await;
     let registry = site.start_on("publishing", Arc::new(disk.clone())).await;
-    let published = create(&registry, "other", 2).await;
-    write(&published, 0, 1, 2 * CHUNK).await;
+    let published = create(&registry, "other", 4).await;
+    write(&published, 0, 1, 4 * CHUNK).await;
     assert!(published.write_at_once(0, &[2]), "before the cut");
     let (tell, mut told) = watch::channel(false);
     let (open, gate) = watch::channel(false);
@@ -195,23 +197,26 @@ async fn a_chunk_of_the_cut_is_written_at_once_and_keeps_its_content_for_the_sna
         async move { registry.snapshot(&id("other")).await }
     });
     told.wait_for(|told| *told).await.unwrap();
-    assert!(!published.write_at_once(CHUNK, &[3]), "the first one makes the file of what is set aside");
+    assert!(published.write_at_once(CHUNK, &[3]), "set aside in memory");
+    assert!(!published.write_at_once(2 * CHUNK, &[3]), "the first one beyond it makes a file");
     let late = tokio::spawn({
         let published = Arc::clone(&published);
-        async move { published.write(CHUNK, vec![3].into()).await }
+        async move { published.write(2 * CHUNK, vec![3].into()).await }
     });
     late.await.unwrap().unwrap();
-    assert!(published.write_at_once(CHUNK, &[4]), "set aside before");
-    assert!(published.write_at_once(2 * CHUNK - 1, &[5]), "set aside at once");
+    assert!(published.write_at_once(2 * CHUNK, &[4]), "set aside before");
+    assert!(published.write_at_once(4 * CHUNK - 1, &[5]), "set aside at once");
     open.send(true).unwrap();
     snapshot.await.unwrap().unwrap();
     disk.serve_all();
-    assert_eq!(read(&published, CHUNK, 2).await[..], [4, 1]);
-    assert_eq!(read(&published, 2 * CHUNK - 1, 1).await[..], [5]);
+    for (at, now) in [(0, [2, 1]), (CHUNK, [3, 1]), (2 * CHUNK, [4, 1]), (4 * CHUNK - 2, [1, 5])] {
+        assert_eq!(read(&published, at, 2).await[..], now, "at {at}");
+    }
     let elsewhere = site.elsewhere().await;
     let seen = image(&elsewhere, "other").await;
-    let ends = [0, 1, CHUNK, 2 * CHUNK - 1].map(|at| seen[at as usize]);
-    assert_eq!(ends, [2, 1, 1, 1]);
+    let ends = [0, 1, 2, 3, 4].map(|chunk| seen[(chunk * CHUNK).saturating_sub(1) as usize]);
+    assert_eq!(ends, [2, 1, 1, 1, 1]);
+    assert!([1, 2].iter().all(|chunk| seen[(chunk * CHUNK) as usize] == 1));
     drop(volume);
 }
 

@@ -92,6 +92,8 @@ async fn a_failed_sync_is_final_until_the_export_is_opened_again_and_clean_chunk
 #[tokio::test]
 async fn no_room_to_set_a_chunk_aside_fails_the_snapshot_and_not_the_write() {
     let mut site = Site::new();
+    // An eighth of it would be for what is set aside, and is less than a block: all of that goes to the disk.
+    site.publish_bytes = 7 * CHUNK;
     let (registry, disk) = on_a_hooked_disk(&mut site).await;
     // More chunks than a publish reads ahead of its upload.
     let volume = create(&registry, "large", 32).await;

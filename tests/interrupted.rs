@@ -16,6 +16,7 @@ use common::sim::{Loss, Sim, SimDisk, SimStore, State};
 use common::volumes::*;
 use common::watched::Fate;
 use futures_util::FutureExt;
+use nbd_server::cache::aside::AsideMemory;
 use nbd_server::cache::open::Opening;
 use nbd_server::cache::{Base, Edges};
 use nbd_server::clock::SystemClock;
@@ -270,8 +271,14 @@ async fn a_checkpoint_that_finds_no_room_for_the_newest_marks_poisons_nothing() 
 fn the_log_stays_small_without_any_flush() {
     let dir = tempfile::tempdir().unwrap();
     let (disk, dir) = (Arc::new(RealDisk), dir.path().join("disk"));
-    let opening =
-        Opening { disk, dir: dir.clone(), export_id: id("disk"), geometry: geometry(8), base: Base::default() };
+    let opening = Opening {
+        disk,
+        dir: dir.clone(),
+        export_id: id("disk"),
+        geometry: geometry(8),
+        base: Base::default(),
+        aside_memory: AsideMemory::new(0),
+    };
     let cache = opening.open().unwrap();
     for _ in 0..40_000 {
         cache.write(0, &[1; CHUNK as usize], |_| true).unwrap();

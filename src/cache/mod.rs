@@ -14,6 +14,7 @@
 //! *log*. None is held across anything but local I/O. The methods block, and [`blocking`] is the one crossing from async
 //! code; but for those of `at_once`, which async code may call as it is.
 
+pub mod aside;
 mod at_once;
 pub mod flush;
 pub mod journal;
@@ -32,6 +33,7 @@ use crate::disk::{Disk, DiskFile};
 use crate::sabotage::{Rule, breaks};
 use crate::sync::{AtomicBool, AtomicU64, Mutex, MutexGuard, OnceLock, RwLock};
 use crate::units::{ByteRange, ChunkIndex, ExportId, Geometry};
+use aside::{Aside, AsideMemory};
 use at_once::Pace;
 use flush::FlushBarrier;
 use log::{MetaLog, Roomy};
@@ -141,7 +143,8 @@ pub struct Cache {
     flush: FlushBarrier,
     syncing: Mutex<()>,
     pace: Pace,
-    aside: Mutex<publish::Aside>,
+    aside: Mutex<Aside>,
+    aside_memory: Arc<AsideMemory>,
     /// How many cuts this life of the server has made. Changed under the whole gate.
     cuts: AtomicU64,
     failed: OnceLock<Arc<str>>,

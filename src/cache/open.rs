@@ -4,13 +4,13 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use super::aside::{ASIDE_FILE, AsideMemory};
 use super::at_once::Pace;
 use super::flush::FlushBarrier;
 use super::journal;
 pub use super::log::META_FILE;
 use super::log::{self, FAILED_FILE, MetaLog, Roomy};
 use super::meta::{self, Header, MetaError, Record, Trust};
-use super::publish::{ASIDE_FILE, Aside};
 use super::states::{ChunkState, ChunkStates, Content};
 use super::{Base, Cache, CacheError, Log, LogFile, RAW_FILE, STRIPES, disk_error};
 use crate::disk::{self, Disk, DiskFile};
@@ -39,6 +39,8 @@ pub struct Opening {
     pub geometry: Geometry,
     /// The published snapshot that a new cache starts from.
     pub base: Base,
+    /// What the server has for blocks that writers set aside for publishes.
+    pub aside_memory: Arc<AsideMemory>,
 }
 
 impl Opening {
@@ -191,7 +193,8 @@ impl Opening {
             syncing: Mutex::new(()),
             pace: Pace::default(),
             filling: Mutex::new(()),
-            aside: Mutex::new(Aside::default()),
+            aside: Mutex::default(),
+            aside_memory: self.aside_memory,
             cuts: AtomicU64::new(0),
             failed: OnceLock::new(),
         }

@@ -15,6 +15,7 @@ use bytes::Bytes;
 use parking_lot::Mutex;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, SemaphorePermit, watch};
 
+use crate::cache::aside::AsideMemory;
 use crate::clock::Clock;
 use crate::disk::DIRECT_ALIGNMENT;
 use crate::slices::SLICE_BYTES;
@@ -33,6 +34,10 @@ pub const PUBLISH_PATIENCE: Duration = Duration::from_millis(100);
 /// The most bytes of chunks between disk and upload, over all publishes of a server, unless it is told otherwise. An upload whose
 /// parts are larger has one of them beyond it.
 pub const DEFAULT_PUBLISH_BYTES: u64 = 256 << 20;
+
+/// What part of that is for blocks that clients change before a publish has read them. They never wait for it, nor does a publish
+/// for them.
+const ASIDE_PART: u64 = 8;
 
 const PERMIT_BYTES: u64 = 4 << 10;
 
@@ -167,14 +172,22 @@ impl Stream {
 pub(crate) struct PublishBudget {
     free: Arc<Semaphore>,
     all: u32,
+    aside: Arc<AsideMemory>,
     cores: Semaphore,
 }
 
 impl PublishBudget {
     /// A budget of so many bytes.
     pub(crate) fn new(bytes: u64) -> Self {
-        let all = permits(bytes).max(1);
-        Self { free: Arc::new(Semaphore::new(all as usize)), all, cores: Semaphore::new(cores().div_ceil(2)) }
+        let aside = bytes / ASIDE_PART;
+        let all = permits(bytes - aside).max(1);
+        let (free, cores) = (Arc::new(Semaphore::new(all as usize)), Semaphore::new(cores().div_ceil(2)));
+        Self { free, all, aside: AsideMemory::new(aside), cores }
+    }
+
+    /// The part of it for what writers set aside.
+    pub(super) fn aside(&self) -> &Arc<AsideMemory> {
+        &self.aside
     }
 
     /// One of the cores for reading and hashing a chunk: half of them are left to the clients.
@@ -386,7 +399,8 @@ mod tests {
         let budget = PublishBudget::new(64 * MIB);
         let (a, b) = (budget.share(16 * MIB).await, budget.share(16 * MIB).await);
         let mut held = Vec::new();
-        for _ in 0..12 {
+        // An eighth is not for them.
+        for _ in 0..10 {
             held.push(takes_at_once(&a, 4 * MIB).await.expect("its own, and what is free"));
         }
         assert!(takes_at_once(&a, 4 * MIB).await.is_none());

@@ -74,6 +74,7 @@ impl Volume {
             export_id: head.export_id.clone(),
             geometry: head.geometry,
             base: head_base,
+            aside_memory: Arc::clone(services.publish_budget.aside()),
         };
         let opened = cache::blocking_io(move || opening.open()).await;
         let cache = opened.map_err(|e| open_error(&head.export_id, e))?;

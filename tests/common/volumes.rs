@@ -11,7 +11,7 @@ use nbd_server::store::keys::ExportRoot;
 use nbd_server::store::remote::RemoteStore;
 use nbd_server::units::{ByteRange, ExportId, Geometry};
 use nbd_server::volume::registry::{ExportStatus, Registry};
-use nbd_server::volume::{Services, Volume, VolumeError};
+use nbd_server::volume::{DEFAULT_PUBLISH_BYTES, Services, Volume, VolumeError};
 use tempfile::TempDir;
 
 use super::watched::Watched;
@@ -21,12 +21,15 @@ pub const CHUNK: u64 = 4096;
 /// One store and the cache roots of any number of servers on it.
 pub struct Site {
     pub store: Arc<Watched>,
+    /// What its servers may hold of publishes in memory.
+    pub publish_bytes: u64,
     dirs: BTreeMap<&'static str, TempDir>,
 }
 
 impl Site {
     pub fn new() -> Self {
-        Self { store: Arc::new(Watched::new(RemoteStore::memory())), dirs: BTreeMap::new() }
+        let store = Arc::new(Watched::new(RemoteStore::memory()));
+        Self { store, publish_bytes: DEFAULT_PUBLISH_BYTES, dirs: BTreeMap::new() }
     }
 
     pub fn cache_root(&mut self, server: &'static str) -> PathBuf {
@@ -40,6 +43,7 @@ impl Site {
 
     pub async fn start_on(&mut self, server: &'static str, disk: Arc<dyn Disk>) -> Arc<Registry> {
         let services = Services::new(self.store.clone(), root(), disk, Arc::new(SystemClock));
+        let services = services.with_publish_bytes(self.publish_bytes);
         Registry::discover(Arc::new(services), self.cache_root(server)).await.unwrap()
     }
 

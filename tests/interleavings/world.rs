@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
+use nbd_server::cache::aside::AsideMemory;
 use nbd_server::cache::open::Opening;
 use nbd_server::cache::publish::CutChunk;
 use nbd_server::cache::states::Content;
@@ -98,7 +99,9 @@ fn dir() -> PathBuf {
 fn opening(disk: Arc<dyn Disk>) -> Opening {
     let geometry = Geometry::new((CHUNKS * CHUNK) as u64, CHUNK as u64).unwrap();
     let base = Base { snapshot: None, generation: Generation(0) };
-    Opening { disk, dir: dir(), export_id: "disk".parse().unwrap(), geometry, base }
+    // One chunk is set aside in memory, others at the same time in the file.
+    let aside_memory = AsideMemory::new(CHUNK as u64);
+    Opening { disk, dir: dir(), export_id: "disk".parse().unwrap(), geometry, base, aside_memory }
 }
 
 fn base(generation: usize) -> Base {

@@ -1,21 +1,26 @@
+use std::sync::Arc;
+
 use proptest::prelude::*;
 
 use super::*;
+use crate::cache::aside::{ASIDE_FILE, AsideMemory};
 use crate::cache::open::Opening;
 use crate::cache::{Edges, Progress};
 use crate::disk::RealDisk;
-use crate::units::{ExportId, Geometry};
+use crate::units::{ByteRange, ExportId, Geometry};
 
 /// 32 blocks a chunk, and a last chunk that ends in the middle of one.
 const CHUNK: u64 = 128 << 10;
 const SIZE: u64 = 3 * CHUNK - 5000;
 
-fn cache(size: u64, chunk_size: u64) -> (Cache, tempfile::TempDir) {
+/// A cache with so much memory for what is set aside.
+fn cache(size: u64, chunk_size: u64, aside_bytes: u64) -> (Cache, tempfile::TempDir) {
     let dir = tempfile::tempdir().unwrap();
     let geometry = Geometry::new(size, chunk_size).unwrap();
     let export_id = "disk".parse::<ExportId>().unwrap();
-    let opening =
-        Opening { disk: Arc::new(RealDisk), dir: dir.path().join("disk"), export_id, geometry, base: Base::default() };
+    let (disk, aside_memory) = (Arc::new(RealDisk), AsideMemory::new(aside_bytes));
+    let cache_dir = dir.path().join("disk");
+    let opening = Opening { disk, dir: cache_dir, export_id, geometry, base: Base::default(), aside_memory };
     (opening.open().unwrap(), dir)
 }
 
@@ -53,8 +58,12 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(100))]
 
     #[test]
-    fn a_publish_reads_every_chunk_as_it_was_at_the_cut_whatever_is_written_since(before in steps(), after in steps()) {
-        let (cache, _dir) = cache(SIZE, CHUNK);
+    fn a_publish_reads_every_chunk_as_it_was_at_the_cut_whatever_is_written_since(
+        before in steps(),
+        after in steps(),
+        blocks_in_memory in prop_oneof![Just(0u64), 1..20u64, Just(1000)],
+    ) {
+        let (cache, _dir) = cache(SIZE, CHUNK, blocks_in_memory * 4096);
         let mut image = vec![0; usize::try_from(SIZE).unwrap()];
         let change = |image: &mut Vec<u8>, at: u64, len: u64, byte: u8| {
             let (from, to) = (usize::try_from(at).unwrap(), usize::try_from(at + len).unwrap());
@@ -96,7 +105,7 @@ proptest! {
 #[test]
 fn a_write_during_a_publish_copies_the_block_it_changes_and_not_the_chunk() {
     const CHUNK: u64 = 4 << 20;
-    let (cache, dir) = cache(CHUNK, CHUNK);
+    let (cache, dir) = cache(CHUNK, CHUNK, 0);
     cache.write(0, &vec![1; 4 << 20], |_| true).unwrap();
     let cut = cache.cut().unwrap();
     for _ in 0..3 {
@@ -111,9 +120,36 @@ fn a_write_during_a_publish_copies_the_block_it_changes_and_not_the_chunk() {
 }
 
 #[test]
+fn blocks_are_set_aside_in_memory_while_there_is_room_and_that_is_given_back() {
+    const CHUNK: u64 = 4 << 20;
+    let (cache, dir) = cache(2 * CHUNK, CHUNK, 2 * 4096);
+    let file = dir.path().join("disk").join(ASIDE_FILE);
+    let write = |block: u64| cache.write(block * 4096, &[2], |_| true).unwrap();
+    for given_back in ["taken", "given up", "taken"] {
+        cache.write(0, &vec![1; 8 << 20], |_| true).unwrap();
+        let cut = cache.cut().unwrap();
+        // The same block twice is set aside once.
+        for block in [3, 3, 1024] {
+            write(block);
+        }
+        assert!(!file.exists(), "{given_back}: two blocks are in memory");
+        if given_back == "taken" {
+            assert!(taken(&cache, cut[0]).iter().all(|b| *b == 1));
+            write(1025);
+            assert!(!file.exists(), "that of the first has room for another");
+            write(1026);
+            assert!(file.exists(), "that is one too many");
+            assert!(taken(&cache, cut[1]).iter().all(|b| *b == 1));
+        }
+        cache.uncut().unwrap();
+        assert!(!file.exists());
+    }
+}
+
+#[test]
 fn a_chunk_is_read_as_it_was_at_the_cut_while_a_writer_changes_it() {
     const CHUNK: u64 = 4 << 20;
-    let (cache, _dir) = cache(CHUNK, CHUNK);
+    let (cache, _dir) = cache(CHUNK, CHUNK, 250 * 4096);
     for round in 1..=20u8 {
         cache.write(0, &vec![round; 4 << 20], |_| true).unwrap();
         let cut = cache.cut().unwrap();

@@ -1,0 +1,218 @@
+//! What writers set aside for a publish: blocks of chunks as they were at the cut, until the publish has read the chunk (S2).
+//!
+//! They are copied into memory, of which all caches of a server share so much ([`AsideMemory`]), and once that is full into a
+//! file: it takes any number of them, but to add a block to one costs a write several times what the write itself does. What
+//! cannot be set aside makes the publish fail, not the write.
+
+use std::collections::{BTreeMap, HashMap};
+use std::io;
+use std::sync::Arc;
+
+use super::{Cache, CacheError};
+use crate::disk::DiskFile;
+use crate::sabotage::{Rule, breaks};
+use crate::sync::{AtomicU64, Ordering};
+use crate::units::{ByteRange, ChunkIndex};
+
+/// Where blocks are copied that no memory is left for.
+pub(super) const ASIDE_FILE: &str = "cut.aside";
+
+/// What is set aside; it lives as long as the publish and need not survive a crash. For every chunk that was written to since
+/// the cut and that the publish has not read yet it holds some 200 bytes besides the blocks.
+#[derive(Debug, Default)]
+pub(super) struct Aside {
+    file: Option<Arc<dyn DiskFile>>,
+    chunks: HashMap<ChunkIndex, SetAside>,
+    /// Why something could not be set aside: the publish must fail.
+    broken: Option<CacheError>,
+}
+
+/// The blocks of one chunk that are set aside, by their numbers in it.
+#[derive(Debug, Default)]
+pub(super) struct SetAside {
+    in_memory: BTreeMap<usize, Copied>,
+    /// These are in the file, each where it is in the image.
+    in_file: Option<(Arc<dyn DiskFile>, Blocks)>,
+}
+
+impl SetAside {
+    fn has(&self, block: usize) -> bool {
+        self.in_memory.contains_key(&block) || self.in_file.as_ref().is_some_and(|(_, blocks)| blocks.has(block))
+    }
+}
+
+impl Aside {
+    /// An error if something could not be set aside.
+    pub(super) fn check(&self) -> Result<(), CacheError> {
+        self.broken.clone().map_or(Ok(()), Err)
+    }
+
+    /// What is set aside of a chunk that needs to be kept no longer.
+    pub(super) fn take(&mut self, chunk: ChunkIndex) -> SetAside {
+        self.chunks.remove(&chunk).unwrap_or_default()
+    }
+
+    fn of(&mut self, chunk: ChunkIndex) -> &mut SetAside {
+        self.chunks.entry(chunk).or_default()
+    }
+}
+
+/// A set of blocks of one chunk.
+#[derive(Debug, Clone, Copy, Default)]
+struct Blocks([u64; Blocks::WORDS]);
+
+impl Blocks {
+    const WORDS: usize = 16;
+    /// How many blocks a chunk has at most.
+    const COUNT: u64 = Self::WORDS as u64 * 64;
+    /// No block is smaller, as none costs less to copy.
+    const MIN_BYTES: u64 = 4096;
+
+    fn has(self, block: usize) -> bool {
+        self.0[block / 64] >> (block % 64) & 1 == 1
+    }
+
+    fn add(&mut self, block: usize) {
+        self.0[block / 64] |= 1 << (block % 64);
+    }
+}
+
+/// Memory for what is set aside, over all caches of a server.
+#[derive(Debug)]
+pub struct AsideMemory {
+    free_bytes: AtomicU64,
+}
+
+impl AsideMemory {
+    /// So many bytes, none of them in use.
+    #[must_use]
+    pub fn new(bytes: u64) -> Arc<Self> {
+        Arc::new(Self { free_bytes: AtomicU64::new(bytes) })
+    }
+
+    /// Memory for a block, if there is so much.
+    fn take(self: &Arc<Self>, len: usize) -> Option<Copied> {
+        let taken = |free: u64| free.checked_sub(len as u64);
+        self.free_bytes.fetch_update(Ordering::Relaxed, Ordering::Relaxed, taken).ok()?;
+        Some(Copied { bytes: vec![0; len].into(), memory: Arc::clone(self) })
+    }
+}
+
+/// A block in memory, which it gives back.
+#[derive(Debug)]
+struct Copied {
+    bytes: Box<[u8]>,
+    memory: Arc<AsideMemory>,
+}
+
+impl Drop for Copied {
+    fn drop(&mut self) {
+        self.memory.free_bytes.fetch_add(self.bytes.len() as u64, Ordering::Relaxed);
+    }
+}
+
+impl Cache {
+    /// Keeps what a piece of a chunk was at the cut, under its stripe lock. A failure breaks the publish, not the write.
+    pub(super) fn save_aside(&self, chunk: ChunkIndex, piece: ByteRange) {
+        let read = |buf: &mut [u8], at| self.raw.read_at(buf, at).map(|()| true);
+        if let Err(e) = self.copy_aside(chunk, piece, read, || self.aside_file().map(Some)) {
+            self.aside.lock().broken.get_or_insert(e);
+            self.states.set(chunk, self.states.get(chunk).taken());
+        }
+    }
+
+    /// As [`save_aside`](Self::save_aside), if it is a matter of copying memory; else `false`, and nothing is broken.
+    pub(super) fn save_aside_at_once(&self, chunk: ChunkIndex, piece: ByteRange) -> bool {
+        let read = |buf: &mut [u8], at| self.raw.read_at_once(buf, at);
+        self.copy_aside(chunk, piece, read, || Ok(self.aside.lock().file.clone())).unwrap_or(false)
+    }
+
+    fn aside_file(&self) -> Result<Arc<dyn DiskFile>, CacheError> {
+        let aside = &mut *self.aside.lock();
+        if let Some(file) = &aside.file {
+            return Ok(Arc::clone(file));
+        }
+        let created =
+            self.disk.create(&self.dir.join(ASIDE_FILE)).map_err(|e| self.error("creation", ASIDE_FILE, e))?;
+        Ok(Arc::clone(aside.file.insert(created)))
+    }
+
+    /// Copies what is not yet aside of the blocks that `piece` touches; `false` if `read` would not, or there is neither memory
+    /// nor a file.
+    fn copy_aside(
+        &self,
+        chunk: ChunkIndex,
+        piece: ByteRange,
+        read: impl Fn(&mut [u8], u64) -> io::Result<bool>,
+        file: impl Fn() -> Result<Option<Arc<dyn DiskFile>>, CacheError>,
+    ) -> Result<bool, CacheError> {
+        if breaks(Rule::SkipAside) {
+            return Ok(true);
+        }
+        let failed = |e| self.error("copy", ASIDE_FILE, e);
+        for (block, range) in self.blocks(chunk, piece) {
+            {
+                let aside = &mut *self.aside.lock();
+                aside.check()?;
+                if aside.of(chunk).has(block) {
+                    continue;
+                }
+            }
+            let len = usize::try_from(range.len()).map_err(|e| failed(io::Error::other(e)))?;
+            if let Some(mut copied) = self.aside_memory.take(len) {
+                if !read(&mut copied.bytes, range.offset()).map_err(failed)? {
+                    return Ok(false);
+                }
+                self.aside.lock().of(chunk).in_memory.insert(block, copied);
+            } else {
+                let Some(file) = file()? else { return Ok(false) };
+                let mut buf = vec![0; len];
+                if !read(&mut buf, range.offset()).map_err(failed)? {
+                    return Ok(false);
+                }
+                file.write_at(&buf, range.offset()).map_err(failed)?;
+                self.aside.lock().of(chunk).in_file.get_or_insert_with(|| (file, Blocks::default())).1.add(block);
+            }
+        }
+        Ok(true)
+    }
+
+    /// The blocks of a chunk that a piece of it touches, by their numbers in the chunk.
+    fn blocks(&self, chunk: ChunkIndex, piece: ByteRange) -> impl Iterator<Item = (usize, ByteRange)> {
+        let whole = self.geometry.chunk_range(chunk);
+        let bytes = self.geometry.chunk_size().div_ceil(Blocks::COUNT).max(Blocks::MIN_BYTES);
+        let first = (piece.offset() - whole.offset()) / bytes;
+        (first..Blocks::COUNT).map_while(move |block| {
+            let at = whole.offset() + block * bytes;
+            let range = ByteRange::new(at, bytes.min(whole.end().checked_sub(at)?))?;
+            (range.offset() < piece.end()).then_some((usize::try_from(block).ok()?, range))
+        })
+    }
+
+    /// Puts what was set aside of a chunk where it was at the cut. `buf` is as long as the chunk.
+    pub(super) fn restore(&self, chunk: ChunkIndex, set_aside: &SetAside, buf: &mut [u8]) -> Result<(), CacheError> {
+        let whole = self.geometry.chunk_range(chunk);
+        for (block, range) in self.blocks(chunk, whole) {
+            let old = super::slice_mut(buf, whole, range);
+            match &set_aside.in_file {
+                Some((file, blocks)) if blocks.has(block) => {
+                    file.read_at(old, range.offset()).map_err(|e| self.error("read", ASIDE_FILE, e))?;
+                }
+                _ => {
+                    if let Some(copied) = set_aside.in_memory.get(&block) {
+                        old.copy_from_slice(&copied.bytes);
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Nobody will read what is set aside any more.
+    pub(super) fn drop_aside(&self) -> Result<(), CacheError> {
+        let dropped = std::mem::take(&mut *self.aside.lock());
+        // There may be thousands of blocks: writers do not wait until they are freed.
+        drop(dropped);
+        self.disk.remove(&self.dir.join(ASIDE_FILE)).map_err(|e| self.error("removal", ASIDE_FILE, e))
+    }
+}
