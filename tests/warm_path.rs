@@ -217,8 +217,8 @@ fn a_flush_is_one_sync_and_its_reply_is_sent_by_the_thread_that_did_it() {
 fn publishing_and_fetching_go_over_no_more_than_a_slice_in_one_system_call() {
     let _alone = alone();
     let calls = "-etrace=read,write,pread64,pwrite64,preadv2,sched_yield,setpriority";
+    let size = 2 * DEFAULT_CHUNK_BYTES;
     let text = traced(calls, " exited with 0 ", |server| {
-        let size = 2 * DEFAULT_CHUNK_BYTES;
         server.ok("POST", "/v1/exports/create", serde_json::json!({"export_id": "disk", "size": size}));
         let mut client = attach(server);
         let mut over_all = |each: &mut dyn FnMut(&mut Raw, u64)| {
@@ -232,6 +232,9 @@ fn publishing_and_fetching_go_over_no_more_than_a_slice_in_one_system_call() {
     let moved = |line: &str| line.rsplit_once(" = ").and_then(|(_, moved)| moved.parse::<usize>().ok());
     let longest = text.lines().max_by_key(|line| moved(line)).unwrap();
     assert_eq!(moved(longest), Some(SLICE_BYTES), "{longest}");
+    // Nor in less: each slice is read once for the publish, and once for the fetch.
+    let whole = |line: &&str| line.contains("pread64") && moved(line) == Some(SLICE_BYTES);
+    assert_eq!(text.lines().filter(whole).count() as u64, 2 * size / SLICE_BYTES as u64);
     // The core is offered before each: what a thread did just before it moved a slice into the store. The tracer writes a call
     // in two lines if another thread's came meanwhile, both of which have its name.
     let (mut last, mut offered) = (BTreeMap::new(), 0);

@@ -13,8 +13,8 @@
 //! old and locked by nobody: never one that another server is still writing.
 
 use std::fs::{self, File, FileTimes, TryLockError};
-use std::io::{self, ErrorKind, Read, Seek, SeekFrom};
-use std::os::unix::fs::MetadataExt;
+use std::io::{self, ErrorKind};
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
@@ -25,9 +25,8 @@ use rustix::io::Errno;
 
 use super::tmp::Tmp;
 use crate::clock::Clock;
-use crate::slices::SLICE_BYTES;
+use crate::slices::{SLICE_BYTES, slices_mut};
 use crate::store::{Condition, Key, MAX_LISTED, Object, Version};
-use crate::sync::yield_now;
 use crate::units::ByteRange;
 
 /// How long a write waits for other writers before it gives up. The lock is held for a rename and two fsyncs.
@@ -307,17 +306,13 @@ fn is_missing(e: &io::Error) -> bool {
     matches!(e.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory)
 }
 
-fn read_exactly(mut file: &File, offset: u64, len: u64) -> Result<Bytes, Fault> {
-    let capacity = usize::try_from(len).map_err(|e| Fault::Forbidden(e.to_string()))?;
-    let mut bytes = Vec::with_capacity(capacity);
-    file.seek(SeekFrom::Start(offset))?;
-    while bytes.len() < capacity {
-        let slice = SLICE_BYTES.min(capacity - bytes.len()) as u64;
-        if file.take(slice).read_to_end(&mut bytes)? == 0 {
-            let text = "the file became shorter while it was read";
-            return Err(Fault::Io(io::Error::new(ErrorKind::UnexpectedEof, text)));
-        }
-        yield_now();
+fn read_exactly(file: &File, offset: u64, len: u64) -> Result<Bytes, Fault> {
+    let mut bytes = vec![0; usize::try_from(len).map_err(|e| Fault::Forbidden(e.to_string()))?];
+    for (slice, at) in slices_mut(&mut bytes).zip((offset..).step_by(SLICE_BYTES)) {
+        file.read_exact_at(slice, at).map_err(|e| match e.kind() {
+            ErrorKind::UnexpectedEof => io::Error::new(e.kind(), "the file became shorter while it was read"),
+            _ => e,
+        })?;
     }
     Ok(bytes.into())
 }
