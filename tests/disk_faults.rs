@@ -152,3 +152,17 @@ async fn a_flush_hears_of_a_failed_sync_of_the_log_that_a_publish_ran_beside_it(
     assert!(matches!(flush.await.unwrap(), Err(VolumeError::Failed(_))));
     assert!(publish.await.unwrap().is_err());
 }
+
+#[tokio::test]
+async fn an_image_larger_than_the_file_system_takes_is_refused_with_the_remedy_and_nothing_stays() {
+    let mut site = Site::new();
+    let disk = Hooked::new(RealDisk);
+    let registry = site.start_on("here", Arc::new(disk.clone())).await;
+    disk.fail("set_len", "cache.raw", ErrorKind::FileTooLarge);
+    let refused = registry.create(id("large"), geometry(8)).await.unwrap_err();
+    assert!(matches!(refused, ExportError::Volume(VolumeError::Failed(_))), "{refused:?}");
+    let text = refused.to_string();
+    assert!(text.contains("export large") && text.contains("32768 bytes") && text.contains("--cache-root"), "{text}");
+    disk.serve_all();
+    registry.create(id("large"), geometry(8)).await.unwrap();
+}

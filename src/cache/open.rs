@@ -68,7 +68,7 @@ impl Opening {
                 self.disk.sync_dir(parent)?;
             }
             let raw = self.disk.create(&self.dir.join(RAW_FILE))?;
-            raw.set_len(self.geometry.image_size())?;
+            raw.set_len(self.geometry.image_size()).map_err(|e| self.says_if_too_large(e))?;
             raw.sync()?;
             // cache.meta comes last: without it, all of this is made anew.
             let absent = vec![ChunkState::new(Content::Absent); self.geometry.chunk_count() as usize];
@@ -80,6 +80,18 @@ impl Opening {
         let (raw, log) = made().map_err(|e| self.error("creation", RAW_FILE, e))?;
         let states = vec![ChunkState::new(Content::Absent); self.geometry.chunk_count() as usize];
         Ok(self.into_cache(boot_id, raw, &states, LogFile::Open(log)))
+    }
+
+    /// Adds the remedy, where the file system takes no file as large as the image.
+    fn says_if_too_large(&self, e: io::Error) -> io::Error {
+        if e.kind() != io::ErrorKind::FileTooLarge {
+            return e;
+        }
+        let bytes = self.geometry.image_size();
+        let text = format!(
+            "{e}: this file system has no files of {bytes} bytes; put --cache-root on one that has, such as XFS"
+        );
+        io::Error::new(e.kind(), text)
     }
 
     fn reopen(mut self, file: Arc<dyn DiskFile>, boot_id: [u8; 16]) -> Result<Cache, CacheError> {

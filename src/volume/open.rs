@@ -195,6 +195,7 @@ fn open_error(id: &ExportId, error: CacheError) -> ExportError {
     match error {
         CacheError::NoSpace(_) => VolumeError::NoSpace(id.clone()).into(),
         CacheError::Failed(why) => VolumeError::Failed(why).into(),
-        other => ExportError::Damaged(format!("export {id}: {other}").into()),
+        CacheError::Io { .. } => VolumeError::Failed(format!("export {id}: {error}").into()).into(),
+        CacheError::Damaged { .. } => ExportError::Damaged(format!("export {id}: {error}").into()),
     }
 }
