@@ -37,8 +37,8 @@ pub use storage::{Storage, StoreAccess};
 const LONGEST_KEY_TAIL_BYTES: usize = "/snapshots//manifest.json".len() + 32;
 /// The longest export root that leaves room for the rest of every key.
 const MAX_EXPORT_ROOT_BYTES: usize = MAX_KEY_BYTES - 1 - MAX_EXPORT_ID_BYTES - LONGEST_KEY_TAIL_BYTES;
-/// The least memory of publishes: an upload in the smallest parts goes on with it.
-const MIN_PUBLISH_BYTES: u64 = 16 << 20;
+/// The least memory of publishes: an upload in the smallest parts goes on with what of it is for chunks.
+const MIN_PUBLISH_BYTES: u64 = 20 << 20;
 /// The most memory of publishes that can be asked for.
 const MAX_PUBLISH_BYTES: u64 = 1 << 40;
 
@@ -163,7 +163,7 @@ pub struct Serve {
     storage: Storage,
 
     /// Memory for chunks on their way to the store, over all snapshots and compactions under way, an eighth of it for blocks that
-    /// clients change meanwhile: from 16MiB to 1TiB
+    /// clients change meanwhile: from 20MiB to 1TiB
     #[arg(long, value_name = "BYTES", env = "NBD_SERVER_PUBLISH_MEMORY", value_parser = publish_bytes,
           default_value_t = DEFAULT_PUBLISH_BYTES)]
     publish_memory: u64,
@@ -374,5 +374,5 @@ fn chunk_bytes(text: &str) -> Result<u64, String> {
 fn publish_bytes(text: &str) -> Result<u64, String> {
     let bytes = size::parse(text)?;
     let fits = (MIN_PUBLISH_BYTES..=MAX_PUBLISH_BYTES).contains(&bytes);
-    fits.then_some(bytes).ok_or_else(|| "give between 16MiB and 1TiB".into())
+    fits.then_some(bytes).ok_or_else(|| "give between 20MiB and 1TiB".into())
 }

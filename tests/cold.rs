@@ -305,7 +305,7 @@ async fn an_import_reads_no_further_ahead_than_its_memory() {
     let name = id("disk");
     let import = services.import(&name, geometry, chunks.boxed(), std::future::pending());
     assert!(tokio::time::timeout(Duration::from_secs(3), import).await.is_err());
-    // An eighth is for what clients change meanwhile, and one more chunk waits for its turn.
+    // All but the eighth for what clients of an export change, and one more that waits for its turn.
     assert_eq!(read.load(Ordering::SeqCst), 29);
 }
 

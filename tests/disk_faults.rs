@@ -91,6 +91,12 @@ async fn a_failed_sync_is_final_until_the_export_is_opened_again_and_clean_chunk
 
 #[tokio::test]
 async fn no_room_to_set_a_chunk_aside_fails_the_snapshot_and_not_the_write() {
+    for operation in ["create", "write_at", "read_at"] {
+        a_disk_fault_of_what_is_set_aside_fails_the_snapshot_alone(operation).await;
+    }
+}
+
+async fn a_disk_fault_of_what_is_set_aside_fails_the_snapshot_alone(operation: &'static str) {
     let mut site = Site::new();
     // An eighth of it would be for what is set aside, and is less than a block: all of that goes to the disk.
     site.publish_bytes = 7 * CHUNK;
@@ -100,7 +106,7 @@ async fn no_room_to_set_a_chunk_aside_fails_the_snapshot_and_not_the_write() {
     for i in 0..32 {
         write(&volume, i * CHUNK, 0x11, CHUNK).await;
     }
-    disk.fail("write_at", "cut.aside", ErrorKind::StorageFull);
+    disk.fail(operation, "cut.aside", ErrorKind::StorageFull);
     // The upload does not begin before the write has come.
     *site.store.delay.lock().unwrap() = Duration::from_millis(50);
     let publishing = tokio::spawn({
@@ -116,7 +122,7 @@ async fn no_room_to_set_a_chunk_aside_fails_the_snapshot_and_not_the_write() {
     }
     *site.store.delay.lock().unwrap() = Duration::ZERO;
     let refused = publishing.await.unwrap().unwrap_err();
-    assert!(refused.to_string().contains("no space left"), "{refused}");
+    assert!(refused.to_string().contains("no space left"), "{operation}: {refused}");
     assert_eq!(status(&registry, "large").await.dirty_chunks, 32);
     disk.serve_all();
     assert!(registry.snapshot(&id("large")).await.unwrap().created);

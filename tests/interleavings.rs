@@ -212,6 +212,26 @@ fn a_publish_given_up_leaves_everything_dirty_for_the_next() {
 }
 
 #[test]
+fn a_cut_beside_writes_while_an_earlier_one_still_stands_holds_one_moment() {
+    check("a_cut_beside_writes_while_an_earlier_one_still_stands_holds_one_moment", || {
+        let world = with_dirty_chunks();
+        // Its publish failed, and so did the look at how far it had come.
+        world.cache.cut().unwrap();
+        let mut image = PUBLISHED;
+        thread::scope(|s| {
+            s.spawn(|| world.write(0, First, 3));
+            s.spawn(|| world.zero(1, Second));
+            image = world.publish().1;
+        });
+        let now = [[3, 1], [2, 0], [0, 0], [0, 0]];
+        for (at, old) in [[1, 1], [2, 2], [0, 0], [0, 0]].into_iter().enumerate() {
+            assert!(image[at] == old || image[at] == now[at], "chunk {at} was published as {:?}", image[at]);
+        }
+        assert_eq!(world.publish().1, now, "whatever it did not hold is in the next");
+    });
+}
+
+#[test]
 fn a_read_of_the_cut_that_outlives_its_publish_changes_nothing() {
     check("a_read_of_the_cut_that_outlives_its_publish_changes_nothing", || {
         let world = with_dirty_chunks();

@@ -366,6 +366,8 @@ async fn after_a_failed_sync_a_restart_trusts_only_what_was_sealed() {
 #[tokio::test]
 async fn a_publish_given_up_in_an_outage_costs_later_writes_nothing() {
     let mut site = Site::new();
+    // Less than a block for what is set aside, so it would be in the file.
+    site.publish_bytes = 7 * CHUNK;
     let registry = site.start("a").await;
     let volume = create(&registry, "disk", 64).await;
     for i in 0..64 {

@@ -1,13 +1,14 @@
 //! What writers set aside for a publish: blocks of chunks as they were at the cut, until the publish has read the chunk (S2).
 //!
-//! They are copied into memory, of which all caches of a server share so much ([`AsideMemory`]), and once that is full into a
-//! file: it takes any number of them, but to add a block to one costs a write several times what the write itself does. What
-//! cannot be set aside makes the publish fail, not the write.
+//! Before a short write they are copied into memory, of which all caches of a server share so much ([`AsideMemory`]). Beyond
+//! that, and before a long write, they go to a file: it takes any number of them, but to add a block to one costs several
+//! times what a short write itself does. What cannot be set aside makes the publish fail, not the write.
 
 use std::collections::{BTreeMap, HashMap};
 use std::io;
 use std::sync::Arc;
 
+use super::at_once::LONGEST_CHANGE_BYTES;
 use super::{Cache, CacheError};
 use crate::disk::DiskFile;
 use crate::sabotage::{Rule, breaks};
@@ -18,28 +19,26 @@ use crate::units::{ByteRange, ChunkIndex};
 pub(super) const ASIDE_FILE: &str = "cut.aside";
 
 /// What is set aside; it lives as long as the publish and need not survive a crash. For every chunk that was written to since
-/// the cut and that the publish has not read yet it holds some 200 bytes besides the blocks.
+/// the cut and that the publish has not read yet it holds up to 500 bytes besides the blocks.
 #[derive(Debug, Default)]
 pub(super) struct Aside {
     file: Option<Arc<dyn DiskFile>>,
-    chunks: HashMap<ChunkIndex, SetAside>,
+    chunks: HashMap<ChunkIndex, Copies>,
     /// Why something could not be set aside: the publish must fail.
     broken: Option<CacheError>,
 }
 
 /// The blocks of one chunk that are set aside, by their numbers in it.
 #[derive(Debug, Default)]
-pub(super) struct SetAside {
+struct Copies {
     in_memory: BTreeMap<usize, Copied>,
     /// These are in the file, each where it is in the image.
-    in_file: Option<(Arc<dyn DiskFile>, Blocks)>,
+    in_file: Option<Box<Blocks>>,
 }
 
-impl SetAside {
-    fn has(&self, block: usize) -> bool {
-        self.in_memory.contains_key(&block) || self.in_file.as_ref().is_some_and(|(_, blocks)| blocks.has(block))
-    }
-}
+/// What is set aside of one chunk, with the file that some of it may be in.
+#[derive(Debug)]
+pub(super) struct SetAside(Copies, Option<Arc<dyn DiskFile>>);
 
 impl Aside {
     /// An error if something could not be set aside.
@@ -49,16 +48,22 @@ impl Aside {
 
     /// What is set aside of a chunk that needs to be kept no longer.
     pub(super) fn take(&mut self, chunk: ChunkIndex) -> SetAside {
-        self.chunks.remove(&chunk).unwrap_or_default()
+        SetAside(self.chunks.remove(&chunk).unwrap_or_default(), self.file.clone())
     }
 
-    fn of(&mut self, chunk: ChunkIndex) -> &mut SetAside {
+    fn has(&self, chunk: ChunkIndex, block: usize) -> bool {
+        self.chunks.get(&chunk).is_some_and(|copies| {
+            copies.in_memory.contains_key(&block) || copies.in_file.as_ref().is_some_and(|blocks| blocks.has(block))
+        })
+    }
+
+    fn of(&mut self, chunk: ChunkIndex) -> &mut Copies {
         self.chunks.entry(chunk).or_default()
     }
 }
 
 /// A set of blocks of one chunk.
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Debug, Default)]
 struct Blocks([u64; Blocks::WORDS]);
 
 impl Blocks {
@@ -68,7 +73,7 @@ impl Blocks {
     /// No block is smaller, as none costs less to copy.
     const MIN_BYTES: u64 = 4096;
 
-    fn has(self, block: usize) -> bool {
+    fn has(&self, block: usize) -> bool {
         self.0[block / 64] >> (block % 64) & 1 == 1
     }
 
@@ -116,7 +121,10 @@ impl Cache {
     pub(super) fn save_aside(&self, chunk: ChunkIndex, piece: ByteRange) {
         let read = |buf: &mut [u8], at| self.raw.read_at(buf, at).map(|()| true);
         if let Err(e) = self.copy_aside(chunk, piece, read, || self.aside_file().map(Some)) {
-            self.aside.lock().broken.get_or_insert(e);
+            let failed = Aside { broken: Some(e), ..Aside::default() };
+            // Nobody will read what is there: it is freed, and not under the lock.
+            let useless = std::mem::replace(&mut *self.aside.lock(), failed);
+            drop(useless);
             self.states.set(chunk, self.states.get(chunk).taken());
         }
     }
@@ -128,13 +136,15 @@ impl Cache {
     }
 
     fn aside_file(&self) -> Result<Arc<dyn DiskFile>, CacheError> {
-        let aside = &mut *self.aside.lock();
-        if let Some(file) = &aside.file {
+        // A second creation would empty it; and who only copies memory does not wait for the first.
+        let _one_at_a_time = self.creating_aside.lock();
+        if let Some(file) = &self.aside.lock().file {
             return Ok(Arc::clone(file));
         }
         let created =
             self.disk.create(&self.dir.join(ASIDE_FILE)).map_err(|e| self.error("creation", ASIDE_FILE, e))?;
-        Ok(Arc::clone(aside.file.insert(created)))
+        self.aside.lock().file = Some(Arc::clone(&created));
+        Ok(created)
     }
 
     /// Copies what is not yet aside of the blocks that `piece` touches; `false` if `read` would not, or there is neither memory
@@ -150,16 +160,18 @@ impl Cache {
             return Ok(true);
         }
         let failed = |e| self.error("copy", ASIDE_FILE, e);
+        // A long write hardly notices the file, and would take the memory from short ones, which do.
+        let memory = (piece.len() <= LONGEST_CHANGE_BYTES).then_some(&self.aside_memory);
         for (block, range) in self.blocks(chunk, piece) {
             {
-                let aside = &mut *self.aside.lock();
+                let aside = &*self.aside.lock();
                 aside.check()?;
-                if aside.of(chunk).has(block) {
+                if aside.has(chunk, block) {
                     continue;
                 }
             }
             let len = usize::try_from(range.len()).map_err(|e| failed(io::Error::other(e)))?;
-            if let Some(mut copied) = self.aside_memory.take(len) {
+            if let Some(mut copied) = memory.and_then(|memory| memory.take(len)) {
                 if !read(&mut copied.bytes, range.offset()).map_err(failed)? {
                     return Ok(false);
                 }
@@ -171,7 +183,7 @@ impl Cache {
                     return Ok(false);
                 }
                 file.write_at(&buf, range.offset()).map_err(failed)?;
-                self.aside.lock().of(chunk).in_file.get_or_insert_with(|| (file, Blocks::default())).1.add(block);
+                self.aside.lock().of(chunk).in_file.get_or_insert_default().add(block);
             }
         }
         Ok(true)
@@ -190,19 +202,20 @@ impl Cache {
     }
 
     /// Puts what was set aside of a chunk where it was at the cut. `buf` is as long as the chunk.
-    pub(super) fn restore(&self, chunk: ChunkIndex, set_aside: &SetAside, buf: &mut [u8]) -> Result<(), CacheError> {
+    pub(super) fn restore(
+        &self,
+        chunk: ChunkIndex,
+        SetAside(copies, file): &SetAside,
+        buf: &mut [u8],
+    ) -> Result<(), CacheError> {
         let whole = self.geometry.chunk_range(chunk);
+        let in_file = file.as_ref().zip(copies.in_file.as_ref());
         for (block, range) in self.blocks(chunk, whole) {
             let old = super::slice_mut(buf, whole, range);
-            match &set_aside.in_file {
-                Some((file, blocks)) if blocks.has(block) => {
-                    file.read_at(old, range.offset()).map_err(|e| self.error("read", ASIDE_FILE, e))?;
-                }
-                _ => {
-                    if let Some(copied) = set_aside.in_memory.get(&block) {
-                        old.copy_from_slice(&copied.bytes);
-                    }
-                }
+            if let Some(copied) = copies.in_memory.get(&block) {
+                old.copy_from_slice(&copied.bytes);
+            } else if let Some((file, _)) = in_file.filter(|(_, blocks)| blocks.has(block)) {
+                file.read_at(old, range.offset()).map_err(|e| self.error("read", ASIDE_FILE, e))?;
             }
         }
         Ok(())

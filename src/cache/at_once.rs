@@ -25,7 +25,7 @@ const MOST_REST_FACTOR: u32 = 20;
 const LONGEST_REST: Duration = Duration::from_secs(4);
 
 /// The longest write to a chunk with a mark or a copy to be made first, in bytes. The copy is of the blocks it touches.
-const LONGEST_CHANGE_BYTES: u64 = 64 << 10;
+pub(super) const LONGEST_CHANGE_BYTES: u64 = 64 << 10;
 
 /// Whether writes are swift.
 #[derive(Debug)]

@@ -10,8 +10,8 @@
 //!   are zeros and bring the bytes of the others.
 //!
 //! Locks, always taken in this order: *checkpointing*, *filling*, the *gate* (shared by every client's read and every
-//! transition, exclusive for the cut, the commit and the reset), a chunk's *stripe* (around each transition), *syncing*, the
-//! *log*. None is held across anything but local I/O. The methods block, and [`blocking`] is the one crossing from async
+//! transition, exclusive for the cut, the commit and the reset), a chunk's *stripe* (around each transition), *creating aside*, *aside*,
+//! *syncing*, the *log*. None is held across anything but local I/O. The methods block, and [`blocking`] is the one crossing from async
 //! code; but for those of `at_once`, which async code may call as it is.
 
 pub mod aside;
@@ -144,6 +144,7 @@ pub struct Cache {
     syncing: Mutex<()>,
     pace: Pace,
     aside: Mutex<Aside>,
+    creating_aside: Mutex<()>,
     aside_memory: Arc<AsideMemory>,
     /// How many cuts this life of the server has made. Changed under the whole gate.
     cuts: AtomicU64,

@@ -4,7 +4,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use super::aside::{ASIDE_FILE, AsideMemory};
+use super::aside::{ASIDE_FILE, Aside, AsideMemory};
 use super::at_once::Pace;
 use super::flush::FlushBarrier;
 use super::journal;
@@ -206,6 +206,7 @@ impl Opening {
             pace: Pace::default(),
             filling: Mutex::new(()),
             aside: Mutex::default(),
+            creating_aside: Mutex::new(()),
             aside_memory: self.aside_memory,
             cuts: AtomicU64::new(0),
             failed: OnceLock::new(),
@@ -352,6 +353,7 @@ impl Cache {
         for (chunk, _) in self.states.iter() {
             self.states.set(chunk, ChunkState::new(Content::Absent));
         }
+        *self.aside.lock() = Aside::default();
         // A hole rather than a truncation: the file has its full length at every moment.
         let whole = ByteRange::new(0, self.geometry.image_size());
         let emptied = whole.map_or(Ok(()), |whole| self.raw.punch(whole));

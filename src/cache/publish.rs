@@ -6,7 +6,6 @@
 
 use std::io;
 
-use super::aside::Aside;
 use super::log::{META_FILE, MetaLog};
 use super::meta::Record;
 use super::states::Content;
@@ -20,7 +19,7 @@ use crate::units::ChunkIndex;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct CutChunk {
     /// Which of the cuts of this life of the server it belongs to.
-    pub(super) cut: u64,
+    cut: u64,
     /// Which one.
     pub chunk: ChunkIndex,
     /// Known to be all zeros: there is nothing to read.
@@ -36,11 +35,14 @@ impl Cache {
         self.ensure_log_is_ours()?;
         let any = CutChunk { cut: u64::MAX, chunk: ChunkIndex(u32::MAX), zero: true };
         let mut chunks = super::touched_room(self.states.counts().1, any);
-        // What an earlier publish may have left, if its end failed.
-        *self.aside.lock() = Aside::default();
+        // Freed once writers go on.
+        let _earlier;
         let _alone = self.gate.write();
         self.check_not_failed()?;
         self.append(MetaLog::cut)?;
+        // An earlier cut may still stand, if its publish could not be settled: while a writer sets aside for that one, what it
+        // copies is not as it is at this one.
+        _earlier = std::mem::take(&mut *self.aside.lock());
         let cut = self.cuts.fetch_add(1, Ordering::Relaxed) + 1;
         for (chunk, state) in self.states.iter().filter(|(_, state)| state.is_dirty()) {
             self.states.set(chunk, state.uncut().cut());
@@ -129,16 +131,15 @@ impl Cache {
     /// # Errors
     /// [`CacheError`] if the log cannot be written; the states are as they should be all the same.
     pub fn uncut(&self) -> Result<(), CacheError> {
-        {
+        let appended = {
             let _alone = self.gate.write();
             for (chunk, state) in self.states.iter().filter(|(_, state)| state.in_cut() || state.awaited()) {
                 self.states.set(chunk, state.uncut());
             }
-            if matches!(self.log.lock().file, LogFile::Open(_)) {
-                self.append(|log| log.append(Record::Uncut))?;
-            }
-        }
-        self.drop_aside()
+            let open = matches!(self.log.lock().file, LogFile::Open(_));
+            if open { self.append(|log| log.append(Record::Uncut)) } else { Ok(()) }
+        };
+        appended.and(self.drop_aside())
     }
 
     fn append(&self, append: impl FnOnce(&mut MetaLog) -> io::Result<()>) -> Result<(), CacheError> {

@@ -31,12 +31,13 @@ pub const BACKGROUND_FETCHES: u32 = 16;
 pub const BACKGROUND_PATIENCE: Duration = Duration::from_secs(1);
 /// How long a publish gives way to clients before it takes up its next chunk.
 pub const PUBLISH_PATIENCE: Duration = Duration::from_millis(100);
-/// The most bytes of chunks between disk and upload, over all publishes of a server, unless it is told otherwise. An upload whose
+/// The most bytes of chunks that publishes hold, over all of a server, unless it is told otherwise: between disk and upload, and set
+/// aside. An upload whose
 /// parts are larger has one of them beyond it.
 pub const DEFAULT_PUBLISH_BYTES: u64 = 256 << 20;
 
-/// What part of that is for blocks that clients change before a publish has read them. They never wait for it, nor does a publish
-/// for them.
+/// What part of that is for blocks that clients change before a publish has read them. Neither waits for the other's part: the
+/// blocks of a publish that has yet to get its share could hold what it waits for.
 const ASIDE_PART: u64 = 8;
 
 const PERMIT_BYTES: u64 = 4 << 10;

@@ -45,8 +45,9 @@ pub fn runtime() -> tokio::runtime::Runtime {
 pub async fn start(sim: &Arc<Sim>, store: &SimStore, cache_root: &str) -> Result<Arc<Registry>, ExportError> {
     let (disk, clock) = (Arc::new(SimDisk(Arc::clone(sim))), Arc::new(SimClock::default()));
     let retrying = Retrying::new(Arc::new(store.clone()), RetryPolicy::default(), clock.clone());
-    let services = Arc::new(Services::new(Arc::new(retrying), root(), disk, clock));
-    Registry::discover(services, PathBuf::from(cache_root)).await
+    // One chunk is set aside in memory while it is published, others in the file.
+    let services = Services::new(Arc::new(retrying), root(), disk, clock).with_publish_bytes(8 * CHUNK);
+    Registry::discover(Arc::new(services), PathBuf::from(cache_root)).await
 }
 
 /// A change of one sector: when it was asked for, when it was replied to, and the value.
