@@ -142,7 +142,7 @@ async fn a_write_at_once_never_passes_an_overlapping_one_that_arrived_earlier() 
     let (mut site, disk) = (Site::new(), Hooked::new(RealDisk));
     let volume = mixed(&mut site, &disk).await;
     let (open, gate) = watch::channel(false);
-    site.store.hold_range_reads_until(gate);
+    site.store.hold_until("get_range", gate);
     // It has arrived, and its work has not even begun.
     let earlier = volume.change(range(CHUNK, 3 * CHUNK + 1));
     assert!(!volume.write_at_once(CHUNK, &[7]));

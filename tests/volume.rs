@@ -179,7 +179,8 @@ async fn what_is_set_aside_in_memory_is_bounded_over_all_exports() {
     for volume in &volumes {
         write(volume, 0, 1, 32 * CHUNK).await;
     }
-    *site.store.delay.lock().unwrap() = Duration::from_millis(100);
+    let (open, gate) = tokio::sync::watch::channel(false);
+    site.store.hold_until("upload", gate);
     let publishing = ["one", "two"].map(|name| {
         let registry = registry.clone();
         tokio::spawn(async move { registry.snapshot(&id(name)).await.unwrap() })
@@ -194,10 +195,10 @@ async fn what_is_set_aside_in_memory_is_bounded_over_all_exports() {
         write(&volumes[export], chunk * CHUNK, 2, 1).await;
         assert_eq!(in_file(), expected, "chunk {chunk} of {export}");
     }
+    open.send(true).unwrap();
     for publish in publishing {
         publish.await.unwrap();
     }
-    *site.store.delay.lock().unwrap() = Duration::ZERO;
     let elsewhere = site.elsewhere().await;
     for name in ["one", "two"] {
         assert!(image(&elsewhere, name).await.iter().all(|b| *b == 1), "{name}");
@@ -215,13 +216,15 @@ async fn a_snapshot_holds_what_was_written_before_it_and_nothing_after() {
         write(&volume, i * CHUNK, 1, CHUNK).await;
     }
     // While the blob is on its way, every chunk is overwritten: most must be set aside for the snapshot.
-    *site.store.delay.lock().unwrap() = Duration::from_millis(100);
+    let (open, gate) = tokio::sync::watch::channel(false);
+    site.store.hold_until("upload", gate);
     let publishing = tokio::spawn({
         let registry = registry.clone();
         async move { registry.snapshot(&id("disk")).await.unwrap() }
     });
-    let aside = site.cache_root("a").join("disk/cut.aside");
-    while registry.list()[0].current_snapshot_id.is_none() && site.store.count("upload") == 0 {
+    let folder = site.cache_root("a").join("disk");
+    let (aside, journal) = (folder.join("cut.aside"), folder.join("snapshot.journal.json"));
+    while !journal.exists() {
         tokio::time::sleep(Duration::from_millis(1)).await;
     }
     // From the last one, since the first ones are read already.
@@ -229,8 +232,8 @@ async fn a_snapshot_holds_what_was_written_before_it_and_nothing_after() {
         write(&volume, i * CHUNK + 7, 2, 100).await;
         assert_eq!(aside.exists(), i < 54, "ten are set aside in memory, then the others in the file: {i}");
     }
+    open.send(true).unwrap();
     let published = publishing.await.unwrap();
-    *site.store.delay.lock().unwrap() = Duration::ZERO;
     assert_eq!(status(&registry, "disk").await.dirty_chunks, 64, "dirty for the next generation");
     assert!(image(&site.elsewhere().await, "disk").await.iter().all(|b| *b == 1));
     assert!(!aside.exists());
@@ -802,7 +805,7 @@ async fn a_write_that_waited_for_its_fetch_never_lands_on_newer_data() {
     let registry = site.elsewhere().await;
     let volume = registry.volume(&id("disk")).await.unwrap();
     let (fetch, fetched) = tokio::sync::watch::channel(false);
-    site.store.hold_range_reads_until(fetched);
+    site.store.hold_until("get_range", fetched);
     // The old connection's write waits for the chunk; the newer one's covers all of it and needs no fetch.
     let (on_old, on_new) = (volume.clone(), volume.clone());
     let old = tokio::spawn(async move { write(&on_old, 100, 0x01, 100).await });

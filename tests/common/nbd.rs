@@ -52,7 +52,7 @@ pub async fn registry(gate: watch::Receiver<bool>) -> (Arc<Registry>, Site) {
     // Its failure shows at the first use.
     registry.volume(&id("broken")).await.unwrap_err();
     registry.volume(&id("lazy")).await.unwrap();
-    site.store.hold_range_reads_until(gate);
+    site.store.hold_until("get_range", gate);
     (registry, site)
 }
 

@@ -30,7 +30,7 @@ pub struct Watched {
     counts: Mutex<BTreeMap<String, usize>>,
     judge: Mutex<Judge>,
     pub delay: Mutex<Duration>,
-    gate: Mutex<Option<watch::Receiver<bool>>>,
+    gates: Mutex<BTreeMap<&'static str, watch::Receiver<bool>>>,
 }
 
 impl std::fmt::Debug for Watched {
@@ -46,7 +46,7 @@ impl Watched {
             counts: Mutex::default(),
             judge: Mutex::new(Box::new(|_, _| Fate::Served)),
             delay: Mutex::default(),
-            gate: Mutex::default(),
+            gates: Mutex::default(),
         }
     }
 
@@ -72,9 +72,17 @@ impl Watched {
         self.judge(|_, _| Fate::Failed);
     }
 
-    /// Range reads wait until `gate` is true.
-    pub fn hold_range_reads_until(&self, gate: watch::Receiver<bool>) {
-        *self.gate.lock().unwrap() = Some(gate);
+    /// Lets no "get_range" or "upload" begin until the gate opens.
+    pub fn hold_until(&self, operation: &'static str, gate: watch::Receiver<bool>) {
+        self.gates.lock().unwrap().insert(operation, gate);
+    }
+
+    async fn pass_gate(&self, operation: &str) {
+        let gate = self.gates.lock().unwrap().get(operation).cloned();
+        if let Some(mut gate) = gate {
+            // Nobody is left to open it: the test is over.
+            let _ = gate.wait_for(|open| *open).await;
+        }
     }
 
     async fn decide<T>(
@@ -106,11 +114,7 @@ impl Store for Watched {
     }
 
     async fn get_range(&self, key: &Key, range: ByteRange) -> Result<Bytes, StoreError> {
-        let gate = self.gate.lock().unwrap().clone();
-        if let Some(mut gate) = gate {
-            // Nobody is left to open it: the test is over.
-            let _ = gate.wait_for(|open| *open).await;
-        }
+        self.pass_gate("get_range").await;
         self.decide("get_range", key, self.inner.get_range(key, range)).await
     }
 
@@ -119,6 +123,7 @@ impl Store for Watched {
     }
 
     async fn upload(&self, key: &Key, max_bytes: u64, body: Body<'_>) -> Result<(), StoreError> {
+        self.pass_gate("upload").await;
         self.decide("upload", key, self.inner.upload(key, max_bytes, body)).await
     }
 
