@@ -1,8 +1,8 @@
 //! What writers set aside for a publish: blocks of chunks as they were at the cut, until the publish has read the chunk (S2).
 //!
-//! Before a short write they are copied into memory, of which all caches of a server share so much ([`AsideMemory`]). Beyond
-//! that, and before a long write, they go to a file: it takes any number of them, but to add a block to one costs several
-//! times what a short write itself does. What cannot be set aside makes the publish fail, not the write.
+//! Before a short piece of a chunk is written they are copied into memory, of which all caches of a server share so much
+//! ([`AsideMemory`]). Beyond that, and before a long piece, they go to a file: it takes any number of them, but to add a block
+//! to one costs several times what a short write itself does. What cannot be set aside makes the publish fail, not the write.
 
 use std::collections::{BTreeMap, HashMap};
 use std::io;
@@ -15,7 +15,7 @@ use crate::sabotage::{Rule, breaks};
 use crate::sync::{AtomicU64, Ordering};
 use crate::units::{ByteRange, ChunkIndex};
 
-/// Where blocks are copied that no memory is left for.
+/// Where blocks are copied that do not go into memory.
 pub(super) const ASIDE_FILE: &str = "cut.aside";
 
 /// What is set aside; it lives as long as the publish and need not survive a crash. For every chunk that was written to since
@@ -51,10 +51,12 @@ impl Aside {
         SetAside(self.chunks.remove(&chunk).unwrap_or_default(), self.file.clone())
     }
 
-    fn has(&self, chunk: ChunkIndex, block: usize) -> bool {
-        self.chunks.get(&chunk).is_some_and(|copies| {
+    /// Whether a block is still to be copied; an error if it is of no use any more.
+    fn wants(&self, chunk: ChunkIndex, block: usize) -> Result<bool, CacheError> {
+        self.check()?;
+        Ok(!self.chunks.get(&chunk).is_some_and(|copies| {
             copies.in_memory.contains_key(&block) || copies.in_file.as_ref().is_some_and(|blocks| blocks.has(block))
-        })
+        }))
     }
 
     fn of(&mut self, chunk: ChunkIndex) -> &mut Copies {
@@ -121,9 +123,12 @@ impl Cache {
     pub(super) fn save_aside(&self, chunk: ChunkIndex, piece: ByteRange) {
         let read = |buf: &mut [u8], at| self.raw.read_at(buf, at).map(|()| true);
         if let Err(e) = self.copy_aside(chunk, piece, read, || self.aside_file().map(Some)) {
-            let failed = Aside { broken: Some(e), ..Aside::default() };
-            // Nobody will read what is there: it is freed, and not under the lock.
-            let useless = std::mem::replace(&mut *self.aside.lock(), failed);
+            let useless = {
+                let aside = &mut *self.aside.lock();
+                aside.broken.get_or_insert(e);
+                std::mem::take(&mut aside.chunks)
+            };
+            // There may be thousands of blocks: who needs the lock does not wait until they are freed.
             drop(useless);
             self.states.set(chunk, self.states.get(chunk).taken());
         }
@@ -160,26 +165,23 @@ impl Cache {
             return Ok(true);
         }
         let failed = |e| self.error("copy", ASIDE_FILE, e);
-        // A long write hardly notices the file, and would take the memory from short ones, which do.
+        let old = |buf: &mut [u8], range: ByteRange| read(buf, range.offset()).map_err(failed);
+        // A long piece hardly notices the file, and would take the memory from short ones, which do.
         let memory = (piece.len() <= LONGEST_CHANGE_BYTES).then_some(&self.aside_memory);
         for (block, range) in self.blocks(chunk, piece) {
-            {
-                let aside = &*self.aside.lock();
-                aside.check()?;
-                if aside.has(chunk, block) {
-                    continue;
-                }
+            if !self.aside.lock().wants(chunk, block)? {
+                continue;
             }
             let len = usize::try_from(range.len()).map_err(|e| failed(io::Error::other(e)))?;
             if let Some(mut copied) = memory.and_then(|memory| memory.take(len)) {
-                if !read(&mut copied.bytes, range.offset()).map_err(failed)? {
+                if !old(&mut copied.bytes, range)? {
                     return Ok(false);
                 }
                 self.aside.lock().of(chunk).in_memory.insert(block, copied);
             } else {
                 let Some(file) = file()? else { return Ok(false) };
                 let mut buf = vec![0; len];
-                if !read(&mut buf, range.offset()).map_err(failed)? {
+                if !old(&mut buf, range)? {
                     return Ok(false);
                 }
                 file.write_at(&buf, range.offset()).map_err(failed)?;
@@ -223,9 +225,8 @@ impl Cache {
 
     /// Nobody will read what is set aside any more.
     pub(super) fn drop_aside(&self) -> Result<(), CacheError> {
-        let dropped = std::mem::take(&mut *self.aside.lock());
-        // There may be thousands of blocks: writers do not wait until they are freed.
-        drop(dropped);
+        let useless = std::mem::take(&mut *self.aside.lock());
+        drop(useless);
         self.disk.remove(&self.dir.join(ASIDE_FILE)).map_err(|e| self.error("removal", ASIDE_FILE, e))
     }
 }

@@ -4,7 +4,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use super::aside::{ASIDE_FILE, Aside, AsideMemory};
+use super::aside::{ASIDE_FILE, AsideMemory};
 use super::at_once::Pace;
 use super::flush::FlushBarrier;
 use super::journal;
@@ -337,6 +337,8 @@ impl Cache {
         let _one_at_a_time = self.checkpointing.lock();
         self.ensure_log_is_ours()?;
         let _alone = self.gate.write();
+        // No publish is under way: what one left that could not be settled is of no use.
+        drop(std::mem::take(&mut *self.aside.lock()));
         if breaks(Rule::PunchBeforeReset) {
             let whole = ByteRange::new(0, self.geometry.image_size());
             whole.map_or(Ok(()), |whole| self.raw.punch(whole)).map_err(|e| self.error("punch", RAW_FILE, e))?;
@@ -353,7 +355,6 @@ impl Cache {
         for (chunk, _) in self.states.iter() {
             self.states.set(chunk, ChunkState::new(Content::Absent));
         }
-        *self.aside.lock() = Aside::default();
         // A hole rather than a truncation: the file has its full length at every moment.
         let whole = ByteRange::new(0, self.geometry.image_size());
         let emptied = whole.map_or(Ok(()), |whole| self.raw.punch(whole));
