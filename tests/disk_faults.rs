@@ -108,19 +108,13 @@ async fn a_disk_fault_of_what_is_set_aside_fails_the_snapshot_alone(operation: &
     }
     disk.fail(operation, "cut.aside", ErrorKind::StorageFull);
     // The upload does not begin before the write has come.
-    *site.store.delay.lock().unwrap() = Duration::from_millis(50);
-    let publishing = tokio::spawn({
-        let registry = registry.clone();
-        async move { registry.snapshot(&id("large")).await }
-    });
-    let journal = site.cache_root("here").join("large/snapshot.journal.json");
-    while !journal.exists() {
-        tokio::time::sleep(Duration::from_millis(1)).await;
-    }
+    let (open, gate) = tokio::sync::watch::channel(false);
+    site.store.hold_until("upload", gate);
+    let publishing = site.begin_snapshot("here", &registry, "large").await;
     for i in 0..32 {
         write(&volume, i * CHUNK, 0x22, 10).await;
     }
-    *site.store.delay.lock().unwrap() = Duration::ZERO;
+    open.send(true).unwrap();
     let refused = publishing.await.unwrap().unwrap_err();
     assert!(refused.to_string().contains("no space left"), "{operation}: {refused}");
     assert_eq!(status(&registry, "large").await.dirty_chunks, 32);
@@ -169,6 +163,25 @@ async fn an_image_larger_than_the_file_system_takes_is_refused_with_the_remedy_a
     assert!(matches!(refused, ExportError::Volume(VolumeError::Failed(_))), "{refused:?}");
     let text = refused.to_string();
     assert!(text.contains("export large") && text.contains("32768 bytes") && text.contains("--cache-root"), "{text}");
+    assert!(!site.cache_root("here").join("large").exists(), "no folder");
+    assert!(site.store.inner.list(&"exports".parse().unwrap()).await.unwrap().is_empty(), "and no object");
     disk.serve_all();
     registry.create(id("large"), geometry(8)).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_cache_without_its_data_is_damaged_and_one_that_may_not_be_read_has_failed() {
+    let mut site = Site::new();
+    let (registry, disk) = on_a_hooked_disk(&mut site).await;
+    registry.unload(&id("disk")).await.unwrap();
+    for (kind, damaged) in [(ErrorKind::NotFound, true), (ErrorKind::PermissionDenied, false)] {
+        disk.fail("open", "cache.raw", kind);
+        let refused = registry.open(id("disk"), false).await.unwrap_err();
+        assert!(refused.to_string().contains("cache.raw"), "{refused}");
+        assert_eq!(matches!(refused, ExportError::Damaged(_)), damaged, "{refused:?}");
+        assert_eq!(matches!(refused, ExportError::Volume(VolumeError::Failed(_))), !damaged, "{refused:?}");
+    }
+    disk.serve_all();
+    registry.open(id("disk"), false).await.unwrap();
+    assert_eq!(image(&registry, "disk").await[CHUNK as usize], 0xbb, "nothing was lost");
 }

@@ -1,5 +1,6 @@
 //! Opening a volume: which published image the cache stands on, and what to do when the head is another.
 
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -195,7 +196,12 @@ fn open_error(id: &ExportId, error: CacheError) -> ExportError {
     match error {
         CacheError::NoSpace(_) => VolumeError::NoSpace(id.clone()).into(),
         CacheError::Failed(why) => VolumeError::Failed(why).into(),
-        CacheError::Io { .. } => VolumeError::Failed(format!("export {id}: {error}").into()).into(),
-        CacheError::Damaged { .. } => ExportError::Damaged(format!("export {id}: {error}").into()),
+        // A file that is not there where others are is a damaged cache, and no fault of the disk.
+        CacheError::Io { ref source, .. } if source.kind() != io::ErrorKind::NotFound => {
+            VolumeError::Failed(format!("export {id}: {error}").into()).into()
+        }
+        CacheError::Io { .. } | CacheError::Damaged { .. } => {
+            ExportError::Damaged(format!("export {id}: {error}").into())
+        }
     }
 }

@@ -3,16 +3,21 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
+use nbd_server::cache::Base;
+use nbd_server::cache::aside::AsideMemory;
+use nbd_server::cache::open::Opening;
 use nbd_server::clock::SystemClock;
 use nbd_server::disk::{Disk, RealDisk};
 use nbd_server::store::keys::ExportRoot;
 use nbd_server::store::remote::RemoteStore;
 use nbd_server::units::{ByteRange, ExportId, Geometry};
-use nbd_server::volume::registry::{ExportStatus, Registry};
+use nbd_server::volume::registry::{ExportError, ExportStatus, Published, Registry};
 use nbd_server::volume::{DEFAULT_PUBLISH_BYTES, Services, Volume, VolumeError};
 use tempfile::TempDir;
+use tokio::task::JoinHandle;
 
 use super::watched::Watched;
 
@@ -47,6 +52,23 @@ impl Site {
         Registry::discover(Arc::new(services), self.cache_root(server)).await.unwrap()
     }
 
+    /// A snapshot that is under way on a server: what it holds is cut.
+    pub async fn begin_snapshot(
+        &mut self,
+        server: &'static str,
+        registry: &Arc<Registry>,
+        name: &'static str,
+    ) -> JoinHandle<Result<Published, ExportError>> {
+        let journal = self.cache_root(server).join(name).join("snapshot.journal.json");
+        let registry = Arc::clone(registry);
+        let publishing = tokio::spawn(async move { registry.snapshot(&id(name)).await });
+        while !journal.exists() {
+            assert!(!publishing.is_finished(), "it ended without a journal");
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        publishing
+    }
+
     /// A fresh server that has nothing cached: what it reads comes from the store.
     pub async fn elsewhere(&mut self) -> Arc<Registry> {
         self.dirs.remove("elsewhere");
@@ -60,6 +82,12 @@ pub fn root() -> ExportRoot {
 
 pub fn id(name: &str) -> ExportId {
     name.parse().unwrap()
+}
+
+/// A cache of its own, of this machine's disk; what is set aside for publishes goes to its file.
+pub fn opening(dir: PathBuf, geometry: Geometry) -> Opening {
+    let (disk, base, aside_memory) = (Arc::new(RealDisk), Base::default(), AsideMemory::new(0));
+    Opening { disk, dir, export_id: id("disk"), geometry, base, aside_memory }
 }
 
 pub fn geometry(chunks: u64) -> Geometry {
