@@ -16,7 +16,7 @@ use common::memory::{peak_bytes, resident_bytes};
 use common::shaped::{Shape, Shaped};
 use common::volumes::*;
 use nbd_server::background::Background;
-use nbd_server::cache::{Base, Cache, aside::AsideMemory, open::Opening};
+use nbd_server::cache::Cache;
 use nbd_server::clock::{Clock, SystemClock};
 use nbd_server::disk::RealDisk;
 use nbd_server::manifest::head::Head;
@@ -228,16 +228,7 @@ fn cuts() {
     for (chunks, dirty) in [(100_000, 100_000), (262_144, 100_000), (4 << 20, 100_000)] {
         let dir = tempfile::tempdir().unwrap();
         let geometry = Geometry::new(chunks * 4096, 4096).unwrap();
-        let disk = Arc::new(RealDisk);
-        let opening = Opening {
-            disk,
-            dir: dir.path().join("c"),
-            export_id: id("disk"),
-            geometry,
-            base: Base::default(),
-            aside_memory: AsideMemory::new(0),
-        };
-        let cache: Cache = opening.open().unwrap();
+        let cache: Cache = opening(dir.path().join("c"), geometry).open().unwrap();
         for i in 0..dirty {
             cache.write(i * (chunks / dirty) * 4096, &[1], |_| true).unwrap();
         }

@@ -16,9 +16,7 @@ use common::sim::{Loss, Sim, SimDisk, SimStore, State};
 use common::volumes::*;
 use common::watched::Fate;
 use futures_util::FutureExt;
-use nbd_server::cache::aside::AsideMemory;
-use nbd_server::cache::open::Opening;
-use nbd_server::cache::{Base, Edges};
+use nbd_server::cache::Edges;
 use nbd_server::clock::SystemClock;
 use nbd_server::disk::{Disk, RealDisk};
 use nbd_server::store::{Condition, Key};
@@ -270,16 +268,8 @@ async fn a_checkpoint_that_finds_no_room_for_the_newest_marks_poisons_nothing() 
 #[test]
 fn the_log_stays_small_without_any_flush() {
     let dir = tempfile::tempdir().unwrap();
-    let (disk, dir) = (Arc::new(RealDisk), dir.path().join("disk"));
-    let opening = Opening {
-        disk,
-        dir: dir.clone(),
-        export_id: id("disk"),
-        geometry: geometry(8),
-        base: Base::default(),
-        aside_memory: AsideMemory::new(0),
-    };
-    let cache = opening.open().unwrap();
+    let dir = dir.path().join("disk");
+    let cache = opening(dir.clone(), geometry(8)).open().unwrap();
     for _ in 0..40_000 {
         cache.write(0, &[1; CHUNK as usize], |_| true).unwrap();
         cache.zero(range(0, CHUNK), Edges::Zero, |_| true).unwrap();

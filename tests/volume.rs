@@ -174,20 +174,15 @@ async fn what_is_set_aside_in_memory_is_bounded_over_all_exports() {
     // An eighth of it is room for two blocks.
     site.publish_bytes = 16 * CHUNK;
     let registry = site.start("a").await;
-    let folder = site.cache_root("a");
     let volumes = [create(&registry, "one", 32).await, create(&registry, "two", 32).await];
     for volume in &volumes {
         write(volume, 0, 1, 32 * CHUNK).await;
     }
     let (open, gate) = tokio::sync::watch::channel(false);
     site.store.hold_until("upload", gate);
-    let publishing = ["one", "two"].map(|name| {
-        let registry = registry.clone();
-        tokio::spawn(async move { registry.snapshot(&id(name)).await.unwrap() })
-    });
-    while ["one", "two"].iter().any(|name| !folder.join(name).join("snapshot.journal.json").exists()) {
-        tokio::time::sleep(Duration::from_millis(1)).await;
-    }
+    let one = site.begin_snapshot("a", &registry, "one").await;
+    let two = site.begin_snapshot("a", &registry, "two").await;
+    let folder = site.cache_root("a");
     let in_file = || ["one", "two"].map(|name| folder.join(name).join("cut.aside").exists());
     for (export, chunk, expected) in
         [(0, 31, [false, false]), (1, 31, [false, false]), (1, 30, [false, true]), (0, 30, [true, true])]
@@ -196,8 +191,8 @@ async fn what_is_set_aside_in_memory_is_bounded_over_all_exports() {
         assert_eq!(in_file(), expected, "chunk {chunk} of {export}");
     }
     open.send(true).unwrap();
-    for publish in publishing {
-        publish.await.unwrap();
+    for publishing in [one, two] {
+        publishing.await.unwrap().unwrap();
     }
     let elsewhere = site.elsewhere().await;
     for name in ["one", "two"] {
@@ -218,22 +213,15 @@ async fn a_snapshot_holds_what_was_written_before_it_and_nothing_after() {
     // While the blob is on its way, every chunk is overwritten: most must be set aside for the snapshot.
     let (open, gate) = tokio::sync::watch::channel(false);
     site.store.hold_until("upload", gate);
-    let publishing = tokio::spawn({
-        let registry = registry.clone();
-        async move { registry.snapshot(&id("disk")).await.unwrap() }
-    });
-    let folder = site.cache_root("a").join("disk");
-    let (aside, journal) = (folder.join("cut.aside"), folder.join("snapshot.journal.json"));
-    while !journal.exists() {
-        tokio::time::sleep(Duration::from_millis(1)).await;
-    }
+    let publishing = site.begin_snapshot("a", &registry, "disk").await;
+    let aside = site.cache_root("a").join("disk/cut.aside");
     // From the last one, since the first ones are read already.
     for i in (0..64).rev() {
         write(&volume, i * CHUNK + 7, 2, 100).await;
         assert_eq!(aside.exists(), i < 54, "ten are set aside in memory, then the others in the file: {i}");
     }
     open.send(true).unwrap();
-    let published = publishing.await.unwrap();
+    let published = publishing.await.unwrap().unwrap();
     assert_eq!(status(&registry, "disk").await.dirty_chunks, 64, "dirty for the next generation");
     assert!(image(&site.elsewhere().await, "disk").await.iter().all(|b| *b == 1));
     assert!(!aside.exists());

@@ -13,12 +13,8 @@ use std::time::{Duration, Instant};
 
 use common::nbd::{DEPTH, LEN, MIB, Raw, Served, batch};
 use common::server::TestServer;
-use common::volumes::{Site, id, write};
+use common::volumes::{Site, id, opening, write};
 use nbd_server::background::NICENESS;
-use nbd_server::cache::Base;
-use nbd_server::cache::aside::AsideMemory;
-use nbd_server::cache::open::Opening;
-use nbd_server::disk::RealDisk;
 use nbd_server::nbd::Limits;
 use nbd_server::nbd::wire::{Mode, cmd};
 use nbd_server::slices::SLICE_BYTES;
@@ -78,16 +74,7 @@ fn a_cut_takes_its_memory_at_once_however_many_chunks_are_dirty() {
     let _alone = alone();
     let (dir, dirty) = (tempfile::tempdir().unwrap(), 10_000);
     let geometry = Geometry::new(dirty * 4096, 4096).unwrap();
-    let (disk, base) = (Arc::new(RealDisk), Base::default());
-    let opening = Opening {
-        disk,
-        dir: dir.path().join("disk"),
-        export_id: id("disk"),
-        geometry,
-        base,
-        aside_memory: AsideMemory::new(0),
-    };
-    let cache = opening.open().unwrap();
+    let cache = opening(dir.path().join("disk"), geometry).open().unwrap();
     for chunk in 0..dirty {
         cache.write(chunk * 4096, &[1], |_| true).unwrap();
     }
