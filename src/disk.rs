@@ -89,7 +89,7 @@ pub fn read_file(disk: &dyn Disk, path: &Path, max_bytes: u64) -> io::Result<Opt
     };
     let len = file.len()?;
     if len > max_bytes {
-        let text = format!("{} has {len} bytes, more than the {max_bytes} such a file may have", path.display());
+        let text = format!("it has {len} bytes, more than the {max_bytes} such a file may have");
         return Err(io::Error::new(io::ErrorKind::InvalidData, text));
     }
     let mut bytes = vec![0; usize::try_from(len).map_err(io::Error::other)?];

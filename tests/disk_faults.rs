@@ -185,3 +185,29 @@ async fn a_cache_without_its_data_is_damaged_and_one_that_may_not_be_read_has_fa
     registry.open(id("disk"), false).await.unwrap();
     assert_eq!(image(&registry, "disk").await[CHUNK as usize], 0xbb, "nothing was lost");
 }
+
+#[tokio::test]
+async fn a_disk_that_fails_beside_the_cache_is_said_to_have_failed_with_the_file() {
+    let mut site = Site::new();
+    let (registry, disk) = on_a_hooked_disk(&mut site).await;
+    let failed = |operation: &str, file: &str, refused: ExportError| {
+        assert!(matches!(refused, ExportError::Volume(VolumeError::Failed(_))), "{refused:?}");
+        assert!(refused.to_string().contains(&format!("{operation} of ")), "{refused}");
+        assert!(refused.to_string().contains(file), "{refused}");
+    };
+    disk.fail("create", "snapshot.journal.json.tmp", ErrorKind::PermissionDenied);
+    failed("write", "snapshot.journal.json", registry.snapshot(&id("disk")).await.unwrap_err());
+    disk.serve_all();
+    registry.snapshot(&id("disk")).await.unwrap();
+
+    disk.fail("list_dir", "other", ErrorKind::PermissionDenied);
+    failed("listing", "other", registry.create(id("other"), geometry(8)).await.unwrap_err());
+    disk.serve_all();
+    registry.create(id("other"), geometry(8)).await.unwrap();
+
+    disk.fail("create", "clone.seed.json.tmp", ErrorKind::PermissionDenied);
+    failed("write", "clone.seed.json", registry.clone_export(id("clone"), id("disk"), None).await.unwrap_err());
+    disk.serve_all();
+    registry.clone_export(id("clone"), id("disk"), None).await.unwrap();
+    assert_eq!(image(&registry, "clone").await, image(&registry, "disk").await);
+}

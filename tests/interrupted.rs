@@ -200,7 +200,7 @@ async fn a_chunk_written_since_the_cut_is_never_clean_after_a_power_loss() {
         landed = op == "put" && key.as_str().ends_with("volume.json");
         if landed { Fate::LandedUnseen } else { Fate::Served }
     });
-    assert!(timeout(SOON, registry.snapshot(&id("disk"))).await.is_err());
+    assert!(site.store.until_stuck(registry.snapshot(&id("disk"))).await.is_none());
     // Its mark is not sealed, but the bytes reach the disk.
     write(&volume, 0, 0xbb, 10).await;
     drop((volume, registry));

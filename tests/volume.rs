@@ -495,7 +495,7 @@ async fn a_publish_interrupted_anywhere_is_finished_or_undone_at_the_next_start(
                 }
             });
             let disk = id("disk");
-            let ended = tokio::time::timeout(Duration::from_millis(300), registry.snapshot(&disk)).await;
+            let ended = site.store.until_stuck(registry.snapshot(&disk)).await;
             drop((volume, registry));
             site.store.serve_all();
             let done = calls.load(Ordering::SeqCst) <= k;

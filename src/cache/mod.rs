@@ -513,7 +513,8 @@ fn touched_room<T: Clone>(len: u64, any: T) -> Vec<T> {
     room
 }
 
-fn disk_error(operation: &'static str, path: &Path, source: io::Error) -> CacheError {
+/// What an operation, in one word, on a file of a cache failed with.
+pub(crate) fn disk_error(operation: &'static str, path: &Path, source: io::Error) -> CacheError {
     let full = matches!(source.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded);
     if full {
         CacheError::NoSpace(path.to_owned())

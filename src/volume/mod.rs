@@ -76,7 +76,7 @@ pub enum VolumeError {
     /// A missing chunk could not be had from the store in time, or what came was not what was published.
     #[error("{0}")]
     Unavailable(Arc<str>),
-    /// The local disk failed for good, or the cache could not be made or opened on it: an operator must act.
+    /// The local disk failed for good, or a file of the cache could not be made, opened or replaced: an operator must act.
     #[error("{0}")]
     Failed(Arc<str>),
     /// The export was unloaded or the server is stopping.

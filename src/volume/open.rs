@@ -1,6 +1,6 @@
 //! Opening a volume: which published image the cache stands on, and what to do when the head is another.
 
-use std::io;
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -78,7 +78,7 @@ impl Volume {
             aside_memory: Arc::clone(services.publish_budget.aside()),
         };
         let opened = cache::blocking_io(move || opening.open()).await;
-        let cache = opened.map_err(|e| open_error(&head.export_id, e))?;
+        let cache = opened.map_err(|e| local_error(&head.export_id, e))?;
         let base = cache.base();
         let image = if base == head_base { head_image.clone() } else { services.image_of(head, base, &dir).await? };
         let volume = Arc::new(Self {
@@ -125,11 +125,10 @@ impl Volume {
     async fn note_seed(&self, head: &Head) -> Result<(), ExportError> {
         let Some(seed) = head.seed.as_ref().filter(|_| head.current.is_none()) else { return Ok(()) };
         let bytes = seed.encode();
-        self.journal_io(move |cache| {
-            let (disk, dir) = (cache.disk(), cache.dir());
-            match disk::read_file(&**disk, &dir.join(CLONE_SEED_FILE), MAX_HEAD_BYTES)? {
+        self.file_io("write", CLONE_SEED_FILE, move |disk, dir| {
+            match disk::read_file(disk, &dir.join(CLONE_SEED_FILE), MAX_HEAD_BYTES)? {
                 Some(there) if there == bytes => Ok(()),
-                _ => disk::replace_file(&**disk, dir, CLONE_SEED_FILE, &bytes),
+                _ => disk::replace_file(disk, dir, CLONE_SEED_FILE, &bytes),
             }
         })
         .await
@@ -172,9 +171,8 @@ impl Services {
                 let path = dir.join(CLONE_SEED_FILE);
                 let (disk, file) = (Arc::clone(&self.disk), path.clone());
                 let noted = cache::blocking_io(move || disk::read_file(&*disk, &file, MAX_HEAD_BYTES)).await;
-                let noted = noted
-                    .map_err(|e| e.to_string())
-                    .and_then(|bytes| CloneSeed::decode(&bytes.ok_or_else(|| "it is missing".to_owned())?));
+                let noted = noted.map_err(|e| local_error(&head.export_id, cache::disk_error("read", &path, e)))?;
+                let noted = noted.ok_or_else(|| "it is missing".to_owned()).and_then(|bytes| CloneSeed::decode(&bytes));
                 let other = |seed: &CloneSeed| format!("source_snapshot_id is {}", seed.source_snapshot_id);
                 let fits =
                     |seed: CloneSeed| if seed.source_snapshot_id == snapshot { Ok(seed) } else { Err(other(&seed)) };
@@ -192,12 +190,15 @@ impl Services {
     }
 }
 
-fn open_error(id: &ExportId, error: CacheError) -> ExportError {
+/// What an error about the files of a cache is to whoever uses the export.
+pub(super) fn local_error(id: &ExportId, error: CacheError) -> ExportError {
     match error {
         CacheError::NoSpace(_) => VolumeError::NoSpace(id.clone()).into(),
         CacheError::Failed(why) => VolumeError::Failed(why).into(),
-        // A file that is not there where others are is a damaged cache, and no fault of the disk.
-        CacheError::Io { ref source, .. } if source.kind() != io::ErrorKind::NotFound => {
+        // A file that is not there where others are, or of no length that it can have, is no fault of the disk.
+        CacheError::Io { ref source, .. }
+            if !matches!(source.kind(), ErrorKind::NotFound | ErrorKind::InvalidData | ErrorKind::UnexpectedEof) =>
+        {
             VolumeError::Failed(format!("export {id}: {error}").into()).into()
         }
         CacheError::Io { .. } | CacheError::Damaged { .. } => {

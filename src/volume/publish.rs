@@ -475,7 +475,7 @@ impl Volume {
 
     async fn write_journal(&self, journal: &Journal, phase: Phase) -> Result<(), ExportError> {
         let bytes = Journal { phase, ..journal.clone() }.encode();
-        self.journal_io(move |cache| journal::store(&**cache.disk(), cache.dir(), &bytes)).await
+        self.file_io("write", journal::JOURNAL_FILE, move |disk, dir| journal::store(disk, dir, &bytes)).await
     }
 }
 

@@ -8,14 +8,17 @@
 //! - COMMITTED: finish.
 
 use std::io;
+use std::path::Path;
 use std::sync::Arc;
 
 use super::ancestry::Ancestry;
 use super::objects::StoredHead;
+use super::open::local_error;
 use super::registry::ExportError;
 use super::{Volume, VolumeError};
 use crate::cache::journal::{self, Journal, Phase};
 use crate::cache::{self, Base, Cache};
+use crate::disk::Disk;
 use crate::manifest::Manifest;
 use crate::manifest::head::{CLONE_SEED_FILE, Head};
 use crate::sabotage::{Rule, breaks};
@@ -27,7 +30,7 @@ const NUDGE_ATTEMPTS: usize = 5;
 impl Volume {
     /// Finishes or rolls back an interrupted publish, if there is one.
     pub(super) async fn settle_journal(self: &Arc<Self>) -> Result<(), ExportError> {
-        let found = self.journal_io(|cache| journal::load(&**cache.disk(), cache.dir())).await?;
+        let found = self.file_io("read", journal::JOURNAL_FILE, journal::load).await?;
         let Some(bytes) = found else { return Ok(()) };
         let path = self.cache.dir().join(journal::JOURNAL_FILE);
         let damaged = |e: journal::JournalError| {
@@ -157,26 +160,20 @@ impl Volume {
 
     /// The publish is over: its journal goes, and with the first one the note of the clone's seed.
     pub(super) async fn drop_journal(&self) -> Result<(), ExportError> {
-        let published = self.cache.base().generation.0 > 0;
-        self.journal_io(move |cache| {
-            if published {
-                cache.disk().remove(&cache.dir().join(CLONE_SEED_FILE))?;
-            }
-            journal::remove(&**cache.disk(), cache.dir())
-        })
-        .await
+        if self.cache.base().generation.0 > 0 {
+            self.file_io("removal", CLONE_SEED_FILE, |disk, dir| disk.remove(&dir.join(CLONE_SEED_FILE))).await?;
+        }
+        self.file_io("removal", journal::JOURNAL_FILE, journal::remove).await
     }
 
-    pub(super) async fn journal_io<T: Send + 'static>(
+    /// An operation, in one word, on a small file beside the cache, of which the second argument of `work` is the folder.
+    pub(super) async fn file_io<T: Send + 'static>(
         &self,
-        work: impl FnOnce(&Cache) -> io::Result<T> + Send + 'static,
+        operation: &'static str,
+        file: &str,
+        work: impl FnOnce(&dyn Disk, &Path) -> io::Result<T> + Send + 'static,
     ) -> Result<T, ExportError> {
-        cache::blocking(&self.cache, work).await.map_err(|e| {
-            if matches!(e.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded) {
-                return VolumeError::NoSpace(self.export_id.clone()).into();
-            }
-            let path = self.cache.dir().join(journal::JOURNAL_FILE);
-            ExportError::Damaged(format!("{}: {e}", path.display()).into())
-        })
+        let done = cache::blocking(&self.cache, move |cache| work(&**cache.disk(), cache.dir())).await;
+        done.map_err(|e| local_error(&self.export_id, cache::disk_error(operation, &self.cache.dir().join(file), e)))
     }
 }

@@ -5,7 +5,7 @@
 //! other export notices.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -13,6 +13,7 @@ use futures_util::stream::{self, StreamExt};
 use parking_lot::{Mutex, RwLock};
 use tokio::sync::OnceCell;
 
+use super::open::local_error;
 use super::snapshots::Line;
 use super::{Outage, PublishProgress, Services, Volume, VolumeError};
 use crate::background;
@@ -263,11 +264,9 @@ impl Registry {
     /// Caches without an export in the store are reported, for they may hold what was never published; those with an
     /// interrupted publish are opened, which settles it.
     async fn discover_local(&self) {
-        let (disk, root) = (Arc::clone(&self.services.disk), self.cache_root.clone());
-        let names = cache::blocking_io(move || disk.list_dir(&root)).await.unwrap_or_default();
-        for id in names.into_iter().filter_map(|name| name.parse::<ExportId>().ok()) {
-            let (disk, dir) = (Arc::clone(&self.services.disk), self.cache_root.join(id.as_str()));
-            let files = cache::blocking_io(move || disk.list_dir(&dir)).await.unwrap_or_default();
+        for name in self.list_local(&self.cache_root).await {
+            let Ok(id) = name.parse::<ExportId>() else { continue };
+            let files = self.list_local(&self.cache_root.join(id.as_str())).await;
             let known = self.exports.read().contains_key(&id);
             if known && files.iter().any(|name| name == JOURNAL_FILE) {
                 if let Err(e) = self.volume(&id).await {
@@ -283,6 +282,15 @@ impl Registry {
                 self.exports.write().insert(id, Export::new(Err(reason), false));
             }
         }
+    }
+
+    /// The names in a folder of the cache root. One that cannot be listed is reported, and the others go on.
+    async fn list_local(&self, dir: &Path) -> Vec<String> {
+        let (disk, folder) = (Arc::clone(&self.services.disk), dir.to_owned());
+        cache::blocking_io(move || disk.list_dir(&folder)).await.unwrap_or_else(|e| {
+            tracing::error!("what an earlier run left in {} is not known: {e}", dir.display());
+            Vec::new()
+        })
     }
 
     /// All exports, sorted by id.
@@ -369,9 +377,10 @@ impl Registry {
         if self.exports.read().contains_key(&id) {
             return Err(exists());
         }
-        let (disk, dir) = (Arc::clone(&self.services.disk), self.cache_root.join(id.as_str()));
-        let cached = cache::blocking_io(move || cache_files::exists(&*disk, &dir)).await;
-        if cached.map_err(ExportError::damaged)? {
+        let dir = self.cache_root.join(id.as_str());
+        let (disk, folder) = (Arc::clone(&self.services.disk), dir.clone());
+        let cached = cache::blocking_io(move || cache_files::exists(&*disk, &folder)).await;
+        if cached.map_err(|e| local_error(&id, cache::disk_error("listing", &dir, e)))? {
             return Err(exists());
         }
         match self.services.write_head(&head, Condition::IfAbsent).await {

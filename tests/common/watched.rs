@@ -7,7 +7,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use nbd_server::store::{Body, Condition, Key, Object, SharedStore, Store, StoreError, Version};
 use nbd_server::units::ByteRange;
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 
 /// What happens to a call.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -31,6 +31,7 @@ pub struct Watched {
     judge: Mutex<Judge>,
     pub delay: Mutex<Duration>,
     gates: Mutex<BTreeMap<&'static str, watch::Receiver<bool>>>,
+    stuck: Notify,
 }
 
 impl std::fmt::Debug for Watched {
@@ -47,6 +48,7 @@ impl Watched {
             judge: Mutex::new(Box::new(|_, _| Fate::Served)),
             delay: Mutex::default(),
             gates: Mutex::default(),
+            stuck: Notify::new(),
         }
     }
 
@@ -70,6 +72,14 @@ impl Watched {
 
     pub fn outage(&self) {
         self.judge(|_, _| Fate::Failed);
+    }
+
+    /// What `work` comes to; `None` once a call of the store is stuck, with which it ends.
+    pub async fn until_stuck<T>(&self, work: impl Future<Output = T>) -> Option<T> {
+        tokio::select! {
+            done = work => Some(done),
+            () = self.stuck.notified() => None,
+        }
     }
 
     /// Lets no "get_range" or "upload" begin until the gate opens.
@@ -102,7 +112,10 @@ impl Watched {
             Fate::Served => call.await,
             Fate::Failed => Err(failed()),
             Fate::LandedUnseen => call.await.and_then(|_| Err(failed())),
-            Fate::Stuck => std::future::pending().await,
+            Fate::Stuck => {
+                self.stuck.notify_one();
+                std::future::pending().await
+            }
         }
     }
 }
