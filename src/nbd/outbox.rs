@@ -148,22 +148,32 @@ impl Outbox {
         if bytes == 0 {
             return Some((slot, waited));
         }
-        if bytes <= self.limits.allowance_bytes
-            && let Ok(permit) = self.allowance.try_acquire_many(permits(bytes))
-        {
+        let small = bytes <= self.limits.allowance_bytes;
+        if small && let Ok(permit) = self.allowance.try_acquire_many(permits(bytes)) {
             permit.forget();
             slot.share.allowance = bytes;
             return Some((slot, waited));
         }
-        let wanted = bytes.min(self.limits.connection_bytes);
-        let (permit, of_own) = acquire(&self.connection, wanted, bites).await?;
-        permit.forget();
-        slot.share.connection = wanted;
-        let wanted = bytes.min(self.limits.shared_bytes);
-        let (permit, of_all) = acquire(&self.shared, wanted, bites).await?;
-        permit.forget();
-        slot.share.shared = wanted;
-        Some((slot, Waited(waited.0 || of_own.0 || of_all.0)))
+        // Whichever comes first: others may keep what is shared for as long as they like.
+        tokio::select! {
+            biased;
+            taken = self.beyond_allowance(bytes, bites, &mut waited) => slot.share.add(taken?),
+            permit = self.allowance.acquire_many(permits(bytes)), if small => {
+                permit.ok()?.forget();
+                slot.share.allowance = bytes;
+            }
+        }
+        Some((slot, waited))
+    }
+
+    /// A share of what the connection and all of them have beyond its allowance.
+    async fn beyond_allowance(&self, bytes: usize, bites: &Bites, waited: &mut Waited) -> Option<Share> {
+        let connection = bytes.min(self.limits.connection_bytes);
+        let of_own = acquire(&self.connection, connection, bites, waited).await?;
+        let shared = bytes.min(self.limits.shared_bytes);
+        acquire(&self.shared, shared, bites, waited).await?.forget();
+        of_own.forget();
+        Some(Share { connection, shared, ..Share::default() })
     }
 
     fn give_back(&self, share: Share) {
@@ -311,12 +321,18 @@ fn permits(count: usize) -> u32 {
     u32::try_from(count).unwrap_or(u32::MAX)
 }
 
-async fn acquire<'a>(from: &'a Semaphore, wanted: usize, bites: &Bites) -> Option<(SemaphorePermit<'a>, Waited)> {
+async fn acquire<'a>(
+    from: &'a Semaphore,
+    wanted: usize,
+    bites: &Bites,
+    waited: &mut Waited,
+) -> Option<SemaphorePermit<'a>> {
     if let Ok(permit) = from.try_acquire_many(permits(wanted)) {
-        return Some((permit, Waited(false)));
+        return Some(permit);
     }
     bites.bytes.log("the payload bytes in flight have reached their limit: reading from clients waits");
-    Some((from.acquire_many(permits(wanted)).await.ok()?, Waited(true)))
+    *waited = Waited(true);
+    from.acquire_many(permits(wanted)).await.ok()
 }
 
 /// An accepted request that has not been answered.

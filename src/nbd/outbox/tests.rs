@@ -70,6 +70,30 @@ async fn small_requests_go_on_when_others_have_used_up_what_is_shared() {
 }
 
 #[tokio::test]
+async fn a_small_request_waits_for_those_of_its_own_connection_but_not_for_greedy_ones() {
+    let limits = Limits { shared_bytes: 1 << 20, ..Limits::default() };
+    let shared = Arc::new(Semaphore::new(limits.shared_bytes));
+    let (greedy, modest) =
+        [Arc::clone(&shared), shared].map(|shared| Outbox::new(limits, shared, no_socket(), Arc::default())).into();
+    let bites = Bites::default();
+    let _held = greedy.slot(1 << 20, &bites).await.unwrap();
+    let mut taken = Vec::new();
+    for _ in 0..limits.allowance_bytes / 4096 {
+        taken.push(modest.slot(4096, &bites).await.unwrap().0);
+    }
+    let mut next = std::pin::pin!(modest.slot(4096, &bites));
+    let soon = Duration::from_millis(50);
+    assert!(tokio::time::timeout(soon, next.as_mut()).await.is_err(), "its own limit");
+    taken.pop();
+    let (slot, waited) = tokio::time::timeout(soon, next).await.expect("its own allowance is back").unwrap();
+    assert!(waited.0);
+    drop((taken, slot));
+    tokio::time::timeout(soon, modest.all_back()).await.expect("every slot came back");
+    assert_eq!(modest.allowance.available_permits(), limits.allowance_bytes);
+    assert_eq!(modest.connection.available_permits(), limits.connection_bytes, "what it did not wait for to the end");
+}
+
+#[tokio::test]
 async fn a_client_that_takes_nothing_is_given_up_after_the_deadline() {
     let outbox = outbox(Limits::default());
     let (slot, _) = outbox.slot(0, &Bites::default()).await.unwrap();
