@@ -5,8 +5,8 @@
 mod common;
 
 use std::io::ErrorKind;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use common::hooked::Hooked;
@@ -184,6 +184,29 @@ async fn a_cache_without_its_data_is_damaged_and_one_that_may_not_be_read_has_fa
     disk.serve_all();
     registry.open(id("disk"), false).await.unwrap();
     assert_eq!(image(&registry, "disk").await[CHUNK as usize], 0xbb, "nothing was lost");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn no_write_is_acknowledged_by_a_log_that_could_not_be_replaced() {
+    let mut site = Site::new();
+    let (registry, disk) = on_a_hooked_disk(&mut site).await;
+    let volume = registry.volume(&id("disk")).await.unwrap();
+    let (exchanged, writing) = (AtomicBool::new(false), Arc::new(Mutex::new(None)));
+    let (writes, runtime) = (Arc::clone(&writing), tokio::runtime::Handle::current());
+    // The checkpoint after the swap is in place already when the disk fails, and a write that needs a mark waits for the log.
+    disk.hook(move |op, path| {
+        exchanged.fetch_or(op == "exchange", Ordering::SeqCst);
+        if op != "sync_dir" || !path.ends_with("disk") || !exchanged.swap(false, Ordering::SeqCst) {
+            return Ok(());
+        }
+        let volume = Arc::clone(&volume);
+        *writes.lock().unwrap() = Some(runtime.spawn(async move { volume.write(CHUNK, vec![0xdd; 10].into()).await }));
+        std::thread::sleep(Duration::from_millis(100));
+        Err(ErrorKind::PermissionDenied.into())
+    });
+    registry.snapshot(&id("disk")).await.unwrap_err();
+    let write = writing.lock().unwrap().take().unwrap();
+    assert!(matches!(write.await.unwrap(), Err(VolumeError::Failed(_))));
 }
 
 #[tokio::test]

@@ -213,6 +213,27 @@ async fn a_chunk_written_since_the_cut_is_never_clean_after_a_power_loss() {
     assert_eq!((here[0], status(&registry, "disk").await.dirty_chunks), (there[0], 0), "clean is: as published");
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_only_watches_an_export_waits_for_none_of_its_disk_operations() {
+    for (operation, name) in [("sync_dir", "disk"), ("punch", "cache.raw")] {
+        let mut site = Site::new();
+        let disk = Hooked::new(RealDisk);
+        let registry = site.start_on("a", Arc::new(disk.clone())).await;
+        write(&create(&registry, "disk", 8).await, 0, 0xaa, CHUNK).await;
+        let (held, go) = hold_first(&disk, operation, name);
+        let [resetting, watching] = [0; 2].map(|_| Arc::clone(&registry));
+        let resetting = tokio::spawn(async move { resetting.reset(&id("disk")).await });
+        while !held.load(Ordering::SeqCst) {
+            sleep(Duration::from_millis(1)).await;
+        }
+        let watching = tokio::spawn(async move { (watching.list().len(), status(&watching, "disk").await.operation) });
+        let watched = timeout(PATIENCE, watching).await;
+        go.store(true, Ordering::SeqCst);
+        resetting.await.unwrap().unwrap();
+        assert_eq!(watched.expect(operation).unwrap(), (1, Operation::Resetting));
+    }
+}
+
 #[tokio::test]
 async fn a_reset_without_room_changes_nothing() {
     let mut site = Site::new();

@@ -127,7 +127,7 @@ impl Cache {
             return false;
         }
         // Who holds the log may be writing a checkpoint.
-        let marks = self.log.try_lock().is_some_and(|log| match &log.file {
+        let marks = self.log.try_lock().is_some_and(|log| match &*log {
             LogFile::Open(log) => log.takes_a_mark_at_once(),
             LogFile::Sealed { .. } => false,
         });

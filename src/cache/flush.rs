@@ -73,7 +73,7 @@ impl Cache {
 
     fn flush_barrier(&self) -> Result<(), CacheError> {
         self.check_not_failed()?;
-        let unsealed = match &self.log.lock().file {
+        let unsealed = match &*self.log.lock() {
             LogFile::Open(log) => log.unsealed(),
             LogFile::Sealed { .. } => None,
         };
@@ -95,7 +95,7 @@ impl Cache {
         &self,
         part: impl FnOnce(&mut MetaLog) -> io::Result<(Arc<dyn DiskFile>, Unsynced)>,
     ) -> Result<(), CacheError> {
-        let (file, unsynced) = match &mut self.log.lock().file {
+        let (file, unsynced) = match &mut *self.log.lock() {
             LogFile::Open(log) => part(log).map_err(|e| self.error("write", META_FILE, e))?,
             LogFile::Sealed { .. } => return Ok(()),
         };
@@ -105,7 +105,7 @@ impl Cache {
             self.check_not_failed()?;
             file.sync().map_err(|e| self.fail("sync of cache.meta", &e))?;
         }
-        if let LogFile::Open(log) = &mut self.log.lock().file {
+        if let LogFile::Open(log) = &mut *self.log.lock() {
             log.synced(unsynced);
         }
         Ok(())

@@ -11,7 +11,7 @@
 //!
 //! Locks, always taken in this order: *checkpointing*, *filling*, the *gate* (shared by every client's read and every
 //! transition, exclusive for the cut, the commit and the reset), a chunk's *stripe* (around each transition), *creating aside*, *aside*,
-//! *syncing*, the *log*. None is held across anything but local I/O. The methods block, and [`blocking`] is the one crossing from async
+//! *syncing*, the *log*, the *base*. None is held across anything but local I/O. The methods block, and [`blocking`] is the one crossing from async
 //! code; but for those of `at_once`, which async code may call as it is.
 
 pub mod aside;
@@ -137,9 +137,11 @@ pub struct Cache {
     /// One fill writes at a time: a file takes one write at a time, and many that wait for it there would hold up a cut and the
     /// clients' writes for as long as all of them take.
     filling: Mutex<()>,
-    log: Mutex<Log>,
+    log: Mutex<LogFile>,
     /// Whether the log is [`LogFile::Open`]: a look at it without the lock.
     log_is_ours: AtomicBool,
+    /// Who only watches asks for it, and so shall not wait for the disk, as one does for the log: it is held to copy it.
+    base: Mutex<Base>,
     flush: FlushBarrier,
     syncing: Mutex<()>,
     pace: Pace,
@@ -152,12 +154,6 @@ pub struct Cache {
 }
 
 /// The state of `cache.meta` in this life of the server.
-#[derive(Debug)]
-struct Log {
-    base: Base,
-    file: LogFile,
-}
-
 #[derive(Debug)]
 enum LogFile {
     /// Sealed by a clean stop and not changed since; the next checkpoint starts at this number.
@@ -188,7 +184,7 @@ impl Cache {
     /// The published snapshot that the states are relative to.
     #[must_use]
     pub fn base(&self) -> Base {
-        self.log.lock().base
+        *self.base.lock()
     }
 
     /// A chunk's state now.
@@ -422,7 +418,10 @@ impl Cache {
 
     /// The mark, then the state: nobody sees what a crash would not find.
     fn transition(&self, chunk: ChunkIndex, from: ChunkState, to: Content) -> Result<(), CacheError> {
-        let marked = match &mut self.log.lock().file {
+        let log = &mut *self.log.lock();
+        // Under the lock: of a log that could not be replaced nobody knows which file a restart will find.
+        self.check_not_failed()?;
+        let marked = match log {
             LogFile::Open(_) if breaks(Rule::SkipMark) && to == Content::Dirty => Ok(()),
             LogFile::Open(log) => log.mark(&*self.disk, &self.dir, chunk, to),
             LogFile::Sealed { .. } => Err(io::Error::other("the log was not opened before a change")),

@@ -12,7 +12,7 @@ pub use super::log::META_FILE;
 use super::log::{self, FAILED_FILE, MetaLog, Roomy};
 use super::meta::{self, Header, MetaError, Record, Trust};
 use super::states::{ChunkState, ChunkStates, Content};
-use super::{Base, Cache, CacheError, Log, LogFile, RAW_FILE, STRIPES, disk_error};
+use super::{Base, Cache, CacheError, LogFile, RAW_FILE, STRIPES, disk_error};
 use crate::disk::{self, Disk, DiskFile};
 use crate::sabotage::{Rule, breaks};
 use crate::sync::{AtomicBool, AtomicU64, Mutex, OnceLock, Ordering, RwLock};
@@ -200,7 +200,8 @@ impl Opening {
             gate: RwLock::new(()),
             stripes: [const { Mutex::new(()) }; STRIPES],
             log_is_ours: AtomicBool::new(matches!(file, LogFile::Open(_))),
-            log: Mutex::new(Log { base: self.base, file }),
+            log: Mutex::new(file),
+            base: Mutex::new(self.base),
             flush: FlushBarrier::default(),
             syncing: Mutex::new(()),
             pace: Pace::default(),
@@ -263,14 +264,15 @@ impl Cache {
             return Ok(());
         }
         let mut log = self.log.lock();
-        let LogFile::Sealed { next_seq, file: old } = &log.file else { return Ok(()) };
+        let LogFile::Sealed { next_seq, file: old } = &*log else { return Ok(()) };
         let (next_seq, old) = (*next_seq, old.clone());
         // Nothing changes a state before this returns, for every change needs a mark in a log of ours.
-        let staged = log::stage(&*self.disk, &self.dir, &self.header(log.base, next_seq), &self.all_states(Vec::new()))
-            .map_err(|e| self.error("write", META_FILE, e))?;
+        let staged =
+            log::stage(&*self.disk, &self.dir, &self.header(self.base(), next_seq), &self.all_states(Vec::new()))
+                .map_err(|e| self.error("write", META_FILE, e))?;
         let ours =
             staged.install(&*self.disk, &self.dir, Some(old)).map_err(|e| self.latch("renewal of cache.meta", &e))?;
-        log.file = LogFile::Open(ours);
+        *log = LogFile::Open(ours);
         self.log_is_ours.store(true, Ordering::Release);
         Ok(())
     }
@@ -278,7 +280,7 @@ impl Cache {
     /// Folds the log if it has outgrown its checkpoint and nobody is at it yet. What it was called after is done and
     /// marked either way, so a failure is nobody's but the log's.
     pub(super) fn fold_log(&self) {
-        let outgrown = matches!(&self.log.lock().file, LogFile::Open(log) if log.wants_folding());
+        let outgrown = matches!(&*self.log.lock(), LogFile::Open(log) if log.wants_folding());
         if !outgrown || self.checkpointing.is_locked() {
             return;
         }
@@ -302,17 +304,15 @@ impl Cache {
         let room = super::touched_room(self.geometry.chunk_count().into(), ChunkState::new(Content::Dirty));
         let (header, states) = {
             let _alone = self.gate.write();
-            let log = &mut *self.log.lock();
-            change(&mut log.base);
-            let LogFile::Open(file) = &mut log.file else { return Ok(()) };
-            (self.header(log.base, file.begin_carry()), self.all_states(room))
+            let LogFile::Open(file) = &mut *self.log.lock() else { return Ok(()) };
+            change(&mut self.base.lock());
+            (self.header(self.base(), file.begin_carry()), self.all_states(room))
         };
         let synced = if breaks(Rule::SealBeforeData) { Ok(()) } else { self.sync_raw() };
         let staged = synced.and_then(|()| {
             log::stage(&*self.disk, &self.dir, &header, &states).map_err(|e| self.error("write", META_FILE, e))
         });
-        let log = &mut *self.log.lock();
-        let LogFile::Open(file) = &mut log.file else { return Ok(()) };
+        let LogFile::Open(file) = &mut *self.log.lock() else { return Ok(()) };
         let carried = staged.and_then(|staged| {
             file.carry_over(&staged).map_err(|e| self.error("write", META_FILE, e))?;
             Ok(staged)
@@ -343,14 +343,13 @@ impl Cache {
             let whole = ByteRange::new(0, self.geometry.image_size());
             whole.map_or(Ok(()), |whole| self.raw.punch(whole)).map_err(|e| self.error("punch", RAW_FILE, e))?;
         }
-        let log = &mut *self.log.lock();
-        let LogFile::Open(file) = &mut log.file else { return Ok(()) };
+        let LogFile::Open(file) = &mut *self.log.lock() else { return Ok(()) };
         let absent = vec![ChunkState::new(Content::Absent); self.geometry.chunk_count() as usize];
         let header = self.header(base, file.begin_carry());
         let staged = log::stage(&*self.disk, &self.dir, &header, &absent);
         let staged = staged.inspect_err(|_| file.end_carry()).map_err(|e| self.error("write", META_FILE, e))?;
         file.replace(staged, &*self.disk, &self.dir).map_err(|e| self.latch("renewal of cache.meta", &e))?;
-        log.base = base;
+        *self.base.lock() = base;
         swap();
         for (chunk, _) in self.states.iter() {
             self.states.set(chunk, ChunkState::new(Content::Absent));
@@ -367,17 +366,17 @@ impl Cache {
     /// # Errors
     /// [`CacheError`]; without the seal, the next start recovers instead.
     pub fn close(&self) -> Result<(), CacheError> {
-        if matches!(self.log.lock().file, LogFile::Sealed { .. }) {
+        if matches!(*self.log.lock(), LogFile::Sealed { .. }) {
             return Ok(());
         }
         self.checkpoint()?;
         let _alone = self.gate.write();
         let log = &mut *self.log.lock();
-        let LogFile::Open(file) = &mut log.file else { return Ok(()) };
+        let LogFile::Open(file) = log else { return Ok(()) };
         file.append(Record::CleanStop).map_err(|e| self.error("write", META_FILE, e))?;
         file.to_sync().0.sync().map_err(|e| self.fail("sync of cache.meta", &e))?;
         // Whatever comes after starts a file of its own.
-        log.file = LogFile::Sealed { next_seq: file.next_seq(), file: file.file() };
+        *log = LogFile::Sealed { next_seq: file.next_seq(), file: file.file() };
         self.log_is_ours.store(false, Ordering::Release);
         Ok(())
     }

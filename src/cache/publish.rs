@@ -136,14 +136,14 @@ impl Cache {
             for (chunk, state) in self.states.iter().filter(|(_, state)| state.in_cut() || state.awaited()) {
                 self.states.set(chunk, state.uncut());
             }
-            let open = matches!(self.log.lock().file, LogFile::Open(_));
+            let open = matches!(*self.log.lock(), LogFile::Open(_));
             if open { self.append(|log| log.append(Record::Uncut)) } else { Ok(()) }
         };
         appended.and(self.drop_aside())
     }
 
     fn append(&self, append: impl FnOnce(&mut MetaLog) -> io::Result<()>) -> Result<(), CacheError> {
-        let appended = match &mut self.log.lock().file {
+        let appended = match &mut *self.log.lock() {
             LogFile::Open(log) => append(log),
             LogFile::Sealed { .. } => Err(io::Error::other("the log was not opened before a change")),
         };
