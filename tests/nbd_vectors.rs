@@ -20,6 +20,7 @@ const SIMPLE: &[Mode] = &[Mode::Simple];
 const PERM: u32 = 1;
 const INVAL: u32 = 22;
 const NOSPC: u32 = 28;
+const SHUTDOWN: u32 = 108;
 const END: u64 = DISK_BYTES;
 /// A command nobody knows.
 const UNKNOWN: u16 = 77;
@@ -671,6 +672,24 @@ fn a_stop_answers_what_was_accepted_and_tells_those_in_the_handshake() {
     assert_eq!(busy.answer(0, 4096).data, [LAZY_BYTE; 4096]);
     assert!(busy.is_closed());
     served.wait();
+}
+
+#[test]
+fn an_unload_answers_what_was_accepted_and_ends_the_clients_of_the_export_alone() {
+    let served = Served::new();
+    let mut busy = Raw::attach(&served, "lazy", Mode::Simple);
+    let mut idle = Raw::attach(&served, "disk", Mode::Simple);
+    let mut other = Raw::attach(&served, "disk2", Mode::Simple);
+    let slow = busy.encode(0, cmd::READ, 1, LAZY_BYTES - CHUNK, 4096);
+    busy.send(&slow);
+    busy.read(0, 1);
+    // It does not wait for the store, which does not answer.
+    served.unload("lazy");
+    assert_eq!(busy.answer(0, 4096).errno, SHUTDOWN);
+    assert!(busy.is_closed());
+    served.unload("disk");
+    assert!(idle.is_closed());
+    assert_eq!(other.read(0, 4096), [0; 4096]);
 }
 
 #[test]

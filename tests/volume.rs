@@ -13,6 +13,7 @@ use std::time::Duration;
 
 use common::volumes::*;
 use common::watched::Fate;
+use futures_util::FutureExt;
 use nbd_server::disk::{Disk, DiskFile, RealDisk};
 use nbd_server::store::{Condition, Store};
 use nbd_server::units::SnapshotId;
@@ -662,6 +663,40 @@ async fn a_reset_drops_what_was_not_published_for_good() {
     let registry = site.start_on("origin", Arc::new(AfterBoot(7))).await;
     assert_eq!(image(&registry, "disk").await[0], 1);
     assert_eq!(status(&registry, "disk").await.dirty_chunks, 0);
+}
+
+#[tokio::test]
+async fn a_volume_is_closed_though_reads_and_a_prefetch_of_it_wait_for_a_store_that_does_not_answer() {
+    let mut site = Site::new();
+    publish_eight(&mut site).await;
+    let registry = site.elsewhere().await;
+    let volume = registry.volume(&id("disk")).await.unwrap();
+    site.store.judge(|op, _| if op == "get_range" { Fate::Stuck } else { Fate::Served });
+    let [reading, writing, fetching] = [0; 3].map(|_| Arc::clone(&volume));
+    let reading = tokio::spawn(async move { reading.read(range(0, 1)).await.map(drop) });
+    let writing = tokio::spawn(async move { writing.write(CHUNK, vec![1].into()).await });
+    let fetching = tokio::spawn(async move { fetching.prefetch(range(2 * CHUNK, CHUNK)).await });
+    while site.store.count("get_range") < 3 {
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    tokio::time::timeout(Duration::from_secs(10), registry.close()).await.expect("it waits for the store");
+    for ended in [reading, writing, fetching] {
+        assert!(matches!(ended.await.unwrap(), Err(VolumeError::Closed(_))));
+    }
+}
+
+#[tokio::test]
+async fn a_request_that_looks_at_millions_of_chunks_lets_others_have_the_thread() {
+    let mut site = Site::new();
+    let registry = site.start("a").await;
+    let volume = create(&registry, "vast", 1 << 20).await;
+    let whole = range(0, volume.geometry().image_size());
+    let mut looking = Box::pin(volume.extents(whole, 1));
+    assert!(looking.as_mut().now_or_never().is_none());
+    assert_eq!(looking.await.unwrap(), [Extent { len: whole.len(), residency: Residency::Zero { dirty: false } }]);
+    let mut fetching = Box::pin(volume.prefetch(whole));
+    assert!(fetching.as_mut().now_or_never().is_none());
+    fetching.await.unwrap();
 }
 
 #[tokio::test]

@@ -46,6 +46,8 @@ enum End {
     Disconnected,
     #[error("the server stops")]
     Stopping,
+    #[error("the export is unloaded")]
+    Unloaded,
     #[error("the client hung up while its next requests waited for their turn: they are left")]
     HungUp,
     #[error(transparent)]
@@ -69,6 +71,7 @@ pub(super) async fn run<S>(
     S: AsyncRead + AsyncWrite,
 {
     let limits = shared.limits;
+    let unloading = Arc::clone(&volume);
     let (reader, mut writer) = tokio::io::split(stream);
     let outbox = Outbox::new(limits, Arc::clone(&shared.bytes), socket, Arc::clone(&shared.pool));
     let mut connection = Connection {
@@ -84,6 +87,7 @@ pub(super) async fn run<S>(
         let end = {
             let mut taking = pin!(connection.take_requests());
             let mut stopped = pin!(super::stopped(&mut stop));
+            let mut unloaded = pin!(unloading.closing());
             // Reader and writer are two halves of one task: what is answered while the reader works is sent when it next
             // waits, in one write and without waking another thread.
             poll_fn(|context| {
@@ -93,6 +97,9 @@ pub(super) async fn run<S>(
                     }
                     if stopped.as_mut().poll(context).is_ready() {
                         return Poll::Ready(Ok(End::Stopping));
+                    }
+                    if unloaded.as_mut().poll(context).is_ready() {
+                        return Poll::Ready(Ok(End::Unloaded));
                     }
                     if let Poll::Ready(sent) = sending.as_mut().poll(context) {
                         return Poll::Ready(Err(sent));

@@ -85,7 +85,8 @@ impl Volume {
         ready: impl Fn(&Stage) -> Option<Result<T, VolumeError>>,
     ) -> Result<T, VolumeError> {
         let _waits = self.services.fill_budget.client_waits();
-        until(self.shared_fill(chunk, || self.services.fill_budget.stream()).await?, ready).await
+        let shared = self.shared_fill(chunk, || self.services.fill_budget.stream()).await?;
+        self.unless_closing(until(shared, ready)).await
     }
 
     /// Makes a chunk resident that nobody waits for, when its turn comes; nothing to do if it is by then.

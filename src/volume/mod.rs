@@ -27,10 +27,12 @@ mod recover;
 pub mod registry;
 pub mod snapshots;
 
+use std::pin::pin;
 use std::sync::Arc;
 
 use bytes::Bytes;
-use futures_util::stream::{self, StreamExt, TryStreamExt};
+use futures_util::FutureExt;
+use futures_util::stream::{self, Stream, StreamExt, TryStreamExt};
 use parking_lot::{Mutex, RwLock};
 
 use crate::background::Background;
@@ -55,6 +57,8 @@ use registry::Operation;
 
 /// How many missing chunks one request fetches at a time.
 const FETCHES_PER_REQUEST: usize = 16;
+/// After so many chunks that a request only looks at, others have the thread: a fraction of a millisecond.
+const CHUNKS_AT_A_TIME: usize = 4096;
 
 /// Why a volume did not do what was asked, by what the caller tells its client.
 #[derive(Debug, Clone, thiserror::Error)]
@@ -169,8 +173,8 @@ pub struct Volume {
     meter: Meter,
     /// Held by every request and every fill; `false` once closed. Taken exclusively to close.
     open: tokio::sync::RwLock<bool>,
-    /// Set once the server stops: a publish gives up.
-    stopping: tokio::sync::watch::Sender<bool>,
+    /// Set before it is closed: who waits for the store gives up.
+    closing: tokio::sync::watch::Sender<bool>,
     /// The publish under way: how far it is, and whether somebody wants it to end.
     publishing: progress::Current,
     /// What is going on. Anything but `Idle` keeps other operations out.
@@ -300,15 +304,14 @@ impl Volume {
     /// [`VolumeError::OutOfRange`], [`VolumeError::Closed`].
     pub async fn prefetch(self: &Arc<Self>, range: ByteRange) -> Result<(), VolumeError> {
         let _open = self.enter(range).await?;
-        let missing = self.geometry.split(range).map(|(chunk, _)| chunk).filter(|chunk| self.must_fetch(*chunk));
-        stream::iter(missing)
-            .for_each_concurrent(FETCHES_PER_REQUEST, |chunk| async move {
-                if let Err(e) = self.fill_ahead(chunk).await {
-                    tracing::debug!(export = %self.export_id, %chunk, "prefetch: {e}");
-                }
-            })
-            .await;
-        Ok(())
+        let fetched = self.chunks(range).for_each_concurrent(FETCHES_PER_REQUEST, |(chunk, _)| async move {
+            if self.must_fetch(chunk)
+                && let Err(e) = self.fill_ahead(chunk).await
+            {
+                tracing::debug!(export = %self.export_id, %chunk, "prefetch: {e}");
+            }
+        });
+        self.unless_closing(fetched.map(Ok)).await
     }
 
     /// The range's extents in order, neighbours of one residency merged, at most `max` of them; they cover the range
@@ -319,7 +322,8 @@ impl Volume {
     pub async fn extents(self: &Arc<Self>, range: ByteRange, max: usize) -> Result<Vec<Extent>, VolumeError> {
         let _open = self.enter(range).await?;
         let mut extents: Vec<Extent> = Vec::new();
-        for (chunk, piece) in self.geometry.split(range) {
+        let mut chunks = pin!(self.chunks(range));
+        while let Some((chunk, piece)) = chunks.next().await {
             let residency = self.residency(chunk);
             let full = extents.len() >= max.max(1);
             match extents.last_mut() {
@@ -329,6 +333,16 @@ impl Volume {
             }
         }
         Ok(extents)
+    }
+
+    /// The chunks of a range with its pieces of them. There may be millions, so now and then others have the thread.
+    fn chunks(&self, range: ByteRange) -> impl Stream<Item = (ChunkIndex, ByteRange)> {
+        stream::iter(self.geometry.split(range).enumerate()).then(|(i, piece)| async move {
+            if i % CHUNKS_AT_A_TIME == CHUNKS_AT_A_TIME - 1 {
+                tokio::task::yield_now().await;
+            }
+            piece
+        })
     }
 
     fn residency(&self, chunk: ChunkIndex) -> Residency {
@@ -441,8 +455,25 @@ impl Volume {
         }
     }
 
-    /// Ends all requests and seals the cache. The remote data stays, and so does the cache.
+    /// Returns once the volume is being closed.
+    pub async fn closing(&self) {
+        // Never an error: the sender is our own.
+        let _ = self.closing.subscribe().wait_for(|closing| *closing).await;
+    }
+
+    /// What `work` comes to; but it is given up once the volume is being closed, which waits for who is inside: a store may not
+    /// answer for long.
+    async fn unless_closing<T>(&self, work: impl Future<Output = Result<T, VolumeError>>) -> Result<T, VolumeError> {
+        tokio::select! {
+            biased;
+            done = work => done,
+            () = self.closing() => Err(VolumeError::Closed(self.export_id.clone())),
+        }
+    }
+
+    /// Ends all requests and a publish that is uploading, and seals the cache. The remote data stays, and so does the cache.
     async fn close(&self) -> Result<(), CacheError> {
+        self.closing.send_replace(true);
         let mut open = self.open.write().await;
         if !std::mem::replace(&mut *open, false) {
             return Ok(());

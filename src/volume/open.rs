@@ -95,7 +95,7 @@ impl Volume {
             order: Order::default(),
             meter: Meter::default(),
             open: tokio::sync::RwLock::new(true),
-            stopping: tokio::sync::watch::Sender::new(false),
+            closing: tokio::sync::watch::Sender::new(false),
             publishing: Mutex::default(),
             operation: Mutex::new(Operation::Idle),
         });
@@ -152,11 +152,6 @@ impl Volume {
             store_outage: self.services.store.outage(),
             failed: self.cache.failure().map(|why| why.to_string()),
         }
-    }
-
-    /// Ends a publish that is uploading; it is rolled back.
-    pub(super) fn stop_publishing(&self) {
-        self.stopping.send_replace(true);
     }
 }
 

@@ -190,11 +190,10 @@ impl Volume {
         let ahead =
             async { cache::blocking(&self.cache, Cache::sync_raw).await.map_err(|e| self.cache_error(e).into()) };
         let upload = future::try_join(upload, ahead);
-        let mut stopping = self.stopping.subscribe();
         // Only the upload can be given up in the middle; from PREPARED on every step is taken to its end.
         let manifest = tokio::select! {
             uploaded = upload => uploaded?.0,
-            _ = stopping.wait_for(|stop| *stop) => return Err(VolumeError::Closed(self.export_id.clone()).into()),
+            () = self.closing() => return Err(VolumeError::Closed(self.export_id.clone()).into()),
             () = publishing.cancelled() => return Err(ExportError::Cancelled(self.export_id.clone())),
         };
         cache::blocking(&self.cache, Cache::sync_cut).await.map_err(|e| self.cache_error(e))?;

@@ -516,7 +516,6 @@ impl Registry {
     pub async fn close(&self) {
         stream::iter(self.open_volumes())
             .for_each_concurrent(EXPORTS_AT_A_TIME, |volume| async move {
-                volume.stop_publishing();
                 if let Err(e) = volume.close().await {
                     tracing::error!(export = %volume.export_id(), "stopped without the clean-stop seal: {e}");
                 }

@@ -70,6 +70,7 @@ pub struct Served {
     task: Option<tokio::task::JoinHandle<()>>,
     stop: watch::Sender<bool>,
     pub gate: watch::Sender<bool>,
+    registry: Arc<Registry>,
     pub addr: ListenAddr,
     pub site: Site,
 }
@@ -111,11 +112,11 @@ impl Served {
         let (stop, stopping) = watch::channel(false);
         let (registry, site) = runtime.block_on(registry(closed));
         let tls = tls.map(|files| Arc::new(runtime.block_on(Tls::load(files)).unwrap()));
-        let server = Server::with_tls(registry, limits, tls);
+        let server = Server::with_tls(Arc::clone(&registry), limits, tls);
         let listener = runtime.block_on(Listener::bind(addr)).unwrap();
         let addr = listener.local_addr().clone();
         let task = runtime.spawn(async move { server.serve(listener, stopping).await });
-        Self { runtime: Some(runtime), task: Some(task), stop, gate, addr, site }
+        Self { runtime: Some(runtime), task: Some(task), stop, gate, registry, addr, site }
     }
 
     pub fn host_port(&self) -> String {
@@ -132,6 +133,11 @@ impl Served {
     /// Tells it to stop, without waiting.
     pub fn tell_to_stop(&self) {
         self.stop.send(true).unwrap();
+    }
+
+    /// Unloads an export.
+    pub fn unload(&self, name: &str) {
+        self.runtime.as_ref().unwrap().block_on(self.registry.unload(&id(name))).unwrap();
     }
 
     /// Waits until it has stopped.
