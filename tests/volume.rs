@@ -700,6 +700,43 @@ async fn a_request_that_looks_at_millions_of_chunks_lets_others_have_the_thread(
 }
 
 #[tokio::test]
+async fn all_who_ask_for_an_export_while_it_is_being_opened_hear_of_one_attempt() {
+    let mut site = Site::new();
+    publish_eight(&mut site).await;
+    let registry = site.elsewhere().await;
+    site.store.forget_counts();
+    *site.store.delay.lock().unwrap() = Duration::from_millis(50);
+    site.store.outage();
+    let disk = id("disk");
+    for asked in futures_util::future::join_all([0; 5].map(|_| registry.volume(&disk))).await {
+        assert!(matches!(asked, Err(ExportError::StoreUnavailable(_))));
+    }
+    assert_eq!(site.store.count("get"), 1);
+    site.store.serve_all();
+    assert_eq!(image(&registry, "disk").await[CHUNK as usize], 2, "the next one is an attempt of its own");
+}
+
+#[tokio::test]
+async fn an_opening_that_hangs_holds_up_the_unload_of_its_export_and_nothing_else() {
+    let mut site = Site::new();
+    publish_eight(&mut site).await;
+    create(&site.start("origin").await, "other", 8).await;
+    let registry = site.elsewhere().await;
+    site.store.judge(|op, key| if op == "get" && key.as_str().contains("/disk/") { Fate::Stuck } else { Fate::Served });
+    let [opening, unloading] = [0; 2].map(|_| Arc::clone(&registry));
+    let opening = tokio::spawn(async move { opening.volume(&id("disk")).await.map(drop) });
+    site.store.until_stuck(std::future::pending::<()>()).await;
+    let unloading = tokio::spawn(async move { unloading.unload(&id("disk")).await });
+    let others = async {
+        registry.unload(&id("other")).await.unwrap();
+        registry.open(id("other"), false).await.unwrap();
+        create(&registry, "new", 8).await;
+    };
+    tokio::time::timeout(Duration::from_secs(10), others).await.expect("they wait for the opening");
+    assert!(!opening.is_finished() && !unloading.is_finished());
+}
+
+#[tokio::test]
 async fn creating_opening_and_unloading_refuse_what_does_not_fit() {
     let mut site = Site::new();
     let registry = site.start("a").await;

@@ -15,6 +15,7 @@ mod ancestry;
 mod at_once;
 mod budget;
 mod change;
+mod export;
 mod fill;
 pub mod image;
 mod meter;

@@ -7,12 +7,11 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use futures_util::stream::{self, StreamExt};
-use parking_lot::{Mutex, RwLock};
-use tokio::sync::OnceCell;
+use parking_lot::RwLock;
 
+use super::export::Export;
 use super::open::local_error;
 use super::snapshots::Line;
 use super::{Outage, PublishProgress, Services, Volume, VolumeError};
@@ -166,58 +165,9 @@ impl ExportError {
     }
 }
 
-/// An export that is known here.
-#[derive(Debug)]
-struct Export {
-    read_only: bool,
-    /// The head as last read, or why it could not be.
-    head: Mutex<Result<Head, String>>,
-    volume: OnceCell<Arc<Volume>>,
-    /// Set once it was unloaded unopened: whoever still knows it must not open it any more.
-    unloaded: AtomicBool,
-}
-
 /// Runs work to its end even if the caller goes away.
 async fn in_full<T: Send + 'static>(work: impl Future<Output = T> + Send + 'static) -> T {
     background::outcome(tokio::spawn(work).await).await
-}
-
-impl Export {
-    fn new(head: Result<Head, String>, read_only: bool) -> Arc<Self> {
-        Arc::new(Self { read_only, head: Mutex::new(head), volume: OnceCell::new(), unloaded: AtomicBool::new(false) })
-    }
-
-    async fn open(
-        self: Arc<Self>,
-        services: Arc<Services>,
-        dir: PathBuf,
-        id: ExportId,
-    ) -> Result<Arc<Volume>, ExportError> {
-        let opened = self.volume.get_or_try_init(|| async {
-            if self.unloaded.load(Ordering::SeqCst) {
-                return Err(ExportError::NotFound(id.clone(), "loaded here any more"));
-            }
-            let not_found = || ExportError::NotFound(id.clone(), "in the store any more");
-            let head = services.read_head(&id).await?.ok_or_else(not_found)?.head;
-            let volume = Volume::open(services, dir, &head, self.read_only).await?;
-            *self.head.lock() = Ok(head);
-            Ok(volume)
-        });
-        match opened.await {
-            Ok(volume) => Ok(Arc::clone(volume)),
-            Err(e) => {
-                if !matches!(e, ExportError::StoreUnavailable(_)) {
-                    let reason = Err(e.to_string());
-                    let before = std::mem::replace(&mut *self.head.lock(), reason.clone());
-                    // Once, however often it is tried.
-                    if before != reason {
-                        tracing::error!(export = %id, "cannot be served: {e}");
-                    }
-                }
-                Err(e)
-            }
-        }
-    }
 }
 
 /// All exports of a server.
@@ -297,14 +247,13 @@ impl Registry {
     #[must_use]
     pub fn list(&self) -> Vec<ExportSummary> {
         let summary = |(id, export): (&ExportId, &Arc<Export>)| {
-            let head = export.head.lock().clone();
-            let volume = export.volume.get();
+            let (head, volume) = (export.head(), export.volume());
             let geometry = head.as_ref().ok().map(|head| head.geometry);
             let current = head.as_ref().ok().and_then(|head| head.current);
             ExportSummary {
                 export_id: id.clone(),
-                geometry: volume.map_or(geometry, |v| Some(v.geometry())),
-                current_snapshot_id: volume.map_or(current, |v| v.expected_head()),
+                geometry: volume.as_ref().map_or(geometry, |v| Some(v.geometry())),
+                current_snapshot_id: volume.as_ref().map_or(current, |v| v.expected_head()),
                 failed: match volume {
                     Some(volume) => volume.cache.failure().map(|why| why.to_string()),
                     None => head.err(),
@@ -331,13 +280,7 @@ impl Registry {
     }
 
     async fn open_export(&self, id: &ExportId, export: &Arc<Export>) -> Result<Arc<Volume>, ExportError> {
-        if let Some(volume) = export.volume.get() {
-            return Ok(Arc::clone(volume));
-        }
-        // Disk work goes on when its caller goes away, and a second opening must never run beside it: the two would
-        // write the same files.
-        let (services, dir) = (Arc::clone(&self.services), self.cache_root.join(id.as_str()));
-        in_full(Arc::clone(export).open(services, dir, id.clone())).await
+        export.open(&self.services, self.cache_root.join(id.as_str()), id).await
     }
 
     /// A new export of zeros.
@@ -488,14 +431,8 @@ impl Registry {
     /// # Errors
     /// [`ExportError::NotFound`], [`ExportError::Busy`].
     pub async fn unload(&self, id: &ExportId) -> Result<(), ExportError> {
-        let _changing = self.changing.lock().await;
         let export = self.export(id)?;
-        // Waits for an opening that is under way; after this no other begins.
-        let unopened = export.volume.get_or_try_init(|| async {
-            export.unloaded.store(true, Ordering::SeqCst);
-            Err::<Arc<Volume>, ()>(())
-        });
-        if let Ok(volume) = unopened.await {
+        if let Some(volume) = export.end_openings().await {
             // Never ended: a closed volume takes no other operation.
             let operation = volume.begin(Operation::Closing)?;
             if let Err(e) = volume.close().await {
@@ -503,13 +440,18 @@ impl Registry {
                 tracing::warn!(export = %id, "unloaded without a clean stop; the next open recovers it: {e}");
             }
         }
-        self.exports.write().remove(id);
+        // Of two calls one may have gone on to load it anew.
+        let mut exports = self.exports.write();
+        if exports.get(id).is_some_and(|known| Arc::ptr_eq(known, &export)) {
+            exports.remove(id);
+        }
+        drop(exports);
         tracing::info!(export = %id, "unloaded");
         Ok(())
     }
 
     pub(super) fn open_volumes(&self) -> Vec<Arc<Volume>> {
-        self.exports.read().values().filter_map(|e| e.volume.get().cloned()).collect()
+        self.exports.read().values().filter_map(|export| export.volume()).collect()
     }
 
     /// Ends publishes, flushes and seals every volume; the server stops afterwards.
