@@ -32,12 +32,10 @@ use crate::admin::{self, Api, BindError, ScrapeError, Scrapes, Watch};
 use crate::background::Background;
 use crate::clock::{Clock, SystemClock};
 use crate::config::Config;
-use crate::disk::RealDisk;
 use crate::nbd::tls::{Tls, TlsError};
 use crate::nbd::{self, ListenError, PassedSocket};
 use crate::store::probe::ProbeError;
 use crate::store::remote::RemoteConfigError;
-use crate::volume::Services;
 use crate::volume::registry::{ExportError, Registry};
 pub use logging::{Logging, show_warnings};
 pub use passed::{PassedError, sockets as passed_sockets};
@@ -192,8 +190,7 @@ impl Server {
         let access = config.access();
         let store = WatchedStore::connect(&access, &clock, background.clone())?;
         store.probe(&access).await?;
-        let services =
-            Services::new(store.shared(), config.export_root.clone(), Arc::new(RealDisk), Arc::clone(&clock));
+        let services = store.services(&access, Arc::clone(&clock));
         let services = services.with_publish_bytes(config.publish_bytes).with_background(background);
         let registry = Registry::discover(Arc::new(services), config.cache_root.clone()).await?;
 

@@ -7,6 +7,7 @@ use std::fs::{self, File};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::process::Stdio;
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
 use common::images::{MIB, SIZE, done, image, left_over, offline, on_s3, refused, same, text};
@@ -16,11 +17,10 @@ use common::volumes::{self, Site};
 use common::watched::Fate;
 use futures_util::FutureExt;
 use futures_util::stream::{self, StreamExt};
-use nbd_server::clock::SystemClock;
 use nbd_server::disk::RealDisk;
+use nbd_server::store::retry::DEFAULT_LIMIT;
 use nbd_server::store::{Condition, Key};
 use nbd_server::units::ChunkIndex;
-use nbd_server::volume::Services;
 use nbd_server::volume::registry::{ExportError, Published};
 use serde_json::{Value, json};
 
@@ -240,7 +240,7 @@ fn chunks() -> Vec<(ChunkIndex, Bytes)> {
 }
 
 async fn import(site: &Site, name: &str) -> Result<Published, ExportError> {
-    let services = Services::new(site.store.clone(), volumes::root(), Arc::new(RealDisk), Arc::new(SystemClock));
+    let services = site.services(Arc::new(RealDisk));
     let body = stream::iter(chunks().into_iter().map(Ok)).boxed();
     services.import(&volumes::id(name), volumes::geometry(8), body, std::future::pending()).await
 }
@@ -260,6 +260,20 @@ async fn an_import_whose_last_step_is_unclear_is_settled_by_reading_the_head() {
     });
     assert!(import(&site, "vm").await.unwrap().created);
     is_whole(&mut site, "vm").await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_import_outlasts_a_store_that_throttles_its_last_step_for_a_while() {
+    let mut site = Site::simulated();
+    site.store.throttle_heads(Duration::from_secs(2));
+    assert!(import(&site, "vm").await.unwrap().created);
+    is_whole(&mut site, "vm").await;
+
+    site.store.throttle_heads(DEFAULT_LIMIT * 10);
+    let begun = tokio::time::Instant::now();
+    let refused = import(&site, "other").await.unwrap_err().to_string();
+    assert!(begun.elapsed() <= DEFAULT_LIMIT, "{:?}", begun.elapsed());
+    assert!(refused.contains("gave up after") && refused.ends_with("as the test wishes"), "{refused}");
 }
 
 #[tokio::test]
@@ -322,7 +336,7 @@ async fn an_import_that_the_store_fails_at_any_call_is_whole_or_not_there() {
 #[tokio::test]
 async fn of_two_imports_under_one_name_exactly_one_takes_place() {
     let mut site = Site::new();
-    *site.store.delay.lock().unwrap() = std::time::Duration::from_millis(2);
+    *site.store.delay.lock().unwrap() = Duration::from_millis(2);
     let (one, other) = tokio::join!(import(&site, "vm"), import(&site, "vm"));
     let refused = if one.is_ok() { other } else { one };
     assert!(matches!(refused, Err(ExportError::Exists(_))), "{refused:?}");

@@ -19,6 +19,7 @@ use futures_util::FutureExt;
 use nbd_server::cache::Edges;
 use nbd_server::clock::SystemClock;
 use nbd_server::disk::{Disk, RealDisk};
+use nbd_server::store::retry::DEFAULT_LIMIT;
 use nbd_server::store::{Condition, Key};
 use nbd_server::units::SnapshotId;
 use nbd_server::volume::registry::{ExportError, Operation, Registry};
@@ -300,22 +301,58 @@ fn the_log_stays_small_without_any_flush() {
     assert!(len < 5 << 19, "{len}");
 }
 
+#[tokio::test(start_paused = true)]
+async fn a_store_that_throttles_the_last_step_of_a_publish_for_a_while_costs_no_upload() {
+    let mut site = Site::simulated();
+    publish_eight(&mut site).await;
+    let registry = site.start("a").await;
+    write(&registry.volume(&id("disk")).await.unwrap(), 0, 0xaa, CHUNK).await;
+    site.store.forget_counts();
+    site.store.throttle_heads(Duration::from_secs(2));
+    assert!(registry.snapshot(&id("disk")).await.unwrap().created);
+    assert_eq!(site.store.count("upload"), 2, "the blob and the manifest, once");
+    assert_eq!(image(&site.elsewhere().await, "disk").await[0], 0xaa);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_publish_whose_last_step_is_never_served_ends_in_time_with_the_stores_own_words() {
+    let mut site = Site::simulated();
+    publish_eight(&mut site).await;
+    let registry = site.start("a").await;
+    write(&registry.volume(&id("disk")).await.unwrap(), 0, 0xaa, CHUNK).await;
+    site.store.throttle_heads(DEFAULT_LIMIT * 10);
+    let begun = tokio::time::Instant::now();
+    let error = registry.snapshot(&id("disk")).await.unwrap_err().to_string();
+    // As long again it is tried to make sure that no swap lands any more.
+    assert!(begun.elapsed() <= DEFAULT_LIMIT * 2, "{:?}", begun.elapsed());
+    assert!(error.contains("gave up after") && error.ends_with("as the test wishes"), "{error}");
+
+    // What it left is settled by the next one, and that needs a moment as well.
+    let error = registry.snapshot(&id("disk")).await.unwrap_err().to_string();
+    assert!(error.contains("gave up after") && error.ends_with("as the test wishes"), "{error}");
+    site.store.throttle_heads(Duration::from_secs(2));
+    assert!(registry.snapshot(&id("disk")).await.unwrap().created);
+    assert_eq!(image(&site.elsewhere().await, "disk").await[0], 0xaa);
+}
+
 #[tokio::test]
 async fn objects_that_older_tools_built_on_are_never_removed() {
     let mut site = Site::new();
+    // A swap is tried once.
+    site.patience.limit = Duration::ZERO;
     publish_eight(&mut site).await;
     let registry = site.start("origin").await;
     let volume = registry.volume(&id("disk")).await.unwrap();
     write(&volume, 0, 0xaa, CHUNK).await;
-    // No swap gets through until the publish is given up; then a late one lands, and an older tool, which does not
+    // The swap does not get through, and the publish is given up; then a late one lands, and an older tool, which does not
     // name parents, publishes on top of it, just before the head's version is moved.
     let (inner, swaps) = (Arc::clone(&site.store.inner), AtomicUsize::new(0));
     let first = registry.list()[0].current_snapshot_id.unwrap();
     site.store.judge(move |op, key| {
         let swap = op == "put" && key.as_str().ends_with("volume.json");
         match swap.then(|| swaps.fetch_add(1, Ordering::SeqCst)) {
-            Some(0..5) => return Fate::Failed,
-            Some(5) => {}
+            Some(0) => return Fate::Failed,
+            Some(1) => {}
             _ => return Fate::Served,
         }
         let keys = root().export(&id("disk"));

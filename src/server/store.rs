@@ -22,6 +22,7 @@ pub(super) struct WatchedStore {
     pub(super) health: Arc<Health>,
     pub(super) observed: Arc<Observed>,
     pub(super) retrying: Arc<Retrying>,
+    policy: RetryPolicy,
 }
 
 impl WatchedStore {
@@ -49,7 +50,7 @@ impl WatchedStore {
         let observed = Arc::new(Observed::new(store));
         let retrying = Retrying::new(Arc::clone(&observed) as SharedStore, policy, Arc::clone(clock))
             .reporting_to(Arc::clone(&health));
-        Ok(Self { backend: access.store.backend(), health, observed, retrying: Arc::new(retrying) })
+        Ok(Self { backend: access.store.backend(), health, observed, retrying: Arc::new(retrying), policy })
     }
 
     /// Finds out whether the store is fit for writing.
@@ -64,9 +65,10 @@ impl WatchedStore {
         Ok(())
     }
 
-    /// As the volumes use it.
-    pub(super) fn shared(&self) -> SharedStore {
-        Arc::clone(&self.retrying) as SharedStore
+    /// What volumes on it are made of.
+    pub(super) fn services(&self, access: &StoreAccess, clock: Arc<dyn Clock>) -> Services {
+        let store = Arc::clone(&self.retrying) as SharedStore;
+        Services::new(store, access.export_root.clone(), Arc::new(RealDisk), clock).with_patience(self.policy)
     }
 }
 
@@ -88,8 +90,8 @@ impl Offline {
         }
         let clock: Arc<dyn Clock> = Arc::new(SystemClock);
         let store = WatchedStore::connect(access, &clock, Background::default())?;
-        let services = Services::new(store.shared(), access.export_root.clone(), Arc::new(RealDisk), clock);
-        Ok(Self { store, access: access.clone(), services: Arc::new(services) })
+        let services = Arc::new(store.services(access, clock));
+        Ok(Self { store, access: access.clone(), services })
     }
 
     /// Finds out whether the store is fit for writing.

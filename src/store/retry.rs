@@ -2,14 +2,14 @@
 //!
 //! Repeated is only what may be repeated without anybody noticing: reads, listings, deletes, and puts that overwrite
 //! whatever is there. A conditional put is passed on **once**, always: after an unclear answer the object may be one's
-//! own, and only the caller can tell. An upload is passed on once too, since its stream cannot be read again; the
+//! own, and only the caller can tell, who then waits by the same [`RetryPolicy`]. An upload is passed on once too, since its stream cannot be read again; the
 //! backend repeats its parts with the same [`RetryPolicy`].
 
 use std::fmt::Debug;
 use std::future::Future;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
 
@@ -96,6 +96,11 @@ impl RetryPolicy {
         self.first_delay.saturating_mul(1 << failures.saturating_sub(1).min(30)).min(self.max_delay)
     }
 
+    /// The patience of one request, which begins now.
+    pub(crate) fn patience(self, clock: &dyn Clock) -> Patience<'_> {
+        Patience { policy: self, clock, begun: clock.now(), failures: 0 }
+    }
+
     /// Repeats `attempt` while it ends as [`StoreError::Unavailable`] and there is time for another one; what each
     /// came to is noted in `health`.
     pub(crate) async fn run<T, F>(
@@ -109,36 +114,66 @@ impl RetryPolicy {
     where
         F: Future<Output = Result<T, StoreError>>,
     {
-        let start = clock.now();
-        let elapsed = || clock.now().duration_since(start).unwrap_or_default();
-        let mut attempts = 0;
+        let mut patience = self.patience(clock);
         loop {
-            attempts += 1;
-            if attempts > 1 {
-                health.note_retry();
-            }
-            let left = self.limit.saturating_sub(elapsed());
             let outcome = match overtime {
                 Overtime::Finish => attempt().await,
                 Overtime::Cut => tokio::select! {
                     biased;
                     outcome = attempt() => outcome,
-                    () = clock.sleep(left) => Err(request.unavailable("no answer before the time was up")),
+                    () = clock.sleep(patience.left()) => Err(request.unavailable("no answer before the time was up")),
                 },
             };
             health.note(clock.now(), &outcome);
-            let Err(StoreError::Unavailable { operation, key, source }) = outcome else {
-                return outcome;
-            };
-            let elapsed = elapsed();
-            // Full jitter: servers that lost the same store must not come back in step.
-            let delay = rand::random_range(Duration::ZERO..=self.ceiling(attempts));
-            if elapsed.saturating_add(delay) >= self.limit || attempts >= MAX_ATTEMPTS {
-                let source = if attempts == 1 { source } else { Box::new(GaveUp { attempts, elapsed, source }) };
-                return Err(StoreError::Unavailable { operation, key, source });
+            match outcome {
+                Err(failure @ StoreError::Unavailable { .. }) => patience.pause_after(failure).await?,
+                outcome => return outcome,
             }
-            tracing::debug!(operation, %key, attempts, ?delay, error = %source, "the store did not answer; trying again");
-            clock.sleep(delay).await;
+            health.note_retry();
+        }
+    }
+}
+
+/// What is left of the patience with one request: the only way to wait between two attempts.
+///
+/// Who sends a conditional put again, having read what stands there, waits by it too.
+#[derive(Debug)]
+pub(crate) struct Patience<'a> {
+    policy: RetryPolicy,
+    clock: &'a dyn Clock,
+    begun: SystemTime,
+    failures: u32,
+}
+
+impl Patience<'_> {
+    fn elapsed(&self) -> Duration {
+        self.clock.now().duration_since(self.begun).unwrap_or_default()
+    }
+
+    fn left(&self) -> Duration {
+        self.policy.limit.saturating_sub(self.elapsed())
+    }
+
+    /// Waits before the next attempt; the failure comes back, with how long it was tried, if there is no time for another.
+    pub(crate) async fn pause_after(&mut self, failure: StoreError) -> Result<(), StoreError> {
+        self.failures += 1;
+        // Full jitter: servers that lost the same store must not come back in step.
+        let delay = rand::random_range(Duration::ZERO..=self.policy.ceiling(self.failures));
+        if delay >= self.left() || self.failures >= MAX_ATTEMPTS {
+            return Err(self.gave_up(failure));
+        }
+        tracing::debug!(failures = self.failures, ?delay, error = %failure, "the store did not answer; trying again");
+        self.clock.sleep(delay).await;
+        Ok(())
+    }
+
+    fn gave_up(&self, failure: StoreError) -> StoreError {
+        match failure {
+            StoreError::Unavailable { operation, key, source } if self.failures > 1 => {
+                let source = Box::new(GaveUp { attempts: self.failures, elapsed: self.elapsed(), source });
+                StoreError::Unavailable { operation, key, source }
+            }
+            failure => failure,
         }
     }
 }

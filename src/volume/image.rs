@@ -28,9 +28,6 @@ use crate::store::parts::upload_floor;
 use crate::store::{BoxError, Condition, Key, StoreError};
 use crate::units::{ChunkIndex, ExportId, Geometry, SnapshotId};
 
-/// How often the creation of a head is tried while there is none.
-const HEAD_ATTEMPTS: usize = 5;
-
 /// The chunks of an image in ascending order; those left out are zeros.
 pub type Chunks<'a> = BoxStream<'a, std::io::Result<(ChunkIndex, Bytes)>>;
 
@@ -154,13 +151,13 @@ impl Services {
     /// Creates the head. An unclear answer is settled by reading it; while it may still land, its objects stay.
     async fn create_head(&self, head: &Head, snapshot: SnapshotId, objects: &[Key; 2]) -> Result<(), ExportError> {
         let id = &head.export_id;
-        let (mut last, mut unclear) = (None, false);
-        for _ in 0..HEAD_ATTEMPTS {
-            match self.write_head(head, Condition::IfAbsent).await {
+        let (mut patience, mut unclear) = (self.patience(), false);
+        loop {
+            let given_up = match self.write_head(head, Condition::IfAbsent).await {
                 Ok(()) => return Ok(()),
                 Err(e @ (StoreError::Conflict { .. } | StoreError::Unavailable { .. })) => {
                     unclear |= matches!(e, StoreError::Unavailable { .. });
-                    last = Some(e);
+                    patience.pause_after(e).await.err()
                 }
                 Err(e) => {
                     if !unclear {
@@ -168,19 +165,19 @@ impl Services {
                     }
                     return Err(e.into());
                 }
-            }
-            match self.read_head(id).await? {
-                Some(stored) if stored.head.current == Some(snapshot) => return Ok(()),
-                Some(_) => {
+            };
+            match (self.read_head(id).await?, given_up) {
+                (Some(stored), _) if stored.head.current == Some(snapshot) => return Ok(()),
+                (Some(_), _) => {
                     if !unclear {
                         self.discard(objects).await;
                     }
                     return Err(ExportError::Exists(id.clone()));
                 }
-                None => {}
+                (None, Some(failure)) => return Err(failure.into()),
+                (None, None) => {}
             }
         }
-        Err(last.map_or_else(|| ExportError::Exists(id.clone()), ExportError::from))
     }
 
     async fn discard(&self, objects: &[Key]) {

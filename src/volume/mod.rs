@@ -44,6 +44,7 @@ use crate::manifest::Manifest;
 use crate::store::SharedStore;
 pub use crate::store::health::Outage;
 use crate::store::keys::{ExportKeys, ExportRoot};
+use crate::store::retry::{Patience, RetryPolicy};
 use crate::units::{ByteRange, ChunkIndex, ExportId, Generation, Geometry};
 use ahead::ReadAhead;
 pub use budget::DEFAULT_PUBLISH_BYTES;
@@ -125,6 +126,8 @@ pub struct Services {
     pub disk: Arc<dyn Disk>,
     /// The time.
     pub clock: Arc<dyn Clock>,
+    /// For how long, and at which pace, a head is written again that the store did not take.
+    patience: RetryPolicy,
     /// Where publishes work.
     pub(crate) background: Background,
     /// Bounds the memory of chunks on their way from the store.
@@ -139,7 +142,14 @@ impl Services {
     pub fn new(store: SharedStore, root: ExportRoot, disk: Arc<dyn Disk>, clock: Arc<dyn Clock>) -> Self {
         let fill_budget = FillBudget::new(Arc::clone(&clock));
         let publish_budget = PublishBudget::new(DEFAULT_PUBLISH_BYTES);
-        Self { store, root, disk, clock, background: Background::default(), fill_budget, publish_budget }
+        let (patience, background) = (RetryPolicy::default(), Background::default());
+        Self { store, root, disk, clock, patience, background, fill_budget, publish_budget }
+    }
+
+    /// The same with another patience for writing heads: that of the store with all else.
+    #[must_use]
+    pub fn with_patience(self, patience: RetryPolicy) -> Self {
+        Self { patience, ..self }
     }
 
     /// The same with another bound on the memory of publishes, in bytes.
@@ -152,6 +162,11 @@ impl Services {
     #[must_use]
     pub fn with_background(self, background: Background) -> Self {
         Self { background, ..self }
+    }
+
+    /// The patience with one write of a head, from now on.
+    fn patience(&self) -> Patience<'_> {
+        self.patience.patience(&*self.clock)
     }
 }
 

@@ -41,8 +41,6 @@ use crate::units::{ChunkIndex, SnapshotId};
 
 /// How many chunks of a publish are on their way to the upload at a time: as many as fetches that nobody waits for.
 const CHUNKS_AT_A_TIME: usize = BACKGROUND_FETCHES as usize;
-/// How often a swap is tried while the head stays the one we build on.
-const SWAP_ATTEMPTS: usize = 5;
 
 /// Keeps other operations out of a volume while it lives.
 #[derive(Debug)]
@@ -425,16 +423,20 @@ impl Volume {
         }
     }
 
-    /// Moves the head to the new snapshot, or says why not. An unclear answer is settled by reading the head (S6).
+    /// Moves the head to the new snapshot, or says why not. An unclear answer is settled by reading the head (S6), the last
+    /// one too; while it stays the one we build on, the swap is tried again.
     async fn swap_head(&self, journal: &Journal) -> Result<(), ExportError> {
-        let mut last = None;
-        for _ in 0..SWAP_ATTEMPTS {
+        let (mut patience, mut given_up) = (self.services.patience(), None);
+        loop {
             let stored = match self.landed(journal).await? {
                 (Ancestry::Published, _) => return Ok(()),
                 (_, stored) if stored.head.current == journal.parent => stored,
                 (_, stored) if breaks(Rule::OverwriteForeignHead) => stored,
                 (_, stored) => return Err(self.conflict(stored.head.current)),
             };
+            if let Some(failure) = given_up {
+                return Err(ExportError::from(failure));
+            }
             let next = stored.head.published(journal.snapshot_id);
             let unconditional = breaks(Rule::SwapUnconditionally);
             let condition = if unconditional { Condition::Always } else { Condition::IfVersion(stored.version) };
@@ -444,11 +446,12 @@ impl Volume {
                     self.write_journal(journal, Phase::Intent).await?;
                     return Err(e.into());
                 }
-                Err(e @ (StoreError::Conflict { .. } | StoreError::Unavailable { .. })) => last = Some(e.into()),
+                Err(e @ (StoreError::Conflict { .. } | StoreError::Unavailable { .. })) => {
+                    given_up = patience.pause_after(e).await.err();
+                }
                 Err(e) => return Err(e.into()),
             }
         }
-        Err(last.unwrap_or_else(|| self.conflict(None)))
     }
 
     /// The swap landed: the journal says so, then the chunks of the cut become clean.

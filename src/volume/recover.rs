@@ -24,9 +24,6 @@ use crate::manifest::head::{CLONE_SEED_FILE, Head};
 use crate::sabotage::{Rule, breaks};
 use crate::store::{Condition, StoreError};
 
-/// How often the head's version is moved before it is left for the next time.
-const NUDGE_ATTEMPTS: usize = 5;
-
 impl Volume {
     /// Finishes or rolls back an interrupted publish, if there is one.
     pub(super) async fn settle_journal(self: &Arc<Self>) -> Result<(), ExportError> {
@@ -87,7 +84,8 @@ impl Volume {
         mut ancestry: Ancestry,
         mut stored: StoredHead,
     ) -> Result<Ancestry, ExportError> {
-        for _ in 0..NUDGE_ATTEMPTS {
+        let (mut patience, mut given_up) = (self.services.patience(), None);
+        loop {
             if breaks(Rule::DeleteBeforeFence) {
                 return Ok(Ancestry::Foreign);
             }
@@ -95,10 +93,15 @@ impl Volume {
                 // The head moved on without us: the version that the swap was bound to is gone for good.
                 return Ok(ancestry);
             }
+            if let Some(failure) = given_up {
+                return Err(ExportError::from(failure));
+            }
             let nudged = stored.head.nudged();
             match self.services.write_head(&nudged, Condition::IfVersion(stored.version)).await {
                 Ok(()) => return Ok(Ancestry::Foreign),
-                Err(StoreError::Conflict { .. } | StoreError::Unavailable { .. }) => {}
+                Err(e @ (StoreError::Conflict { .. } | StoreError::Unavailable { .. })) => {
+                    given_up = patience.pause_after(e).await.err();
+                }
                 Err(e) => return Err(e.into()),
             }
             match self.landed(journal).await? {
@@ -106,8 +109,6 @@ impl Volume {
                 now => (ancestry, stored) = now,
             }
         }
-        let text = format!("{} keeps changing; the interrupted publish is settled later", self.keys.head());
-        Err(ExportError::StoreUnavailable(text.into()))
     }
 
     async fn roll_back(&self, journal: &Journal, remove_objects: bool) -> Result<(), ExportError> {

@@ -9,32 +9,49 @@ use bytes::Bytes;
 use nbd_server::cache::Base;
 use nbd_server::cache::aside::AsideMemory;
 use nbd_server::cache::open::Opening;
-use nbd_server::clock::SystemClock;
+use nbd_server::clock::{Clock, SystemClock};
 use nbd_server::disk::{Disk, RealDisk};
 use nbd_server::store::keys::ExportRoot;
 use nbd_server::store::remote::RemoteStore;
+use nbd_server::store::retry::RetryPolicy;
 use nbd_server::units::{ByteRange, ExportId, Geometry};
 use nbd_server::volume::registry::{ExportError, ExportStatus, Published, Registry};
 use nbd_server::volume::{DEFAULT_PUBLISH_BYTES, Services, Volume, VolumeError};
 use tempfile::TempDir;
 use tokio::task::JoinHandle;
 
+use super::sim::SimClock;
 use super::watched::Watched;
 
 pub const CHUNK: u64 = 4096;
+/// For several attempts, in a test that lives through the time they take.
+const SHORT_PATIENCE: RetryPolicy = RetryPolicy {
+    limit: Duration::from_millis(50),
+    first_delay: Duration::from_millis(1),
+    max_delay: Duration::from_millis(10),
+};
 
 /// One store and the cache roots of any number of servers on it.
 pub struct Site {
     pub store: Arc<Watched>,
     /// What its servers may hold of publishes in memory.
     pub publish_bytes: u64,
+    pub clock: Arc<dyn Clock>,
+    /// How long a head is written again that the store did not take.
+    pub patience: RetryPolicy,
     dirs: BTreeMap<&'static str, TempDir>,
 }
 
 impl Site {
     pub fn new() -> Self {
         let store = Arc::new(Watched::new(RemoteStore::memory()));
-        Self { store, publish_bytes: DEFAULT_PUBLISH_BYTES, dirs: BTreeMap::new() }
+        let (publish_bytes, clock) = (DEFAULT_PUBLISH_BYTES, Arc::new(SystemClock));
+        Self { store, publish_bytes, clock, patience: SHORT_PATIENCE, dirs: BTreeMap::new() }
+    }
+
+    /// In simulated time, for a runtime that is paused, and as patient as a server is.
+    pub fn simulated() -> Self {
+        Self { clock: Arc::new(SimClock::default()), patience: RetryPolicy::default(), ..Self::new() }
     }
 
     pub fn cache_root(&mut self, server: &'static str) -> PathBuf {
@@ -47,9 +64,12 @@ impl Site {
     }
 
     pub async fn start_on(&mut self, server: &'static str, disk: Arc<dyn Disk>) -> Arc<Registry> {
-        let services = Services::new(self.store.clone(), root(), disk, Arc::new(SystemClock));
-        let services = services.with_publish_bytes(self.publish_bytes);
-        Registry::discover(Arc::new(services), self.cache_root(server)).await.unwrap()
+        Registry::discover(Arc::new(self.services(disk)), self.cache_root(server)).await.unwrap()
+    }
+
+    pub fn services(&self, disk: Arc<dyn Disk>) -> Services {
+        let services = Services::new(self.store.clone(), root(), disk, Arc::clone(&self.clock));
+        services.with_publish_bytes(self.publish_bytes).with_patience(self.patience)
     }
 
     /// A snapshot that is under way on a server: what it holds is cut.

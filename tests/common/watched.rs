@@ -8,6 +8,7 @@ use bytes::Bytes;
 use nbd_server::store::{Body, Condition, Key, Object, SharedStore, Store, StoreError, Version};
 use nbd_server::units::ByteRange;
 use tokio::sync::{Notify, watch};
+use tokio::time::Instant;
 
 /// What happens to a call.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -72,6 +73,15 @@ impl Watched {
 
     pub fn outage(&self) {
         self.judge(|_, _| Fate::Failed);
+    }
+
+    /// For so long, heads are not written and all else is served: as by a store that throttles writes.
+    pub fn throttle_heads(&self, duration: Duration) {
+        let end = Instant::now() + duration;
+        self.judge(move |op, key| {
+            let head = op == "put" && key.as_str().ends_with("volume.json");
+            if head && Instant::now() < end { Fate::Failed } else { Fate::Served }
+        });
     }
 
     /// What `work` comes to; `None` once a call of the store is stuck, with which it ends.
