@@ -17,7 +17,7 @@ use futures_util::FutureExt;
 use nbd_server::disk::{Disk, DiskFile, RealDisk};
 use nbd_server::store::{Condition, Store};
 use nbd_server::units::SnapshotId;
-use nbd_server::volume::registry::ExportError;
+use nbd_server::volume::registry::{ExportError, Registry};
 use nbd_server::volume::{Extent, Residency, VolumeError};
 
 /// Publishes an export of 8 chunks, chunk i full of byte i + 1, and returns its snapshot.
@@ -734,6 +734,88 @@ async fn an_opening_that_hangs_holds_up_the_unload_of_its_export_and_nothing_els
     };
     tokio::time::timeout(Duration::from_secs(10), others).await.expect("they wait for the opening");
     assert!(!opening.is_finished() && !unloading.is_finished());
+}
+
+/// An export "disk" that begins as one snapshot, with a cache on server "a", and the registry that put another in its place, which
+/// begins as another snapshot: chunk 0 is full of 1 in the one, of 2 in the other.
+async fn recreated_elsewhere(site: &mut Site, change: bool) -> Arc<Registry> {
+    let b = site.start("b").await;
+    let source = create(&b, "source", 8).await;
+    let mut snapshots = Vec::new();
+    for byte in [1, 2] {
+        write(&source, 0, byte, CHUNK).await;
+        snapshots.push(b.snapshot(&id("source")).await.unwrap().snapshot_id);
+    }
+    b.clone_export(id("disk"), id("source"), snapshots[0]).await.unwrap();
+    b.unload(&id("disk")).await.unwrap();
+    let a = site.start("a").await;
+    let volume = a.volume(&id("disk")).await.unwrap();
+    assert_eq!(read_all(&volume).await[0], 1);
+    if change {
+        write(&volume, CHUNK, 7, 1).await;
+    }
+    a.close().await;
+    site.store.delete(&root().export(&id("disk")).head()).await.unwrap();
+    std::fs::remove_dir_all(site.cache_root("b").join("disk")).unwrap();
+    b.clone_export(id("disk"), id("source"), snapshots[1]).await.unwrap();
+    b
+}
+
+#[tokio::test]
+async fn a_cache_of_an_export_that_was_deleted_and_created_anew_shows_the_new_one_or_refuses_to() {
+    let mut site = Site::new();
+    recreated_elsewhere(&mut site, false).await;
+    let a = site.start("a").await;
+    assert_eq!(image(&a, "disk").await[0], 2);
+    write(&a.volume(&id("disk")).await.unwrap(), CHUNK, 7, 1).await;
+    a.snapshot(&id("disk")).await.unwrap();
+
+    let mut site = Site::new();
+    recreated_elsewhere(&mut site, true).await;
+    for _ in 0..2 {
+        let refused = site.start("a").await.volume(&id("disk")).await.unwrap_err();
+        let text = refused.to_string();
+        assert!(matches!(refused, ExportError::Damaged(_)) && text.contains("Move the folder away"), "{text}");
+        assert!(text.contains(site.cache_root("a").to_str().unwrap()), "{text}");
+    }
+}
+
+#[tokio::test]
+async fn a_server_without_changes_follows_a_head_whose_forerunners_are_gone() {
+    let mut site = Site::new();
+    let first = publish_eight(&mut site).await;
+    let a = site.start("a").await;
+    assert_eq!(image(&a, "disk").await[0], 1);
+    a.close().await;
+    let b = site.start("b").await;
+    write(&b.volume(&id("disk")).await.unwrap(), 0, 0xbb, CHUNK).await;
+    b.compact(&id("disk")).await.unwrap();
+    let keys = root().export(&id("disk"));
+    for key in [keys.manifest(first), keys.delta(first)] {
+        site.store.delete(&key).await.unwrap();
+    }
+    assert_eq!(image(&site.start("a").await, "disk").await[0], 0xbb);
+}
+
+#[tokio::test]
+async fn a_publish_whose_swap_landed_unseen_before_a_short_outage_is_no_failure() {
+    let mut site = Site::new();
+    publish_eight(&mut site).await;
+    let registry = site.start("origin").await;
+    write(&registry.volume(&id("disk")).await.unwrap(), 0, 0xaa, CHUNK).await;
+    let (mut landed, mut outage) = (false, false);
+    site.store.judge(move |op, key| {
+        if landed {
+            // The head cannot be read to see whose it is, but when that is settled.
+            return if std::mem::replace(&mut outage, false) { Fate::Failed } else { Fate::Served };
+        }
+        landed = op == "put" && key.as_str().ends_with("volume.json");
+        outage = landed;
+        if landed { Fate::LandedUnseen } else { Fate::Served }
+    });
+    let published = registry.snapshot(&id("disk")).await.unwrap();
+    assert_eq!((published.created, published.generation.0), (true, 2));
+    assert_eq!(status(&registry, "disk").await.dirty_chunks, 0);
 }
 
 #[tokio::test]

@@ -9,7 +9,7 @@ use super::at_once::Pace;
 use super::flush::FlushBarrier;
 use super::journal;
 pub use super::log::META_FILE;
-use super::log::{self, FAILED_FILE, MetaLog, Roomy};
+use super::log::{self, FAILED_FILE, MetaLog, Roomy, Staged};
 use super::meta::{self, Header, MetaError, Record, Trust};
 use super::states::{ChunkState, ChunkStates, Content};
 use super::{Base, Cache, CacheError, LogFile, RAW_FILE, STRIPES, disk_error};
@@ -61,18 +61,31 @@ impl Opening {
         }
     }
 
+    /// Makes all of a new cache but what makes it one: an error says why there can be none.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open).
+    pub fn rehearse(&self) -> Result<(), CacheError> {
+        self.prepare(NO_BOOT).map(drop).map_err(|e| self.error("creation", RAW_FILE, e))
+    }
+
+    /// The files of an empty cache. Without cache.meta, which is only staged, all of this is made anew.
+    fn prepare(&self, boot_id: [u8; 16]) -> io::Result<(Arc<dyn DiskFile>, Staged)> {
+        self.disk.create_dir(&self.dir)?;
+        if let Some(parent) = self.dir.parent() {
+            self.disk.sync_dir(parent)?;
+        }
+        let raw = self.disk.create(&self.dir.join(RAW_FILE))?;
+        raw.set_len(self.geometry.image_size()).map_err(|e| self.says_if_too_large(e))?;
+        raw.sync()?;
+        let absent = vec![ChunkState::new(Content::Absent); self.geometry.chunk_count() as usize];
+        let staged = log::stage(&*self.disk, &self.dir, &self.header(boot_id, 1), &absent)?;
+        Ok((raw, staged))
+    }
+
     fn create(self, boot_id: [u8; 16]) -> Result<Cache, CacheError> {
         let made = || -> io::Result<(Arc<dyn DiskFile>, MetaLog)> {
-            self.disk.create_dir(&self.dir)?;
-            if let Some(parent) = self.dir.parent() {
-                self.disk.sync_dir(parent)?;
-            }
-            let raw = self.disk.create(&self.dir.join(RAW_FILE))?;
-            raw.set_len(self.geometry.image_size()).map_err(|e| self.says_if_too_large(e))?;
-            raw.sync()?;
-            // cache.meta comes last: without it, all of this is made anew.
-            let absent = vec![ChunkState::new(Content::Absent); self.geometry.chunk_count() as usize];
-            let staged = log::stage(&*self.disk, &self.dir, &self.header(boot_id, 1), &absent)?;
+            let (raw, staged) = self.prepare(boot_id)?;
             let mut log = staged.install(&*self.disk, &self.dir, None)?;
             log.take_room_for_a_mark(&*self.disk, &self.dir)?;
             Ok((raw, log))

@@ -60,7 +60,7 @@ use registry::Operation;
 /// How many missing chunks one request fetches at a time.
 const FETCHES_PER_REQUEST: usize = 16;
 /// After so many chunks that a request only looks at, others have the thread: a fraction of a millisecond.
-const CHUNKS_AT_A_TIME: usize = 4096;
+const CHUNKS_PER_TURN: usize = 4096;
 
 /// Why a volume did not do what was asked, by what the caller tells its client.
 #[derive(Debug, Clone, thiserror::Error)]
@@ -354,7 +354,7 @@ impl Volume {
     /// The chunks of a range with its pieces of them. There may be millions, so now and then others have the thread.
     fn chunks(&self, range: ByteRange) -> impl Stream<Item = (ChunkIndex, ByteRange)> {
         stream::iter(self.geometry.split(range).enumerate()).then(|(i, piece)| async move {
-            if i % CHUNKS_AT_A_TIME == CHUNKS_AT_A_TIME - 1 {
+            if i % CHUNKS_PER_TURN == CHUNKS_PER_TURN - 1 {
                 tokio::task::yield_now().await;
             }
             piece

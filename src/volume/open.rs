@@ -13,6 +13,7 @@ use super::meter::Meter;
 use super::order::Order;
 use super::registry::{ExportError, ExportStatus, Operation};
 use super::{Services, Volume, VolumeError};
+use crate::cache::journal::{self, JOURNAL_FILE};
 use crate::cache::{self, Base, CacheError, open::Opening};
 use crate::disk;
 use crate::manifest::Manifest;
@@ -33,6 +34,18 @@ impl Services {
             Ok((Base { snapshot: Some(snapshot), generation: Generation(0) }, manifest.seed_of(id.clone())))
         } else {
             Ok((Base::default(), Manifest::empty(id.clone(), head.geometry)))
+        }
+    }
+
+    /// What the cache of an export is opened, or made, by.
+    pub(super) fn opening(&self, dir: PathBuf, head: &Head, base: Base) -> Opening {
+        Opening {
+            disk: Arc::clone(&self.disk),
+            dir,
+            export_id: head.export_id.clone(),
+            geometry: head.geometry,
+            base,
+            aside_memory: Arc::clone(self.publish_budget.aside()),
         }
     }
 
@@ -69,18 +82,14 @@ impl Volume {
         read_only: bool,
     ) -> Result<Arc<Self>, ExportError> {
         let (head_base, head_image) = services.published_image(head).await?;
-        let opening = Opening {
-            disk: Arc::clone(&services.disk),
-            dir: dir.clone(),
-            export_id: head.export_id.clone(),
-            geometry: head.geometry,
-            base: head_base,
-            aside_memory: Arc::clone(services.publish_budget.aside()),
-        };
+        let opening = services.opening(dir.clone(), head, head_base);
         let opened = cache::blocking_io(move || opening.open()).await;
         let cache = opened.map_err(|e| local_error(&head.export_id, e))?;
         let base = cache.base();
-        let image = if base == head_base { head_image.clone() } else { services.image_of(head, base, &dir).await? };
+        // With nothing of its own in it, the cache need not stand where the head was once: that may not even be there any more.
+        let follows = base != head_base && !cache.is_dirty() && !services.left_a_journal(head, &dir).await?;
+        let stands_on_head = base == head_base || follows;
+        let image = if stands_on_head { head_image } else { services.image_of(head, base, &dir).await? };
         let volume = Arc::new(Self {
             export_id: head.export_id.clone(),
             geometry: head.geometry,
@@ -99,6 +108,9 @@ impl Volume {
             publishing: Mutex::default(),
             operation: Mutex::new(Operation::Idle),
         });
+        if follows {
+            volume.stand_on(head).await?;
+        }
         volume.settle_journal().await?;
         volume.follow_head().await?;
         volume.note_seed(head).await?;
@@ -110,12 +122,25 @@ impl Volume {
     async fn follow_head(self: &Arc<Self>) -> Result<(), ExportError> {
         let gone = || ExportError::Damaged(format!("{} is gone from the store", self.keys.head()).into());
         let head = self.services.read_head(&self.export_id).await?.ok_or_else(gone)?.head;
-        if head.current == self.expected_head() {
+        // Where nothing is published, the head names what the export began as.
+        let same_beginning = head.current.is_some() || self.cache.base() == beginning(&head);
+        if head.current == self.expected_head() && same_beginning {
             return Ok(());
         }
         if !self.cache.is_dirty() {
             tracing::info!(export = %self.export_id, "another server published since; its snapshot is served from now on");
             return self.stand_on(&head).await;
+        }
+        if head.current == self.expected_head() {
+            let text = format!(
+                "{} holds changes to another export {}, which began as {}; the one in the store was created since, and \
+                 begins as {}. Move the folder away to serve that one, losing the changes",
+                self.cache.dir().display(),
+                self.export_id,
+                named(self.cache.base()),
+                named(beginning(&head))
+            );
+            return Err(ExportError::Damaged(text.into()));
         }
         tracing::warn!("{}", self.conflict(head.current));
         Ok(())
@@ -156,6 +181,14 @@ impl Volume {
 }
 
 impl Services {
+    /// Whether a publish was interrupted that is not settled.
+    async fn left_a_journal(&self, head: &Head, dir: &Path) -> Result<bool, ExportError> {
+        let (disk, folder) = (Arc::clone(&self.disk), dir.to_owned());
+        let found = cache::blocking_io(move || journal::load(&*disk, &folder)).await;
+        let failed = |e| local_error(&head.export_id, cache::disk_error("read", &dir.join(JOURNAL_FILE), e));
+        Ok(found.map_err(failed)?.is_some())
+    }
+
     /// The image that a cache stands on whose base is not the head's: another server published since, or a publish of
     /// our own was not settled.
     async fn image_of(&self, head: &Head, base: Base, dir: &Path) -> Result<Manifest, ExportError> {
@@ -183,6 +216,16 @@ impl Services {
         };
         Ok(self.published_image(&as_of_then).await?.1)
     }
+}
+
+/// What a cache of an export stands on of which nothing is published yet.
+fn beginning(head: &Head) -> Base {
+    Base { snapshot: head.seed.as_ref().map(|seed| seed.source_snapshot_id), generation: Generation(0) }
+}
+
+/// A beginning, for people.
+fn named(beginning: Base) -> String {
+    beginning.snapshot.map_or_else(|| "zeros".to_owned(), |snapshot| format!("a clone of snapshot {snapshot}"))
 }
 
 /// What an error about the files of a cache is to whoever uses the export.

@@ -127,11 +127,18 @@ impl Volume {
         let journal = self.intent(kind);
         let result = self.publish_cut(&journal, cut, &publishing.publishing).await;
         match result {
-            Ok(published) => Ok(published),
+            Ok(()) => Ok(published(&journal)),
             Err(e) => {
                 // Whatever can be undone is undone now; the rest at the next publish or start, by the same rules.
-                if let Err(unsettled) = self.settle_or_uncut().await {
-                    tracing::warn!(export = %self.export_id, "an aborted publish is not cleared away yet: {unsettled}");
+                match self.settle_or_uncut().await {
+                    // The swap had landed after all, and what comes after it could be done now.
+                    Ok(()) if self.cache.base().snapshot == Some(journal.snapshot_id) => {
+                        return Ok(published(&journal));
+                    }
+                    Ok(()) => {}
+                    Err(unsettled) => {
+                        tracing::warn!(export = %self.export_id, "an aborted publish is not cleared away yet: {unsettled}");
+                    }
                 }
                 if matches!(e, ExportError::Cancelled(_)) {
                     publishing.was_cancelled();
@@ -168,7 +175,7 @@ impl Volume {
         intent: &Journal,
         cut: Vec<CutChunk>,
         publishing: &Arc<Publishing>,
-    ) -> Result<Published, ExportError> {
+    ) -> Result<(), ExportError> {
         if !breaks(Rule::SkipIntent) {
             self.write_journal(intent, Phase::Intent).await?;
         }
@@ -199,8 +206,7 @@ impl Volume {
             self.write_journal(intent, Phase::Prepared).await?;
         }
         self.swap_head(intent).await?;
-        self.finish(intent, manifest).await?;
-        Ok(Published { created: true, generation: intent.generation, snapshot_id: Some(intent.snapshot_id) })
+        self.finish(intent, manifest).await
     }
 
     /// One blob with what the cut holds; all else stays where it is.
@@ -479,6 +485,10 @@ impl Volume {
         let bytes = Journal { phase, ..journal.clone() }.encode();
         self.file_io("write", journal::JOURNAL_FILE, move |disk, dir| journal::store(disk, dir, &bytes)).await
     }
+}
+
+fn published(journal: &Journal) -> Published {
+    Published { created: true, generation: journal.generation, snapshot_id: Some(journal.snapshot_id) }
 }
 
 /// A chunk with the hash of its bytes, or without either if it is zeros.

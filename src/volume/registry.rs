@@ -17,7 +17,7 @@ use super::snapshots::Line;
 use super::{Outage, PublishProgress, Services, Volume, VolumeError};
 use crate::background;
 use crate::cache::journal::{JOURNAL_FILE, Kind};
-use crate::cache::{self, open as cache_files};
+use crate::cache::{self, Base, open as cache_files};
 use crate::manifest::head::{CloneSeed, Head};
 use crate::store::{Condition, StoreError};
 use crate::units::{ExportId, Generation, Geometry, SnapshotId, UnitError};
@@ -320,36 +320,44 @@ impl Registry {
         if self.exports.read().contains_key(&id) {
             return Err(exists());
         }
+        // Once the head is there, another server may open the export and publish it: nobody takes a head back. So whatever keeps
+        // this server from having a cache of it is found out before.
+        self.rehearse_cache(&head).await?;
+        if let Err(e) = self.services.write_head(&head, Condition::IfAbsent).await {
+            self.discard_cache(&id).await;
+            return Err(if matches!(e, StoreError::Conflict { .. }) { exists() } else { e.into() });
+        }
+        let export = Export::new(Ok(head), false);
+        self.exports.write().insert(id.clone(), Arc::clone(&export));
+        let opened = self.open_export(&id, &export).await;
+        let volume =
+            opened.inspect_err(|e| tracing::warn!(export = %id, "created, to be opened at its first use: {e}"))?;
+        tracing::info!(export = %id, "created");
+        Ok(volume.status())
+    }
+
+    /// Finds out whether an export that is to be created can have a cache here.
+    async fn rehearse_cache(&self, head: &Head) -> Result<(), ExportError> {
+        let id = &head.export_id;
         let dir = self.cache_root.join(id.as_str());
         let (disk, folder) = (Arc::clone(&self.services.disk), dir.clone());
         let cached = cache::blocking_io(move || cache_files::exists(&*disk, &folder)).await;
-        if cached.map_err(|e| local_error(&id, cache::disk_error("listing", &dir, e)))? {
-            return Err(exists());
+        if cached.map_err(|e| local_error(id, cache::disk_error("listing", &dir, e)))? {
+            return Err(ExportError::Exists(id.clone()));
         }
-        match self.services.write_head(&head, Condition::IfAbsent).await {
-            Ok(()) => {}
-            Err(StoreError::Conflict { .. }) => return Err(exists()),
-            Err(e) => return Err(e.into()),
+        let opening = self.services.opening(dir, head, Base::default());
+        let rehearsed = cache::blocking_io(move || opening.rehearse()).await;
+        if rehearsed.is_err() {
+            self.discard_cache(id).await;
         }
-        let export = Export::new(Ok(head), false);
-        match self.open_export(&id, &export).await {
-            Ok(volume) => {
-                self.exports.write().insert(id.clone(), export);
-                tracing::info!(export = %id, "created");
-                Ok(volume.status())
-            }
-            Err(e) => {
-                // It is ours alone and empty: nothing half-made stays behind.
-                let key = self.services.root.export(&id).head();
-                if let Err(left) = self.services.store.delete(&key).await {
-                    tracing::warn!(export = %id, "{key} of an export that could not be created is still there: {left}");
-                }
-                let (disk, dir) = (Arc::clone(&self.services.disk), self.cache_root.join(id.as_str()));
-                if let Err(left) = cache::blocking_io(move || cache_files::discard(&*disk, &dir)).await {
-                    tracing::warn!(export = %id, "the cache of an export that could not be created is still there: {left}");
-                }
-                Err(e)
-            }
+        rehearsed.map_err(|e| local_error(id, e))
+    }
+
+    /// Nothing half-made stays behind.
+    async fn discard_cache(&self, id: &ExportId) {
+        let (disk, dir) = (Arc::clone(&self.services.disk), self.cache_root.join(id.as_str()));
+        if let Err(left) = cache::blocking_io(move || cache_files::discard(&*disk, &dir)).await {
+            tracing::warn!(export = %id, "the cache of an export that could not be created is still there: {left}");
         }
     }
 

@@ -551,7 +551,12 @@ async fn opened(
 ) -> Result<Option<Arc<Volume>>, String> {
     match registry.volume(&id(name)).await {
         Ok(volume) => Ok(Some(volume)),
-        Err(ExportError::NotFound(..)) if history.created.is_none_or(|span| span.acked > k) => Ok(None),
+        // A creation that was not acknowledged may have left nothing, or a head without a cache, for which there may be no room.
+        Err(ExportError::NotFound(..) | ExportError::Volume(VolumeError::NoSpace(_)))
+            if history.created.is_none_or(|span| span.acked > k) =>
+        {
+            Ok(None)
+        }
         Err(e) => Err(format!("{name} does not open: {e}")),
     }
 }
