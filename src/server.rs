@@ -200,10 +200,12 @@ impl Server {
         let nbd = nbd::Server::with_tls(Arc::clone(&registry), nbd::Limits::default(), tls.clone());
         let nbd = Arc::new(nbd);
         let (stop, stopped) = watch::channel(false);
-        let (exports, clients, started) = (Arc::clone(&registry), Arc::clone(&nbd), clock.now());
+        let (exports, clients) = (Arc::clone(&registry), Arc::clone(&nbd));
+        let (started, begun) = (clock.now(), clock.monotonic());
         let addresses: Vec<_> = listeners.iter().map(|listener| listener.local_addr().clone()).collect();
         let listen = ready::uris(&addresses, tls.as_ref().is_some_and(|tls| tls.config().required));
-        let watched = Arc::new(Watched { registry: exports, nbd: clients, store, started, clock, listen, stopped });
+        let watched =
+            Arc::new(Watched { registry: exports, nbd: clients, store, started, begun, clock, listen, stopped });
         let (scraped, looked_at) = (Arc::clone(&watched), Arc::clone(&watched));
         let watch = Watch::new(move || scraped.page(), move || looked_at.health(), move || watched.status());
         let api = Api { registry, default_chunk_bytes: config.chunk_bytes, watch, limits };

@@ -21,7 +21,7 @@ pub struct ServerStatus {
     #[serde(serialize_with = "time")]
     #[schema(value_type = String, format = DateTime)]
     pub started_at: SystemTime,
-    /// How long ago that was, by the clock of the machine.
+    /// How long it has run, whatever has become of the date since.
     pub uptime_seconds: u64,
     /// The exports that are loaded.
     pub exports: ExportCounts,

@@ -1,7 +1,7 @@
 //! What a server tells those who watch it, collected from the parts that count.
 
 use std::sync::Arc;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use tokio::sync::watch;
 
@@ -19,6 +19,8 @@ pub(super) struct Watched {
     pub(super) nbd: Arc<nbd::Server>,
     pub(super) store: WatchedStore,
     pub(super) started: SystemTime,
+    /// The same by the clock that no change of the date moves.
+    pub(super) begun: Duration,
     pub(super) clock: Arc<dyn Clock>,
     /// Where NBD clients connect, as URIs without an export.
     pub(super) listen: Vec<String>,
@@ -54,7 +56,7 @@ impl Watched {
         ServerStatus {
             version: env!("CARGO_PKG_VERSION"),
             started_at: self.started,
-            uptime_seconds: self.clock.now().duration_since(self.started).unwrap_or_default().as_secs(),
+            uptime_seconds: self.clock.monotonic().saturating_sub(self.begun).as_secs(),
             exports: ExportCounts { ready: exports.len() - failed, failed },
             connections: self.nbd.connections(),
             listen: self.listen.clone(),

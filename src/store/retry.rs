@@ -9,7 +9,7 @@ use std::fmt::Debug;
 use std::future::Future;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use bytes::Bytes;
 
@@ -98,7 +98,7 @@ impl RetryPolicy {
 
     /// The patience of one request, which begins now.
     pub(crate) fn patience(self, clock: &dyn Clock) -> Patience<'_> {
-        Patience { policy: self, clock, begun: clock.now(), failures: 0 }
+        Patience { policy: self, clock, begun: clock.monotonic(), failures: 0 }
     }
 
     /// Repeats `attempt` while it ends as [`StoreError::Unavailable`] and there is time for another one; what each
@@ -141,13 +141,13 @@ impl RetryPolicy {
 pub(crate) struct Patience<'a> {
     policy: RetryPolicy,
     clock: &'a dyn Clock,
-    begun: SystemTime,
+    begun: Duration,
     failures: u32,
 }
 
 impl Patience<'_> {
     fn elapsed(&self) -> Duration {
-        self.clock.now().duration_since(self.begun).unwrap_or_default()
+        self.clock.monotonic().saturating_sub(self.begun)
     }
 
     fn left(&self) -> Duration {

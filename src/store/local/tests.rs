@@ -25,6 +25,10 @@ impl Clock for StoppedClock {
         *self.0.lock().unwrap()
     }
 
+    fn monotonic(&self) -> Duration {
+        Duration::ZERO
+    }
+
     async fn sleep(&self, _: Duration) {}
 }
 

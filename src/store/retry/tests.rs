@@ -9,13 +9,21 @@ use super::*;
 /// A clock on which waiting takes no time, and which remembers every wait.
 #[derive(Debug)]
 struct FakeClock {
-    now: Mutex<SystemTime>,
+    date: Mutex<SystemTime>,
+    /// What becomes of the date during a wait, beyond what passes.
+    step: fn(SystemTime) -> SystemTime,
     waits: Mutex<Vec<Duration>>,
 }
 
 impl FakeClock {
     fn new() -> Arc<Self> {
-        Arc::new(Self { now: Mutex::new(SystemTime::UNIX_EPOCH), waits: Mutex::default() })
+        Self::whose_date_steps(|date| date)
+    }
+
+    fn whose_date_steps(step: fn(SystemTime) -> SystemTime) -> Arc<Self> {
+        // Far enough from 1970 for the date to go back.
+        let date = SystemTime::UNIX_EPOCH + Duration::from_secs(1 << 40);
+        Arc::new(Self { date: Mutex::new(date), step, waits: Mutex::default() })
     }
 
     fn waits(&self) -> Vec<Duration> {
@@ -26,11 +34,16 @@ impl FakeClock {
 #[async_trait::async_trait]
 impl Clock for FakeClock {
     fn now(&self) -> SystemTime {
-        *self.now.lock().unwrap()
+        *self.date.lock().unwrap()
+    }
+
+    fn monotonic(&self) -> Duration {
+        self.waits.lock().unwrap().iter().sum()
     }
 
     async fn sleep(&self, duration: Duration) {
-        *self.now.lock().unwrap() += duration;
+        let mut date = self.date.lock().unwrap();
+        *date = (self.step)(*date + duration);
         self.waits.lock().unwrap().push(duration);
     }
 }
@@ -104,7 +117,10 @@ impl Store for Scripted {
 }
 
 fn retrying(store: &Arc<Scripted>) -> (Retrying, Arc<FakeClock>) {
-    let clock = FakeClock::new();
+    retrying_by(store, FakeClock::new())
+}
+
+fn retrying_by(store: &Arc<Scripted>, clock: Arc<FakeClock>) -> (Retrying, Arc<FakeClock>) {
     (Retrying::new(store.clone(), RetryPolicy::default(), clock.clone()), clock)
 }
 
@@ -153,6 +169,21 @@ async fn an_outage_ends_as_an_error_within_the_limit_that_says_how_often_and_how
         let said =
             format!("gave up after {} attempts in {:.1} s: the lights are out", store.calls(), waited.as_secs_f64());
         assert!(matches!(error, StoreError::Unavailable { .. }) && text.contains(&said), "{text} / {said}");
+    }
+}
+
+#[tokio::test]
+async fn setting_the_date_makes_no_request_give_up_sooner_or_later() {
+    const HOUR: Duration = Duration::from_secs(3600);
+    let back: fn(SystemTime) -> SystemTime = |date| date - HOUR;
+    let forward: fn(SystemTime) -> SystemTime = |date| date + HOUR;
+    for step in [back, forward] {
+        let store = Scripted::new(&[Step::Outage]);
+        let (retrying, clock) = retrying_by(&store, FakeClock::whose_date_steps(step));
+        retrying.get(&key(), 9).await.unwrap_err();
+        let waited: Duration = clock.waits().iter().sum();
+        assert!(waited < DEFAULT_LIMIT, "waited {waited:?}");
+        assert!(waited > DEFAULT_LIMIT - DEFAULT_MAX_DELAY * 2, "gave up after {waited:?} already");
     }
 }
 
@@ -255,6 +286,9 @@ async fn attempts_are_bounded_even_if_the_clock_stands_still() {
     impl Clock for Standing {
         fn now(&self) -> SystemTime {
             SystemTime::UNIX_EPOCH
+        }
+        fn monotonic(&self) -> Duration {
+            Duration::ZERO
         }
         async fn sleep(&self, _: Duration) {}
     }

@@ -362,6 +362,10 @@ impl Clock for SimClock {
         SystemTime::UNIX_EPOCH + Duration::from_secs(1_767_225_600) + self.0.elapsed()
     }
 
+    fn monotonic(&self) -> Duration {
+        self.0.elapsed()
+    }
+
     async fn sleep(&self, duration: Duration) {
         tokio::time::sleep(duration).await;
     }
