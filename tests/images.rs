@@ -4,8 +4,9 @@
 mod common;
 
 use std::fs::{self, File};
-use std::os::unix::fs::{FileExt, MetadataExt};
-use std::process::Stdio;
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
+use std::path::Path;
+use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -66,6 +67,65 @@ fn stdin_and_stdout_carry_raw_images() {
     refused(&mut offline(dir.path(), &["export-image", "vm", "-", "--json"]), 2, "no place for --json");
     refused(&mut offline(dir.path(), &["import", "-", "b", "--format", "qcow2"]), 2, "name a file");
     assert!(left_over(dir.path()).is_empty());
+}
+
+#[test]
+fn what_is_no_file_and_no_block_device_is_never_replaced_by_an_image() {
+    let dir = tempfile::tempdir().unwrap();
+    let image = image(dir.path());
+    done(&mut offline(dir.path(), &["import", text(&image), "vm"]));
+    let (fifo, link) = (dir.path().join("fifo"), dir.path().join("link"));
+    run("mkfifo", &[text(&fifo)]);
+    std::os::unix::fs::symlink(&fifo, &link).unwrap();
+    for path in [&fifo, &link, dir.path()] {
+        for force in [&["--force"][..], &[]] {
+            let args = [&["export-image", "vm", text(path)], force].concat();
+            refused(&mut offline(dir.path(), &args), 2, "- writes to stdout");
+        }
+    }
+    assert!(fs::symlink_metadata(&fifo).unwrap().file_type().is_fifo());
+    assert!(fs::symlink_metadata(&link).unwrap().file_type().is_symlink());
+}
+
+/// A block device over a file, gone with its test.
+struct LoopDevice(String);
+
+impl LoopDevice {
+    /// `None`: only root has them, and not in every container.
+    fn over(file: &Path) -> Option<Self> {
+        let output = Command::new("losetup").args(["--find", "--show"]).arg(file).output().ok()?;
+        output.status.success().then(|| Self(String::from_utf8(output.stdout).unwrap().trim().to_owned()))
+    }
+}
+
+impl Drop for LoopDevice {
+    fn drop(&mut self) {
+        run("losetup", &["--detach", &self.0]);
+    }
+}
+
+#[test]
+fn a_block_device_is_written_over_only_if_the_image_fits() {
+    let dir = tempfile::tempdir().unwrap();
+    let image = image(dir.path());
+    done(&mut offline(dir.path(), &["import", text(&image), "vm"]));
+    let sectors = SIZE.div_ceil(512);
+    for (sectors, fits) in [(sectors - 1, false), (sectors, true)] {
+        let disk = dir.path().join(format!("{sectors}.disk"));
+        fs::write(&disk, vec![7; usize::try_from(sectors * 512).unwrap()]).unwrap();
+        let Some(device) = LoopDevice::over(&disk) else { return };
+        let mut export = offline(dir.path(), &["export-image", "vm", &device.0, "--force"]);
+        if fits {
+            done(&mut export);
+        } else {
+            refused(&mut export, 1, "a larger device");
+        }
+        drop(device);
+        let (written, expected) = (fs::read(&disk).unwrap(), fs::read(&image).unwrap());
+        let (start, rest) = if fits { written.split_at(expected.len()) } else { (&[][..], &written[..]) };
+        assert!(rest.iter().all(|byte| *byte == 7), "what is beyond the image stays");
+        assert!(!fits || start == expected);
+    }
 }
 
 #[test]

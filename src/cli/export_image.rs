@@ -1,10 +1,11 @@
 //! `export-image`: a published image becomes a file, straight from the store; no server takes part.
 //!
 //! Every chunk is checked against its hash. A file appears under its name only when it is whole and on the disk; what a
-//! failure or a cancellation leaves is a temporary file that is removed.
+//! failure or a cancellation leaves is a temporary file that is removed. A block device is written over if the image fits;
+//! nothing else that is no file is touched.
 
 use std::fs::File;
-use std::io::{self, Write};
+use std::io::{self, Seek, SeekFrom, Write};
 use std::os::unix::fs::{FileExt, FileTypeExt};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
@@ -49,7 +50,7 @@ pub struct ExportImage {
     /// Format of the file, such as raw, qcow2, vmdk, vhdx; all but raw need qemu-img
     #[arg(long, value_name = "FORMAT", default_value = "raw")]
     format: String,
-    /// Replace a file that exists
+    /// Replace a file that exists, or write over a block device
     #[arg(long)]
     force: bool,
     /// Print the result as JSON
@@ -120,18 +121,22 @@ impl ExportImage {
                 (format, _) => refused(format!("stdout can only be raw, not {format}: name a file instead")),
             };
         }
-        let exists = self.file.symlink_metadata().is_ok();
-        if exists && !self.force {
-            let file = self.file.display();
+        let file = self.file.display();
+        // Links are followed: what counts is what they lead to.
+        let target = match self.file.metadata().map(|found| found.file_type()) {
+            Ok(kind) if kind.is_block_device() && self.format != "raw" => {
+                return refused("a block device can only become raw: name a file instead".into());
+            }
+            Ok(kind) if kind.is_block_device() => Target::Device,
+            Ok(kind) if !kind.is_file() => {
+                return refused(format!("{file} is neither a file nor a block device: name one; - writes to stdout"));
+            }
+            _ => Target::File,
+        };
+        if !self.force && self.file.symlink_metadata().is_ok() {
             return refused(format!("{file} exists: add --force to replace it, or choose another name"));
         }
-        match self.file.metadata() {
-            Ok(meta) if meta.file_type().is_block_device() && self.format == "raw" => Ok(Target::Device),
-            Ok(meta) if meta.file_type().is_block_device() => {
-                refused("a block device can only become raw: name a file instead".into())
-            }
-            _ => Ok(Target::File),
-        }
+        Ok(target)
     }
 
     fn cancelled(&self, target: Target) -> CliError {
@@ -148,14 +153,26 @@ impl ExportImage {
         match target {
             Target::Stdout => self.stream_out(&image, io::stdout()).await?,
             Target::Device => {
-                let file = File::options().write(true).open(&self.file).map_err(|e| self.io(e))?;
-                let written = file.try_clone().map_err(|e| self.io(e))?;
+                let device = self.device(image.geometry().image_size())?;
+                let written = device.try_clone().map_err(|e| self.io(e))?;
                 self.stream_out(&image, written).await?;
-                file.sync_all().map_err(|e| self.io(e))?;
+                device.sync_all().map_err(|e| self.io(e))?;
             }
             Target::File => self.write_file(&image).await?,
         }
         Ok(image)
+    }
+
+    /// The device, if so much fits: half an image in place of what was there would help nobody.
+    fn device(&self, image_bytes: u64) -> Result<File, CliError> {
+        let mut device = File::options().write(true).open(&self.file).map_err(|e| self.io(e))?;
+        let device_bytes = device.seek(SeekFrom::End(0)).map_err(|e| self.io(e))?;
+        device.rewind().map_err(|e| self.io(e))?;
+        if device_bytes < image_bytes {
+            let (file, sizes) = (self.file.display(), format!("{device_bytes} bytes, the image {image_bytes}"));
+            return Err(CliError::Image(format!("{file} has {sizes}: choose a larger device; nothing was written")));
+        }
+        Ok(device)
     }
 
     async fn write_file(&self, image: &Arc<Image>) -> Result<(), CliError> {
