@@ -8,16 +8,19 @@
 //! appended only if there is room for what must follow it ([`TAIL_BYTES`]) and if the spare file can hold the checkpoint
 //! of all that the log may say. So it is the write that is refused, while nothing depends on it yet. The two files swap
 //! their names rather than replace each other, for space once given up may not come back.
+//!
+//! **What is written can be read.** Neither file becomes longer than [`MAX_META_BYTES`], beyond which none is opened: the log is
+//! folded long before, whoever adds to it waits for a checkpoint that takes too long, and at last a mark is refused.
 
 use std::io;
 use std::path::Path;
 use std::sync::Arc;
 
-use super::meta::{self, Header, RECORD_BYTES, Record};
+use super::meta::{self, HEADER_BYTES, Header, RECORD_BYTES, RUN_BYTES, Record};
 use super::states::{ChunkState, Content};
 use crate::disk::{Disk, DiskFile};
 use crate::sabotage::{Rule, breaks};
-use crate::units::{ByteRange, ChunkIndex};
+use crate::units::{ByteRange, ChunkIndex, MAX_CHUNKS};
 
 /// The file's name in the export's cache folder.
 pub const META_FILE: &str = "cache.meta";
@@ -33,6 +36,14 @@ const RECORD: u64 = RECORD_BYTES as u64;
 const STEP_BYTES: u64 = 16 << 10;
 /// What a mark leaves free behind it, in bytes: seals, the records of publishes, the clean stop.
 const TAIL_BYTES: u64 = 4 << 10;
+/// The longest checkpoint, in bytes: every chunk is a run of its own.
+const MAX_CHECKPOINT_BYTES: u64 = HEADER_BYTES as u64 + MAX_CHUNKS * RUN_BYTES as u64;
+/// The longest log with which a mark is taken, in bytes: as many marks as there may be chunks.
+const MAX_LOG_BYTES: u64 = MAX_CHUNKS * RECORD;
+/// The longest that `cache.meta` and its spare become, room included, in bytes.
+pub const MAX_META_BYTES: u64 = (MAX_CHECKPOINT_BYTES + 2 * MAX_LOG_BYTES + TAIL_BYTES).next_multiple_of(STEP_BYTES);
+// The log wants to be folded before it is near its limit.
+const _: () = assert!(LOG_FOLD_BYTES < MAX_LOG_BYTES / 2 && MAX_CHECKPOINT_BYTES < MAX_LOG_BYTES / 2);
 /// What the record of a cut needs, in bytes: itself, the one that takes it back, a seal of the last mark, the clean stop.
 const CUT_ROOM: u64 = 4 * RECORD;
 
@@ -66,6 +77,10 @@ impl Roomy {
             return Ok(());
         }
         let end = end.next_multiple_of(STEP_BYTES);
+        if end > MAX_META_BYTES {
+            let text = "it is as long as it may become, and was not folded";
+            return Err(io::Error::new(io::ErrorKind::FileTooLarge, text));
+        }
         if let Some(more) = ByteRange::new(self.room, end - self.room) {
             self.file.allocate(more)?;
         }
@@ -238,6 +253,11 @@ impl MetaLog {
         log > LOG_FOLD_BYTES && log > self.log_start
     }
 
+    /// Whether half of the longest log is there, although it wanted folding long ago.
+    pub fn is_near_limit(&self) -> bool {
+        self.end - self.log_start > MAX_LOG_BYTES / 2
+    }
+
     /// From here on records go into this file and are kept for the next one; returns that one's first number.
     pub fn begin_carry(&mut self) -> u64 {
         self.carry = Some(Vec::new());
@@ -298,3 +318,6 @@ pub struct Unsynced {
     /// Its last record.
     seq: u64,
 }
+
+#[cfg(test)]
+mod tests;

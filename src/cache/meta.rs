@@ -23,7 +23,8 @@ use crate::units::{ChunkIndex, ExportId, Generation, Geometry, SnapshotId};
 pub const HEADER_BYTES: usize = 4096;
 /// The size of a log record, in bytes.
 pub const RECORD_BYTES: usize = 32;
-const RUN_BYTES: usize = 8;
+/// The size of a run, in bytes.
+pub const RUN_BYTES: usize = 8;
 const MAGIC: &[u8; 8] = b"NBDCACHE";
 const VERSION: u32 = 1;
 const HASH_AT: usize = HEADER_BYTES - 32;

@@ -355,6 +355,8 @@ impl Cache {
                 continue;
             }
             self.ensure_log_is_ours()?;
+            // There may be millions of marks in one call.
+            self.fold_log();
             let _shared = self.gate.read();
             let _stripe = self.stripe(chunk);
             self.check_not_failed()?;
@@ -401,6 +403,8 @@ impl Cache {
     pub fn fill(&self, chunk: ChunkIndex, bytes: &[u8], still_published: impl Fn() -> bool) -> Result<(), CacheError> {
         debug_assert_eq!(self.geometry.chunk_range(chunk).len(), bytes.len() as u64);
         self.ensure_log_is_ours()?;
+        // Who only reads has nobody else to do it.
+        self.fold_log();
         let _one_at_a_time = self.filling.lock();
         let _shared = self.gate.read();
         let _stripe = self.stripe(chunk);

@@ -9,7 +9,7 @@ use super::at_once::Pace;
 use super::flush::FlushBarrier;
 use super::journal;
 pub use super::log::META_FILE;
-use super::log::{self, FAILED_FILE, MetaLog, Roomy, Staged};
+use super::log::{self, FAILED_FILE, MAX_META_BYTES, MetaLog, Roomy, Staged};
 use super::meta::{self, Header, MetaError, Record, Trust};
 use super::states::{ChunkState, ChunkStates, Content};
 use super::{Base, Cache, CacheError, LogFile, RAW_FILE, STRIPES, disk_error};
@@ -20,8 +20,6 @@ use crate::units::{ByteRange, ExportId, Geometry};
 
 /// Where the note of a clone's seed is written before it takes its place.
 const SEED_STAGING: &str = "clone.seed.json.tmp";
-/// The largest `cache.meta` that is read: every chunk a run of its own, and a log that was never folded.
-const MAX_META_BYTES: u64 = 1 << 30;
 
 /// No boot has this id.
 const NO_BOOT: [u8; 16] = [0; 16];
@@ -290,11 +288,21 @@ impl Cache {
         Ok(())
     }
 
-    /// Folds the log if it has outgrown its checkpoint and nobody is at it yet. What it was called after is done and
-    /// marked either way, so a failure is nobody's but the log's.
+    /// Folds the log if it has outgrown its checkpoint and nobody is at it yet. Whoever marks many chunks calls it in between,
+    /// holding no lock. What it was called after is done and marked either way, so a failure is nobody's but the log's.
     pub(super) fn fold_log(&self) {
-        let outgrown = matches!(&*self.log.lock(), LogFile::Open(log) if log.wants_folding());
-        if !outgrown || self.checkpointing.is_locked() {
+        let (outgrown, near_limit) = match &*self.log.lock() {
+            LogFile::Open(log) => (log.wants_folding(), log.is_near_limit()),
+            LogFile::Sealed { .. } => return,
+        };
+        if !outgrown {
+            return;
+        }
+        if self.checkpointing.is_locked() {
+            if near_limit {
+                // Marks may come faster than a slow disk takes a checkpoint.
+                drop(self.checkpointing.lock());
+            }
             return;
         }
         if let Err(e) = self.checkpoint() {
