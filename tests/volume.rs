@@ -1,6 +1,6 @@
 //! What a volume promises its front ends, over a store that counts and fails as a test wishes.
 
-#![allow(clippy::unwrap_used, clippy::cast_possible_truncation, missing_docs)]
+#![allow(clippy::unwrap_used, clippy::panic, clippy::cast_possible_truncation, missing_docs)]
 
 mod common;
 
@@ -714,6 +714,29 @@ async fn all_who_ask_for_an_export_while_it_is_being_opened_hear_of_one_attempt(
     assert_eq!(site.store.count("get"), 1);
     site.store.serve_all();
     assert_eq!(image(&registry, "disk").await[CHUNK as usize], 2, "the next one is an attempt of its own");
+}
+
+#[tokio::test]
+async fn a_creation_that_hangs_keeps_its_name_and_holds_up_no_other() {
+    let mut site = Site::new();
+    let registry = site.start("a").await;
+    site.store.judge(|op, key| if op == "put" && key.as_str().contains("/disk/") { Fate::Stuck } else { Fate::Served });
+    let creating = registry.create(id("disk"), geometry(8));
+    let others = async {
+        assert!(matches!(registry.create(id("disk"), geometry(8)).await, Err(ExportError::Busy(..))));
+        assert!(matches!(registry.open(id("disk"), false).await, Err(ExportError::Busy(..))));
+        create(&registry, "other", 8).await;
+    };
+    tokio::select! {
+        biased;
+        _ = creating => panic!("the store is stuck"),
+        done = tokio::time::timeout(Duration::from_secs(10), async {
+            site.store.until_stuck(std::future::pending::<()>()).await;
+            others.await;
+        }) => done.expect("they wait for the one that hangs"),
+    }
+    site.store.serve_all();
+    create(&registry, "disk", 8).await;
 }
 
 #[tokio::test]

@@ -359,7 +359,7 @@ impl Cache {
         self.ensure_log_is_ours()?;
         let _alone = self.gate.write();
         // No publish is under way: what one left that could not be settled is of no use.
-        drop(std::mem::take(&mut *self.aside.lock()));
+        self.drop_aside()?;
         if breaks(Rule::PunchBeforeReset) {
             let whole = ByteRange::new(0, self.geometry.image_size());
             whole.map_or(Ok(()), |whole| self.raw.punch(whole)).map_err(|e| self.error("punch", RAW_FILE, e))?;

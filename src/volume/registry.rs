@@ -4,12 +4,12 @@
 //! opened. An export that cannot be served stays listed with the reason, and is tried again at the next use; no
 //! other export notices.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use futures_util::stream::{self, StreamExt};
-use parking_lot::RwLock;
+use parking_lot::{Mutex, RwLock};
 
 use super::export::Export;
 use super::open::local_error;
@@ -176,8 +176,21 @@ pub struct Registry {
     services: Arc<Services>,
     cache_root: PathBuf,
     exports: RwLock<BTreeMap<ExportId, Arc<Export>>>,
-    /// One change of the set of exports at a time, so that two calls never make one export twice.
-    changing: tokio::sync::Mutex<()>,
+    /// What is being created or loaded, so that two calls never make one export twice.
+    arriving: Mutex<BTreeSet<ExportId>>,
+}
+
+/// Keeps other calls from creating or loading an export while it lives.
+#[derive(Debug)]
+struct Arriving<'a> {
+    registry: &'a Registry,
+    id: ExportId,
+}
+
+impl Drop for Arriving<'_> {
+    fn drop(&mut self) {
+        self.registry.arriving.lock().remove(&self.id);
+    }
 }
 
 impl Registry {
@@ -186,12 +199,7 @@ impl Registry {
     /// # Errors
     /// [`ExportError::StoreUnavailable`] if the store cannot be listed. One bad export is no error.
     pub async fn discover(services: Arc<Services>, cache_root: PathBuf) -> Result<Arc<Self>, ExportError> {
-        let registry = Arc::new(Self {
-            services,
-            cache_root,
-            exports: RwLock::default(),
-            changing: tokio::sync::Mutex::default(),
-        });
+        let registry = Arc::new(Self { services, cache_root, exports: RwLock::default(), arriving: Mutex::default() });
         let folders = registry.services.store.list_folders(registry.services.root.prefix()).await?;
         let ids: Vec<ExportId> = folders.iter().filter_map(|name| name.parse().ok()).collect();
         stream::iter(ids).for_each_concurrent(EXPORTS_AT_A_TIME, |id| registry.discover_one(id)).await;
@@ -315,7 +323,7 @@ impl Registry {
 
     async fn create_with(&self, head: Head) -> Result<ExportStatus, ExportError> {
         let id = head.export_id.clone();
-        let _changing = self.changing.lock().await;
+        let _arriving = self.arriving(&id)?;
         let exists = || ExportError::Exists(id.clone());
         if self.exports.read().contains_key(&id) {
             return Err(exists());
@@ -334,6 +342,14 @@ impl Registry {
             opened.inspect_err(|e| tracing::warn!(export = %id, "created, to be opened at its first use: {e}"))?;
         tracing::info!(export = %id, "created");
         Ok(volume.status())
+    }
+
+    fn arriving(&self, id: &ExportId) -> Result<Arriving<'_>, ExportError> {
+        if self.arriving.lock().insert(id.clone()) {
+            Ok(Arriving { registry: self, id: id.clone() })
+        } else {
+            Err(ExportError::Busy(id.clone(), "being created or loaded"))
+        }
     }
 
     /// Finds out whether an export that is to be created can have a cache here.
@@ -366,7 +382,7 @@ impl Registry {
     /// # Errors
     /// [`ExportError::AlreadyLoaded`], [`ExportError::NotFound`].
     pub async fn open(&self, id: ExportId, read_only: bool) -> Result<ExportStatus, ExportError> {
-        let _changing = self.changing.lock().await;
+        let _arriving = self.arriving(&id)?;
         if self.exports.read().contains_key(&id) {
             return Err(ExportError::AlreadyLoaded(id));
         }
