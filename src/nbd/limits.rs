@@ -15,6 +15,9 @@ pub const MAX_PAYLOAD_BYTES: u32 = 32 << 20;
 /// connection is closed.
 pub const MAX_DRAINED_PAYLOAD_BYTES: u64 = 64 << 20;
 
+/// What a connection always has for itself of payload bytes in flight, unless said otherwise.
+pub const ALLOWANCE_BYTES: usize = 256 << 10;
+
 /// The bounds of the handshake; they alone keep the pure part of it in check.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct OptionLimits {
@@ -64,7 +67,7 @@ impl Default for Limits {
             requests: 256,
             connection_bytes: 64 << 20,
             shared_bytes: 1 << 30,
-            allowance_bytes: 256 << 10,
+            allowance_bytes: ALLOWANCE_BYTES,
             stalled: Duration::from_secs(60),
             drain: Duration::from_secs(10),
         }

@@ -17,7 +17,7 @@ use crate::units::ByteRange;
 use crate::volume::{Change, Extent, RequestKind, Residency, Volume, VolumeError};
 
 /// The most extents one BLOCK_STATUS looks at; the client asks again for the rest. The protocol suggests at most 2^20.
-pub(super) const MAX_EXTENTS: usize = 8192;
+pub(super) const MAX_EXTENTS: usize = 4096;
 
 /// A command and what goes with it.
 #[derive(Debug)]

@@ -17,7 +17,7 @@ use tokio::sync::watch;
 
 use super::Shared;
 use super::inbox::{DIRECT_PAYLOAD_BYTES, Gone, Inbox};
-use super::limits::{MAX_DRAINED_PAYLOAD_BYTES, MAX_PAYLOAD_BYTES};
+use super::limits::{ALLOWANCE_BYTES, MAX_DRAINED_PAYLOAD_BYTES, MAX_PAYLOAD_BYTES};
 use super::outbox::{self, Outbox, Slot, Ticket};
 use super::pool::{self, Lease};
 use super::readers::Reader;
@@ -38,6 +38,8 @@ const GATHERED_READ_BYTES: usize = 16 << 10;
 const ASIDE_READ_BYTES: usize = 256 << 10;
 /// What a BLOCK_STATUS in flight is charged for, in bytes: its extents as the volume lists them and as they are sent.
 const STATUS_BYTES: usize = MAX_EXTENTS * 64;
+// It goes on, too, when greedy clients have used up what is shared.
+const _: () = assert!(STATUS_BYTES <= ALLOWANCE_BYTES);
 
 /// Why no more requests are taken.
 #[derive(Debug, thiserror::Error)]
