@@ -1,8 +1,11 @@
 //! What a failed request means: to be asked again, a lost race, or hopeless.
 //!
 //! The crate hides the HTTP status of most failures in a type of its own. So [`Gate`] stands between it and its HTTP
-//! client, and turns every answer that is no success into a [`Rejection`]: status, code and message, cut to size, and
+//! client, and turns every answer that is no success into a [`Rejection`]: host, status, code and message, cut to size, and
 //! nothing else of the request or the answer, so that no credential can get into an error text.
+//!
+//! The crate fetches its credentials through the gate, too. So not every answer is about the object: that it is absent is
+//! believed of a store's own words alone.
 
 use std::error::Error;
 
@@ -12,6 +15,7 @@ use object_store::client::{
     HttpClient, HttpConnector, HttpError, HttpErrorKind, HttpRequest, HttpResponse, HttpResponseBody, HttpService,
     ReqwestConnector,
 };
+use serde_json::Value;
 
 use super::Conditional;
 use crate::store::StoreError;
@@ -22,33 +26,72 @@ const MAX_ERROR_BODY_BYTES: usize = 16 << 10;
 /// How much of its message is kept.
 const MAX_MESSAGE_CHARS: usize = 300;
 
-/// The store's own words for a request it did not carry out.
+/// Where Azure repeats the code of an error: the only place if there is no body.
+const AZURE_CODE_HEADER: &str = "x-ms-error-code";
+/// The codes by which stores say that there is no such object, version or upload.
+const ABSENT: &[&str] = &["NoSuchKey", "NoSuchVersion", "NoSuchUpload", "BlobNotFound", "ResourceNotFound"];
+/// The codes by which they say that there is no such bucket.
+const NO_BUCKET: &[&str] = &["NoSuchBucket", "ContainerNotFound", "NoSuchContainer"];
+
+/// Who did not carry a request out, and in which words.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("HTTP {status}{}{code}{}{message}", if code.is_empty() { "" } else { " " }, if message.is_empty() { "" } else { ": " })]
+#[error("{host} answered HTTP {status}{}{code}{}{message}", if code.is_empty() { "" } else { " " }, if message.is_empty() { "" } else { ": " })]
 pub(super) struct Rejection {
-    pub(super) status: u16,
-    pub(super) code: String,
+    host: String,
+    /// Whether the request was a HEAD, whose answer has no body; only objects are asked for so.
+    to_head: bool,
+    status: u16,
+    code: String,
     message: String,
 }
 
+/// Code and message of an error's body; empty where there are none.
+fn words(body: &str) -> (String, String) {
+    let json = serde_json::from_str(body).ok();
+    let xml = || (element(body, "Code"), element(body, "Message"));
+    let (code, message) = json.as_ref().map_or_else(xml, words_of_json);
+    (cut(code), cut(message))
+}
+
+/// Those who lend credentials answer in JSON, each in a form of its own.
+fn words_of_json(json: &Value) -> (&str, &str) {
+    let (code, message) = match json.get("error") {
+        Some(error @ Value::Object(_)) => (first(error, &["status"]), first(error, &["message"])),
+        _ => (first(json, &["error", "code", "Code"]), first(json, &["error_description", "message", "Message"])),
+    };
+    (code.unwrap_or_default(), message.unwrap_or_default())
+}
+
+fn first<'a>(json: &'a Value, names: &[&str]) -> Option<&'a str> {
+    names.iter().find_map(|name| json.get(name)?.as_str())
+}
+
+/// The content of an XML element that holds text alone.
+fn element<'a>(body: &'a str, tag: &str) -> &'a str {
+    let rest = body.split_once(&format!("<{tag}>")).map(|(_, rest)| rest);
+    rest.and_then(|rest| rest.split_once(&format!("</{tag}>"))).map_or("", |(inner, _)| inner)
+}
+
+fn cut(text: &str) -> String {
+    text.chars().filter(|c| !c.is_control()).take(MAX_MESSAGE_CHARS).collect()
+}
+
 impl Rejection {
-    fn new(status: u16, body: &str) -> Self {
-        let text = |tag: &str| -> String {
-            let from = body.split_once(&format!("<{tag}>")).map(|(_, rest)| rest);
-            let inner = from.and_then(|rest| rest.split_once(&format!("</{tag}>"))).map_or("", |(inner, _)| inner);
-            inner.chars().filter(|c| !c.is_control()).take(MAX_MESSAGE_CHARS).collect()
-        };
-        Self { status, code: text("Code"), message: text("Message") }
+    /// Whether this is a store that has no such object, and not somebody else of whom something else was asked.
+    fn says_absent(&self) -> bool {
+        self.status == 404 && (self.to_head || ABSENT.contains(&self.code.as_str()))
     }
 
     fn meaning(&self, request: Request<'_>, conditional: Conditional) -> StoreError {
         let key = || request.key.clone();
-        let no_bucket = matches!(self.code.as_str(), "NoSuchBucket" | "ContainerNotFound" | "NoSuchContainer");
         match (self.status, conditional) {
-            (404, _) if no_bucket => request.refused(self.clone()),
+            (404, _) if NO_BUCKET.contains(&self.code.as_str()) => request.refused(self.clone()),
             // A swap of an object that is gone; S3 says 404 where others say 412.
-            (304 | 404 | 409 | 412, Conditional::Yes) => StoreError::Conflict { key: key() },
-            (404, Conditional::No) => StoreError::NotFound { key: key() },
+            (404, Conditional::Yes) if self.says_absent() => StoreError::Conflict { key: key() },
+            (404, Conditional::No) if self.says_absent() => StoreError::NotFound { key: key() },
+            // Who lends credentials says so while he starts or is being renewed.
+            (404 | 410, _) => request.unavailable(self.clone()),
+            (304 | 409 | 412, Conditional::Yes) => StoreError::Conflict { key: key() },
             (501 | 505, _) => request.refused(self.clone()),
             // Two writers of one key at the same instant: S3 asks to come again.
             (409, Conditional::No) => request.unavailable(self.clone()),
@@ -101,14 +144,18 @@ struct Gate(HttpClient);
 #[async_trait::async_trait]
 impl HttpService for Gate {
     async fn call(&self, request: HttpRequest) -> Result<HttpResponse, HttpError> {
+        let host = request.uri().host().unwrap_or_default().to_owned();
+        let to_head = request.method().as_str() == "HEAD";
         let response = self.0.execute(request).await?;
-        let status = response.status();
-        if status.is_success() {
+        if response.status().is_success() {
             return Ok(response);
         }
-        let body = beginning(response.into_body()).await;
+        let status = response.status().as_u16();
+        let header = response.headers().get(AZURE_CODE_HEADER).and_then(|code| code.to_str().ok()).map(cut);
+        let (code, message) = words(&beginning(response.into_body()).await);
+        let code = if code.is_empty() { header.unwrap_or_default() } else { code };
         // "Unknown" is the one kind the crate would not repeat even if its retries were on.
-        Err(HttpError::new(HttpErrorKind::Unknown, Rejection::new(status.as_u16(), &body)))
+        Err(HttpError::new(HttpErrorKind::Unknown, Rejection { host, to_head, status, code, message }))
     }
 }
 
@@ -130,10 +177,14 @@ async fn beginning(body: HttpResponseBody) -> String {
 mod tests {
     use super::*;
 
+    fn rejection(status: u16, body: &str) -> Rejection {
+        let (code, message) = words(body);
+        Rejection { host: "store.example".into(), to_head: false, status, code, message }
+    }
+
     /// One letter per meaning: Not found, Conflict, Unavailable, Refused.
-    fn letter(status: u16, code: &str, conditional: Conditional) -> char {
+    fn letter(rejection: Rejection, conditional: Conditional) -> char {
         let key = "exports/vm/volume.json".parse().unwrap();
-        let rejection = Rejection::new(status, &format!("<Error><Code>{code}</Code></Error>"));
         // Wrapped as the crate wraps it: an HTTP error somewhere in the chain.
         let source = Box::new(HttpError::new(HttpErrorKind::Unknown, rejection));
         let error = object_store::Error::Generic { store: "S3", source };
@@ -156,10 +207,17 @@ mod tests {
             (401, "", 'R', 'R'),
             (403, "AccessDenied", 'R', 'R'),
             (404, "NoSuchKey", 'N', 'C'),
+            (404, "NoSuchUpload", 'N', 'C'),
+            (404, "NoSuchVersion", 'N', 'C'),
+            (404, "BlobNotFound", 'N', 'C'),
+            (404, "ResourceNotFound", 'N', 'C'),
             (404, "NoSuchBucket", 'R', 'R'),
             (404, "ContainerNotFound", 'R', 'R'),
+            (404, "NoSuchEntity", 'U', 'U'),
+            (404, "", 'U', 'U'),
             (408, "", 'U', 'U'),
             (409, "ConditionalRequestConflict", 'U', 'C'),
+            (410, "", 'U', 'U'),
             (412, "PreconditionFailed", 'R', 'C'),
             (416, "InvalidRange", 'R', 'R'),
             (429, "", 'U', 'U'),
@@ -168,18 +226,51 @@ mod tests {
             (503, "SlowDown", 'U', 'U'),
             (504, "", 'U', 'U'),
         ] {
-            assert_eq!(letter(status, code, Conditional::No), plain, "{status} {code}");
-            assert_eq!(letter(status, code, Conditional::Yes), conditional, "{status} {code}, conditional");
+            let body = format!("<Error><Code>{code}</Code></Error>");
+            assert_eq!(letter(rejection(status, &body), Conditional::No), plain, "{status} {code}");
+            assert_eq!(letter(rejection(status, &body), Conditional::Yes), conditional, "{status} {code}, conditional");
         }
     }
 
     #[test]
-    fn a_rejection_keeps_code_and_message_and_nothing_else_of_the_body() {
+    fn an_answer_to_head_has_no_words_and_speaks_of_the_object() {
+        let head = |status, code: &str| Rejection { to_head: true, code: code.into(), ..rejection(status, "") };
+        assert_eq!(letter(head(404, ""), Conditional::No), 'N');
+        assert_eq!(letter(head(404, "ContainerNotFound"), Conditional::No), 'R');
+        assert_eq!(letter(head(410, ""), Conditional::No), 'U');
+    }
+
+    #[test]
+    fn a_rejection_names_the_host_keeps_code_and_message_and_nothing_else_of_the_body() {
         let body = "<Error><Code>SignatureDoesNotMatch</Code><Message>no\nmatch</Message>\
                     <AWSAccessKeyId>AKIDSECRET</AWSAccessKeyId></Error>";
-        assert_eq!(Rejection::new(403, body).to_string(), "HTTP 403 SignatureDoesNotMatch: nomatch");
-        assert_eq!(Rejection::new(502, "<html>bad gateway").to_string(), "HTTP 502");
+        let said = "store.example answered HTTP 403 SignatureDoesNotMatch: nomatch";
+        assert_eq!(rejection(403, body).to_string(), said);
+        assert_eq!(rejection(502, "<html>bad gateway").to_string(), "store.example answered HTTP 502");
         let long = format!("<Message>{}</Message>", "x".repeat(5_000));
-        assert!(Rejection::new(500, &long).to_string().len() < 400);
+        assert!(rejection(500, &long).to_string().len() < 400);
+        let long = serde_json::json!({"message": "x".repeat(5_000)}).to_string();
+        assert!(rejection(500, &long).to_string().len() < 400);
+    }
+
+    #[test]
+    fn the_words_of_those_who_answer_in_json_are_kept() {
+        for (body, code, message) in [
+            (
+                r#"{"error":{"code":403,"message":"no access","status":"PERMISSION_DENIED"}}"#,
+                "PERMISSION_DENIED",
+                "no access",
+            ),
+            (r#"{"error":"invalid_grant","error_description":"expired","trace_id":"7"}"#, "invalid_grant", "expired"),
+            (r#"{"error":"invalid_grant"}"#, "invalid_grant", ""),
+            (r#"{"message":"no such role","secret":"hushhush"}"#, "", "no such role"),
+            (r#"{"code":"NoRole","message":"no such role"}"#, "NoRole", "no such role"),
+            (r#"{"Code":"NoRole","Message":"no such role"}"#, "NoRole", "no such role"),
+            (r#"{"error":7,"message":[]}"#, "", ""),
+            (r#"["message"]"#, "", ""),
+            (r#"{"message":"cut"#, "", ""),
+        ] {
+            assert_eq!(words(body), (code.to_owned(), message.to_owned()), "{body}");
+        }
     }
 }

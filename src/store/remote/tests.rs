@@ -11,6 +11,10 @@ use super::*;
 use crate::clock::SystemClock;
 use crate::store::parts::MIN_PART_BYTES;
 
+const S3_KEYS: [(&str, &str); 2] = [("AWS_ACCESS_KEY_ID", "AKIDEXAMPLE"), ("AWS_SECRET_ACCESS_KEY", "hushhush")];
+const AZURE_KEYS: [(&str, &str); 2] =
+    [("AZURE_STORAGE_ACCOUNT_NAME", "account"), ("AZURE_STORAGE_ACCOUNT_KEY", "aGVsbG8=")];
+
 /// One answer of the endpoint.
 #[derive(Debug, Clone)]
 enum Answer {
@@ -49,24 +53,25 @@ impl Endpoint {
 
     /// A store on it, patient for at most a second.
     fn store(&self) -> RemoteStore {
+        self.store_of(RemoteKind::S3, &S3_KEYS)
+    }
+
+    /// The same of any kind, with credentials of any kind.
+    fn store_of(&self, kind: RemoteKind, environment: &[(&str, &str)]) -> RemoteStore {
         let config = RemoteConfig {
-            kind: RemoteKind::S3,
+            kind,
             bucket: Some("disks".into()),
             endpoint_url: Some(self.url.clone()),
             region: None,
             r2_account_id: None,
         };
-        let environment = |name: &str| match name {
-            "AWS_ACCESS_KEY_ID" => Some("AKIDEXAMPLE".to_owned()),
-            "AWS_SECRET_ACCESS_KEY" => Some("hushhush".to_owned()),
-            _ => None,
-        };
+        let look_up = |name: &str| environment.iter().find(|(n, _)| *n == name).map(|(_, value)| (*value).to_owned());
         let policy = RetryPolicy {
             limit: Duration::from_secs(1),
             first_delay: Duration::from_millis(1),
             max_delay: Duration::from_millis(10),
         };
-        RemoteStore::connect(&config, &environment, policy, Arc::new(SystemClock)).unwrap()
+        RemoteStore::connect(&config, &look_up, policy, Arc::new(SystemClock)).unwrap()
     }
 
     /// Method and path of each request so far.
@@ -216,13 +221,60 @@ async fn no_error_repeats_a_credential() {
     }
 }
 
+#[tokio::test]
+async fn what_lends_credentials_says_nothing_about_objects() {
+    for status in ["404 Not Found", "410 Gone"] {
+        let endpoint =
+            Endpoint::start(&[sized(status, r#"{"error":"not_ready","error_description":"come back"}"#)]).await;
+        let identity = format!("{}/identity", endpoint.url);
+        for store in [
+            endpoint.store_of(RemoteKind::S3, &[("AWS_METADATA_ENDPOINT", &endpoint.url)]),
+            endpoint.store_of(
+                RemoteKind::Azure,
+                &[("AZURE_STORAGE_ACCOUNT_NAME", "account"), ("AZURE_MSI_ENDPOINT", &identity)],
+            ),
+        ] {
+            let read = store.get(&key(), 9).await.map(drop).unwrap_err();
+            let created = store.put(&key(), "{}".into(), Condition::IfAbsent).await.map(drop).unwrap_err();
+            for error in [read, created] {
+                let said = format!("127.0.0.1 answered HTTP {} not_ready: come back", &status[..3]);
+                let text = error.to_string();
+                assert!(matches!(error, StoreError::Unavailable { .. }) && text.ends_with(&said), "{text}");
+            }
+        }
+        assert!(endpoint.lines().iter().all(|line| !line.contains("volume.json")), "{:?}", endpoint.lines());
+    }
+}
+
+#[tokio::test]
+async fn an_absent_object_is_not_found_by_the_word_of_any_store() {
+    for (kind, environment, code, header) in [
+        (RemoteKind::S3, &S3_KEYS[..], "NoSuchKey", ""),
+        (RemoteKind::Gcs, &[("GOOGLE_BEARER_TOKEN", "hushhush")], "NoSuchKey", ""),
+        (RemoteKind::Azure, &AZURE_KEYS, "BlobNotFound", ""),
+        (RemoteKind::Azure, &AZURE_KEYS, "", "x-ms-error-code: BlobNotFound\r\n"),
+    ] {
+        let body = if code.is_empty() { String::new() } else { format!("<Error><Code>{code}</Code></Error>") };
+        let headers = format!("{header}Content-Length: {}\r\n", body.len());
+        let endpoint = Endpoint::start(&[answer("404 Not Found", &headers, &body)]).await;
+        let store = endpoint.store_of(kind, environment);
+        let error = store.get(&key(), 9).await.unwrap_err();
+        assert!(matches!(error, StoreError::NotFound { .. }), "{kind:?}: {error}");
+        store.delete(&key()).await.unwrap();
+    }
+}
+
 const CREATED: &str = "<InitiateMultipartUploadResult><UploadId>u1</UploadId></InitiateMultipartUploadResult>";
 const ASSEMBLED: &str = "<CompleteMultipartUploadResult><ETag>\"9\"</ETag></CompleteMultipartUploadResult>";
 
 /// Uploads two parts, the second of one byte.
 async fn upload_two_parts(endpoint: &Endpoint) -> Result<(), StoreError> {
+    upload_two_parts_to(endpoint.store()).await
+}
+
+async fn upload_two_parts_to(store: RemoteStore) -> Result<(), StoreError> {
     let content = Bytes::from(vec![7; usize::try_from(MIN_PART_BYTES).unwrap() + 1]);
-    endpoint.store().upload(&key(), 1 << 30, stream::iter([Ok(content)]).boxed()).await
+    store.upload(&key(), 1 << 30, stream::iter([Ok(content)]).boxed()).await
 }
 
 #[tokio::test]
