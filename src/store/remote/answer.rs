@@ -128,6 +128,17 @@ pub(super) fn judge(error: object_store::Error, request: Request<'_>, conditiona
     }
 }
 
+/// Whether the store knows nothing to put together (any more): S3 calls it no upload, Azure a list of unknown blocks.
+pub(super) fn nothing_to_assemble(error: &StoreError) -> bool {
+    match error {
+        StoreError::NotFound { .. } => true,
+        StoreError::Refused { source, .. } => {
+            source.downcast_ref::<Rejection>().is_some_and(|rejection| rejection.code == "InvalidBlockList")
+        }
+        _ => false,
+    }
+}
+
 /// Makes HTTP clients whose failures can be told apart.
 #[derive(Debug)]
 pub(super) struct GateConnector;

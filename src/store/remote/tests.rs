@@ -333,6 +333,36 @@ async fn an_assembly_whose_answer_was_lost_is_settled_by_looking_at_the_object()
     assert!(matches!(error, StoreError::Unavailable { .. }), "{error}");
 }
 
+/// Azure forgets no upload: a list of blocks that are part of the blob already is one of blocks it does not know.
+#[tokio::test]
+async fn an_assembly_that_azure_takes_for_a_wrong_one_is_settled_by_looking_at_the_object() {
+    let ok = sized("201 Created", "");
+    let wrong = sized("400 Bad Request", "<Error><Code>InvalidBlockList</Code></Error>");
+    let lost = [ok.clone(), ok, Answer::HangUp, wrong.clone()];
+    let date = "Last-Modified: Thu, 01 Jan 2026 00:00:00 GMT\r\n";
+    let head = |len: u64| answer("200 OK", &format!("{date}Content-Length: {len}\r\n"), "");
+    let upload = async |script: &[Answer]| {
+        let endpoint = Endpoint::start(script).await;
+        let uploaded = upload_two_parts_to(endpoint.store_of(RemoteKind::Azure, &AZURE_KEYS)).await;
+        (uploaded, endpoint.lines())
+    };
+
+    let (landed, lines) = upload(&[&lost[..], &[head(MIN_PART_BYTES + 1)]].concat()).await;
+    landed.unwrap();
+    assert!(lines.last().unwrap().starts_with("HEAD"), "{lines:?}");
+
+    let (other, _) = upload(&[&lost[..], &[head(5)]].concat()).await;
+    assert!(matches!(other, Err(StoreError::Refused { .. })), "{other:?}");
+
+    let (nothing, _) = upload(&[&lost[..], &[sized("404 Not Found", "")]].concat()).await;
+    assert!(matches!(nothing, Err(StoreError::Unavailable { .. })), "{nothing:?}");
+
+    // Without an attempt that was unclear it is what it says.
+    let (refused, lines) = upload(&[&lost[..2], &[wrong]].concat()).await;
+    assert!(matches!(refused, Err(StoreError::Refused { .. })), "{refused:?}");
+    assert!(!lines.iter().any(|line| line.starts_with("HEAD")), "{lines:?}");
+}
+
 #[tokio::test]
 async fn a_page_of_a_listing_that_failed_is_asked_for_again_alone() {
     let page = |name: &str, more: &str| {

@@ -17,6 +17,7 @@ use object_store::{MultipartId, ObjectStoreExt, PutPayload};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
+use super::answer::nothing_to_assemble;
 use super::{Conditional, RemoteStore, SILENCE_LIMIT, allowance, path, timed};
 use crate::store::health::Health;
 use crate::store::parts::{PARTS_IN_FLIGHT, part_bytes};
@@ -204,7 +205,7 @@ async fn put_part(put: PartPut, index: usize, part: Part) -> Result<Landed, Stor
     }
 }
 
-/// Puts the parts together. If an attempt had no clear end and the next one finds no upload, the first one landed:
+/// Puts the parts together. If an attempt had no clear end and the next one finds nothing to assemble, the first one landed:
 /// the object is there, in full length.
 async fn complete(
     store: &RemoteStore,
@@ -218,7 +219,7 @@ async fn complete(
         let assembled = store.parts.complete_multipart(&pending.path, &pending.id, ids.clone());
         match timed(request, ASSEMBLY_LIMIT, Conditional::No, assembled).await {
             Ok(_) => Ok(()),
-            Err(StoreError::NotFound { .. }) if unclear.load(Ordering::Relaxed) => {
+            Err(e) if unclear.load(Ordering::Relaxed) && nothing_to_assemble(&e) => {
                 let head = store.objects.head(&pending.path);
                 let meta = timed(request, SILENCE_LIMIT, Conditional::No, head).await?;
                 if meta.size == total { Ok(()) } else { Err(request.refused("another object stands there")) }
