@@ -235,6 +235,10 @@ fn next_chunk(file: &File, geometry: Geometry, from: u64) -> io::Result<Option<(
         // The file system knows nothing of holes: all is data.
         Err(_) => from,
     };
+    // What a file that grows got since it was measured is not of the image.
+    if data >= geometry.image_size() {
+        return Ok(None);
+    }
     let index = u32::try_from(data / geometry.chunk_size()).map_err(io::Error::other)?;
     let range = geometry.chunk_range(ChunkIndex(index));
     let mut buf = vec![0; usize::try_from(range.len()).map_err(io::Error::other)?];
@@ -277,5 +281,22 @@ mod tests {
             }
         }
         assert_eq!(found, [(3, 65_536), (16, 100)]);
+    }
+
+    #[test]
+    fn what_a_file_grew_by_since_it_was_measured_is_not_of_the_image() {
+        let file = tempfile::tempfile().unwrap();
+        let geometry = Geometry::new(2 * 65_536 + 100, 65_536).unwrap();
+        for grown in [2 * 65_536 + 4096, 7 * 65_536] {
+            file.set_len(geometry.image_size()).unwrap();
+            file.write_all_at(b"x", grown).unwrap();
+            let mut from = 0;
+            while let Some((chunk, bytes)) = next_chunk(&file, geometry, from).unwrap() {
+                assert!(geometry.chunk_range(chunk).end() <= geometry.image_size());
+                assert!(bytes.iter().all(|byte| *byte == 0));
+                from = geometry.chunk_range(chunk).end();
+            }
+            file.set_len(0).unwrap();
+        }
     }
 }
