@@ -363,7 +363,7 @@ fn metrics_addr(text: &str) -> Result<String, String> {
 }
 
 /// A chunk size, in bytes.
-fn chunk_bytes(text: &str) -> Result<u64, String> {
+pub(crate) fn chunk_bytes(text: &str) -> Result<u64, String> {
     let bytes = size::parse(text)?;
     // An image of one byte has one chunk of any size: what remains to refuse is the chunk size.
     Geometry::new(1, bytes).map_err(|e| e.to_string())?;

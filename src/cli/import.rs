@@ -22,7 +22,7 @@ use super::interrupt::Interrupts;
 use super::progress::Progress;
 use super::{CliError, convert, size};
 use crate::cache;
-use crate::config::{Storage, Surroundings};
+use crate::config::{Storage, Surroundings, chunk_bytes};
 use crate::server::Offline;
 use crate::units::{ChunkIndex, DEFAULT_CHUNK_BYTES, ExportId, Geometry};
 use crate::volume::registry::{ExportError, Published};
@@ -52,7 +52,7 @@ pub struct Import {
     #[arg(long, value_name = "FORMAT")]
     format: Option<String>,
     /// Unit of fetching and publishing: a power of two from 4KiB to 64MiB
-    #[arg(long, value_name = "BYTES", env = "NBD_SERVER_CHUNK_SIZE", value_parser = size::parse,
+    #[arg(long, value_name = "BYTES", env = "NBD_SERVER_CHUNK_SIZE", value_parser = chunk_bytes,
           default_value_t = DEFAULT_CHUNK_BYTES)]
     chunk_size: u64,
     /// Directory for the temporary raw file that stdin and other formats need
