@@ -3,7 +3,8 @@
 
 mod common;
 
-use std::io::{BufReader, Read, Write};
+use std::io::{BufReader, ErrorKind, Read, Write};
+use std::net::TcpStream;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -11,9 +12,9 @@ use std::time::{Duration, Instant};
 use common::hooked::Hooked;
 use common::http::{self, Response};
 use common::volumes::{self, Site};
-use nbd_server::admin::{self, Api, ExportCounts, Health, Limits, ServerStatus, Socket, StoreHealth, Watch};
+use nbd_server::admin::{self, Api, ExportCounts, Health, Limits, Scrapes, ServerStatus, Socket, StoreHealth, Watch};
 use nbd_server::disk::RealDisk;
-use nbd_server::metrics::Page;
+use nbd_server::metrics::{Kind, Page};
 use nbd_server::volume::registry::Registry;
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -22,6 +23,10 @@ use tokio::task::JoinHandle;
 
 /// There is nothing around the API to watch.
 fn watch_nothing() -> Watch {
+    watch_with(Page::default)
+}
+
+fn watch_with(metrics: fn() -> Page) -> Watch {
     let store = StoreHealth { backend: "memory", reachable: true, since: std::time::UNIX_EPOCH, last_error: None };
     let looked_at = store.clone();
     let status = move || ServerStatus {
@@ -33,7 +38,7 @@ fn watch_nothing() -> Watch {
         listen: Vec::new(),
         store: store.clone(),
     };
-    Watch::new(Page::default, move || Health { live: true, ready: true, store: looked_at.clone() }, status)
+    Watch::new(metrics, move || Health { live: true, ready: true, store: looked_at.clone() }, status)
 }
 
 /// A served API; the calls block, so tests run it on a runtime with threads of its own.
@@ -409,11 +414,73 @@ async fn a_client_beyond_the_limit_is_told_so_and_slots_come_back() {
     held[0].get_mut().write_all(request).unwrap();
     assert_eq!(http::read_response(&mut held[0]).unwrap().status, 200);
     drop(held);
+    slots_come_back(&api);
+}
+
+#[track_caller]
+fn slots_come_back(api: &Served) {
     let deadline = Instant::now() + Duration::from_secs(20);
     while api.call("GET", "/v1/exports", "").status != 200 {
         assert!(Instant::now() < deadline, "the slots never came back");
         std::thread::sleep(Duration::from_millis(10));
     }
+}
+
+/// Pipelines requests and reads no answer, until the server has had enough of it.
+#[track_caller]
+fn never_read(mut stream: impl Write, path: &str) {
+    let requests = format!("GET {path} HTTP/1.1\r\nhost: x\r\n\r\n").repeat(1000);
+    let ended = loop {
+        if let Err(e) = stream.write_all(requests.as_bytes()) {
+            break e.kind();
+        }
+    };
+    assert!(matches!(ended, ErrorKind::BrokenPipe | ErrorKind::ConnectionReset), "{ended}");
+}
+
+/// Metrics of which a few fill the buffers of a connection.
+fn long_page() -> Page {
+    let mut page = Page::default();
+    page.family(Kind::Gauge, "long", &"x".repeat(64 << 10));
+    page
+}
+
+/// One that soon gives up a client that takes no answers.
+fn impatient() -> Limits {
+    Limits { write_timeout: Duration::from_millis(200), ..Limits::default() }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_client_that_takes_no_answers_is_cut_off_and_its_slot_comes_back() {
+    let api = Served::with(Limits { max_connections: 1, ..impatient() }).await;
+    never_read(http::connect(&api.socket), "/v1/exports");
+    slots_come_back(&api);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn collectors_that_take_no_answers_do_not_end_the_collecting() {
+    let scrapes = Scrapes::bind("127.0.0.1:0").await.unwrap();
+    let address = scrapes.local_addr();
+    let (stop, stopped) = watch::channel(false);
+    let serving = tokio::spawn(scrapes.serve(watch_with(long_page), impatient(), stopped));
+    let connect = || {
+        let stream = TcpStream::connect(address).unwrap();
+        stream.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+        stream.set_write_timeout(Some(Duration::from_secs(60))).unwrap();
+        stream
+    };
+    std::thread::scope(|scope| {
+        for _ in 0..admin::MAX_SCRAPES {
+            scope.spawn(|| never_read(connect(), "/metrics"));
+        }
+    });
+    let mut collector = connect();
+    collector.write_all(b"GET /metrics HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n").unwrap();
+    let mut answer = String::new();
+    collector.read_to_string(&mut answer).unwrap();
+    assert!(answer.starts_with("HTTP/1.1 200 "), "{answer}");
+    stop.send(true).unwrap();
+    serving.await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread")]

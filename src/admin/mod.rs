@@ -1,15 +1,17 @@
 //! The admin API: HTTP/1.1 and JSON over a Unix socket; and the metrics, which may have an address of their own.
 //!
 //! Promises: every request is answered or its connection closed within bounded time and memory, however malformed or
-//! slow it is; every refusal that follows a readable request head is `application/problem+json` with a stable code.
-//! An operation that was accepted runs to its end even if its client hangs up; how long it may take is not limited
-//! here. This front end passes logical ids only: it never sees keys, paths or bytes of an image.
+//! slow it is, and whether or not its answer is taken; every refusal that follows a readable request head is
+//! `application/problem+json` with a stable code. An operation that was accepted runs to its end even if its client hangs
+//! up; how long it may take is not limited here. This front end passes logical ids only: it never sees keys, paths or bytes
+//! of an image.
 
 mod answer;
 mod body;
 mod exports;
 mod health;
 mod openapi;
+mod patience;
 mod problem;
 mod scrape;
 mod snapshots;
@@ -32,6 +34,7 @@ use tokio::task::JoinSet;
 use crate::metrics::Page;
 use crate::volume::registry::Registry;
 pub use health::{Health, StoreFailure, StoreHealth};
+use patience::Patience;
 use problem::{Code, Problem};
 pub use scrape::{MAX_SCRAPES, ScrapeError, Scrapes};
 pub use socket::{BindError, Group, MAX_PATH_BYTES, Socket};
@@ -41,6 +44,8 @@ pub use status::{ExportCounts, ServerStatus};
 pub const HEADER_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long a client may take for a request's body.
 pub const BODY_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long a client may leave an answer untaken, without one byte of progress.
+pub const WRITE_TIMEOUT: Duration = Duration::from_secs(10);
 /// The longest request head, in bytes.
 pub const MAX_HEAD_BYTES: usize = 64 << 10;
 /// The longest request body, in bytes.
@@ -59,6 +64,8 @@ pub struct Limits {
     pub header_timeout: Duration,
     /// See [`BODY_TIMEOUT`].
     pub body_timeout: Duration,
+    /// See [`WRITE_TIMEOUT`].
+    pub write_timeout: Duration,
     /// See [`MAX_BODY_BYTES`].
     pub max_body_bytes: usize,
     /// See [`MAX_CONNECTIONS`].
@@ -70,6 +77,7 @@ impl Default for Limits {
         Self {
             header_timeout: HEADER_TIMEOUT,
             body_timeout: BODY_TIMEOUT,
+            write_timeout: WRITE_TIMEOUT,
             max_body_bytes: MAX_BODY_BYTES,
             max_connections: MAX_CONNECTIONS,
         }
@@ -166,6 +174,7 @@ pub async fn serve(socket: Socket, api: Api, mut stop: watch::Receiver<bool>) {
         };
         match (accepted, Arc::clone(&slots).try_acquire_owned()) {
             (Ok((stream, _)), Ok(slot)) => {
+                let stream = Patience::new(stream, api.limits.write_timeout);
                 let connection = http.serve_connection(TokioIo::new(stream), service.clone());
                 let stop = stop.clone();
                 connections.spawn(async move {
@@ -199,7 +208,7 @@ async fn stopped(stop: &mut watch::Receiver<bool>) {
     let _ = stop.wait_for(|stop| *stop).await;
 }
 
-type Connection<S> = http1::Connection<TokioIo<S>, TowerToHyperService<Router>>;
+type Connection<S> = http1::Connection<TokioIo<Patience<S>>, TowerToHyperService<Router>>;
 
 async fn attend<S>(connection: Connection<S>, mut stop: watch::Receiver<bool>)
 where

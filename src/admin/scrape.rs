@@ -18,6 +18,7 @@ use tokio::net::TcpListener;
 use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinSet;
 
+use super::patience::Patience;
 use super::{ACCEPT_PAUSE, Api, Limits, Watch, attend, http, stopped};
 use crate::metrics::Page;
 
@@ -82,6 +83,7 @@ impl Scrapes {
             };
             match (accepted, Arc::clone(&slots).try_acquire_owned()) {
                 (Ok((stream, _)), Ok(slot)) => {
+                    let stream = Patience::new(stream, limits.write_timeout);
                     let connection = http.serve_connection(TokioIo::new(stream), service.clone());
                     let stop = stop.clone();
                     connections.spawn(async move {
