@@ -9,8 +9,10 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
+use std::time::Duration;
 
-use tokio::net::{TcpListener, TcpSocket, UnixListener, UnixSocket, UnixStream};
+use rustix::net::sockopt;
+use tokio::net::{TcpListener, TcpSocket, TcpStream, UnixListener, UnixSocket, UnixStream};
 
 /// The port that NBD has been assigned.
 pub const DEFAULT_PORT: u16 = 10809;
@@ -18,6 +20,12 @@ pub const DEFAULT_PORT: u16 = 10809;
 /// How many clients may wait to be accepted; the kernel's own bound (`net.core.somaxconn`) may be lower. One more has to
 /// try again after a second, so there is room for a whole fleet that reconnects at once.
 const BACKLOG: u32 = 4096;
+/// How long a TCP client may say nothing before its host is asked whether it is there.
+const SILENCE: Duration = Duration::from_secs(60);
+/// How long each question waits for an answer.
+const PROBE_INTERVAL: Duration = Duration::from_secs(10);
+/// After so many questions without an answer the connection is over.
+const PROBES: u32 = 6;
 
 /// Why a listener could not be had; each text names the address and the remedy.
 #[derive(Debug, thiserror::Error)]
@@ -197,6 +205,7 @@ impl Listener {
                 let (stream, peer) = listener.accept().await?;
                 // "SHOULD set TCP_NODELAY." A socket that died already says so at its first use.
                 let _ = stream.set_nodelay(true);
+                let _ = notice_silence(&stream);
                 Ok(Client { peer: peer.to_string(), socket: stream.into_std()?.into() })
             }
             Socket::Unix { listener, .. } => {
@@ -205,6 +214,14 @@ impl Listener {
             }
         }
     }
+}
+
+/// Lets the system ask a client that says nothing whether it is there: one whose host lost power says no farewell.
+fn notice_silence(stream: &TcpStream) -> rustix::io::Result<()> {
+    sockopt::set_socket_keepalive(stream, true)?;
+    sockopt::set_tcp_keepidle(stream, SILENCE)?;
+    sockopt::set_tcp_keepintvl(stream, PROBE_INTERVAL)?;
+    sockopt::set_tcp_keepcnt(stream, PROBES)
 }
 
 fn bind_error(addr: &ListenAddr, source: io::Error) -> ListenError {
@@ -254,6 +271,16 @@ mod tests {
         let error = Listener::bind(first.local_addr()).await.unwrap_err();
         assert!(matches!(&error, ListenError::Taken(_)));
         assert!(error.to_string().contains(&first.local_addr().to_string()));
+    }
+
+    #[tokio::test]
+    async fn a_client_whose_host_is_gone_is_given_up_after_two_minutes() {
+        let listener = Listener::bind(&"127.0.0.1:0".parse().unwrap()).await.unwrap();
+        let _peer = TcpStream::connect(listener.local_addr().to_string()).await.unwrap();
+        let socket = listener.accept().await.unwrap().socket;
+        assert!(sockopt::socket_keepalive(&socket).unwrap());
+        let (idle, interval) = (sockopt::tcp_keepidle(&socket).unwrap(), sockopt::tcp_keepintvl(&socket).unwrap());
+        assert_eq!(idle + interval * sockopt::tcp_keepcnt(&socket).unwrap(), Duration::from_secs(120));
     }
 
     #[tokio::test]
