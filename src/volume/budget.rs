@@ -6,9 +6,10 @@
 //!
 //! A publish owns as much memory as its upload needs to go on at all, and beyond that takes what is free. So publishes never
 //! wait for each other in a circle, and many at a time queue for their beginning, not in their middle.
+//! Buffers that are kept to be used again are part of the budget, too: they give way to memory in use, whosever that is.
 
 use std::ops::{Deref, DerefMut};
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -173,6 +174,7 @@ impl Stream {
 pub(crate) struct PublishBudget {
     free: Arc<Semaphore>,
     all: u32,
+    spare: Mutex<Weak<Mutex<Spare>>>,
     aside: Arc<AsideMemory>,
     cores: Semaphore,
 }
@@ -183,7 +185,7 @@ impl PublishBudget {
         let aside = bytes / ASIDE_PART;
         let all = permits(bytes - aside).max(1);
         let (free, cores) = (Arc::new(Semaphore::new(all as usize)), Semaphore::new(cores().div_ceil(2)));
-        Self { free, all, aside: AsideMemory::new(aside), cores }
+        Self { free, all, spare: Mutex::default(), aside: AsideMemory::new(aside), cores }
     }
 
     /// The part of it for what writers set aside.
@@ -201,7 +203,50 @@ impl PublishBudget {
         let floor = permits(floor);
         let taken = Arc::clone(&self.free).acquire_many_owned(floor.min(self.all)).await.ok();
         let own = Arc::new(Semaphore::new(floor as usize));
-        Arc::new(PublishShare { own, free: Arc::clone(&self.free), _taken: taken, spare: Mutex::default() })
+        let (free, most) = (Arc::clone(&self.free), floor.max(self.all));
+        Arc::new(PublishShare { own, free, _taken: taken, spare: self.spare(), most })
+    }
+
+    /// What the publishes under way share; it goes with the last of them.
+    fn spare(&self) -> Arc<Mutex<Spare>> {
+        let mut shared = self.spare.lock();
+        shared.upgrade().unwrap_or_else(|| {
+            let new = Arc::default();
+            *shared = Arc::downgrade(&new);
+            new
+        })
+    }
+}
+
+/// Buffers that were in use before: the kernel need not clear their pages once more. They have what the memory in use leaves of
+/// the budget, and give way to it. All sizes are in permits.
+#[derive(Debug, Default)]
+struct Spare {
+    in_use: u32,
+    kept: u32,
+    buffers: Vec<(u32, Vec<u8>)>,
+}
+
+impl Spare {
+    /// Memory for a buffer of a size, which was in use before if there is one of just that size.
+    fn take(&mut self, size: u32, most: u32) -> Vec<u8> {
+        let same = self.buffers.iter().rposition(|(other, _)| *other == size).map(|at| self.buffers.swap_remove(at));
+        self.kept -= same.as_ref().map_or(0, |(size, _)| *size);
+        self.use_more(size, most);
+        same.map(|(_, memory)| memory).unwrap_or_default()
+    }
+
+    fn use_more(&mut self, size: u32, most: u32) {
+        self.in_use += size;
+        while self.in_use + self.kept > most && !self.buffers.is_empty() {
+            self.kept -= self.buffers.swap_remove(0).0;
+        }
+    }
+
+    fn keep(&mut self, size: u32, memory: Vec<u8>) {
+        self.in_use -= size;
+        self.kept += size;
+        self.buffers.push((size, memory));
     }
 }
 
@@ -211,22 +256,22 @@ pub(super) struct PublishShare {
     own: Arc<Semaphore>,
     free: Arc<Semaphore>,
     _taken: Option<OwnedSemaphorePermit>,
-    /// Buffers that were in use before: the kernel need not clear their pages once more.
-    spare: Mutex<Vec<Vec<u8>>>,
+    spare: Arc<Mutex<Spare>>,
+    /// What may be in use and kept, over all publishes, in permits.
+    most: u32,
 }
 
 impl PublishShare {
     /// Waits until `bytes` more may be held. Those of one publish ask one after the other.
     pub(super) async fn take(self: &Arc<Self>, bytes: u64) -> Held {
-        let bytes = permits(bytes);
-        let at_once =
-            [&self.own, &self.free].into_iter().find_map(|s| Arc::clone(s).try_acquire_many_owned(bytes).ok());
+        let size = permits(bytes);
+        let at_once = [&self.own, &self.free].into_iter().find_map(|s| Arc::clone(s).try_acquire_many_owned(size).ok());
         let permit = match at_once {
             Some(permit) => Some(permit),
             // What is its own comes back when a part has arrived, and a part is less than all of it.
-            None => Arc::clone(&self.own).acquire_many_owned(bytes).await.ok(),
+            None => Arc::clone(&self.own).acquire_many_owned(size).await.ok(),
         };
-        Held { _permit: permit, share: Arc::clone(self) }
+        Held { _permit: permit, size, share: Arc::clone(self) }
     }
 }
 
@@ -234,18 +279,27 @@ impl PublishShare {
 #[derive(Debug)]
 pub(super) struct Held {
     _permit: Option<OwnedSemaphorePermit>,
+    /// How much it is, in permits.
+    size: u32,
     share: Arc<PublishShare>,
 }
 
 impl Held {
     /// A buffer of `len` bytes of any content, to read a chunk into.
     pub(super) fn buffer(&self, len: usize) -> Buffer {
-        Buffer::over(self.share.spare.lock().pop().unwrap_or_default(), len)
+        let (size, share) = (self.size, Arc::clone(&self.share));
+        let mut memory = share.spare.lock().take(size, share.most);
+        let start = lay_out(&mut memory, len);
+        Buffer { memory, start, size, share }
     }
 
     /// The bytes that are held: the memory is free again when the last copy of them is gone.
     pub(super) fn by(self, bytes: impl Into<Holder>) -> Bytes {
-        Bytes::from_owner(Holding(bytes.into(), self))
+        let bytes = bytes.into();
+        if let Holder::Fetched(_) = bytes {
+            self.share.spare.lock().use_more(self.size, self.share.most);
+        }
+        Bytes::from_owner(Holding(bytes, self))
     }
 }
 
@@ -254,16 +308,23 @@ impl Held {
 pub(super) struct Buffer {
     memory: Vec<u8>,
     start: usize,
+    /// What it counts for, in permits.
+    size: u32,
+    share: Arc<PublishShare>,
 }
 
-impl Buffer {
-    /// In memory that may have been used before.
-    fn over(mut memory: Vec<u8>, len: usize) -> Self {
-        let alignment = if len < SLICE_BYTES { 1 } else { DIRECT_ALIGNMENT };
-        memory.resize(len + alignment - 1, 0);
-        let start = memory.as_ptr().addr().next_multiple_of(alignment) - memory.as_ptr().addr();
-        memory.truncate(start + len);
-        Self { memory, start }
+/// Makes room for `len` bytes in memory that may have been used before, and says where they begin.
+fn lay_out(memory: &mut Vec<u8>, len: usize) -> usize {
+    let alignment = if len < SLICE_BYTES { 1 } else { DIRECT_ALIGNMENT };
+    memory.resize(len + alignment - 1, 0);
+    let start = memory.as_ptr().addr().next_multiple_of(alignment) - memory.as_ptr().addr();
+    memory.truncate(start + len);
+    start
+}
+
+impl Drop for Buffer {
+    fn drop(&mut self) {
+        self.share.spare.lock().keep(self.size, std::mem::take(&mut self.memory));
     }
 }
 
@@ -302,6 +363,7 @@ impl From<Bytes> for Holder {
     }
 }
 
+/// In this order: the memory is counted as no longer in use before somebody else may hold as much.
 struct Holding(Holder, Held);
 
 impl AsRef<[u8]> for Holding {
@@ -315,8 +377,9 @@ impl AsRef<[u8]> for Holding {
 
 impl Drop for Holding {
     fn drop(&mut self) {
-        if let Holder::Buffer(buf) = &mut self.0 {
-            self.1.share.spare.lock().push(std::mem::take(&mut buf.memory));
+        if let Holder::Fetched(bytes) = &mut self.0 {
+            *bytes = Bytes::new();
+            self.1.share.spare.lock().in_use -= self.1.size;
         }
     }
 }
@@ -440,6 +503,35 @@ mod tests {
         drop(copy);
         let again = held.buffer(5);
         assert_eq!((again.as_ptr(), again.len()), (place, 5));
+    }
+
+    /// As many buffers of a size as a publish gets.
+    async fn all_it_gets(share: &Arc<PublishShare>, bytes: u64) -> Vec<Bytes> {
+        let mut all = Vec::new();
+        while let Some(held) = takes_at_once(share, bytes).await {
+            let buf = held.buffer(usize::try_from(bytes).unwrap());
+            all.push(held.by(buf));
+        }
+        all
+    }
+
+    #[tokio::test]
+    async fn buffers_that_are_kept_and_those_in_use_are_never_more_than_the_budget() {
+        let budget = PublishBudget::new(64 * MIB);
+        let (a, b) = (budget.share(16 * MIB).await, budget.share(16 * MIB).await);
+        let kept = || u64::from(a.spare.lock().kept) * PERMIT_BYTES;
+        // An eighth is not for them, and the other one's floor is its own.
+        assert_eq!(all_it_gets(&a, 4 * MIB).await.len(), 10);
+        assert_eq!(kept(), 40 * MIB);
+        let all = all_it_gets(&b, 2 * MIB).await;
+        assert_eq!(all.len(), 20);
+        assert_eq!(kept(), 16 * MIB, "what is left of 56");
+        let fetched = takes_at_once(&a, 4 * MIB).await.unwrap().by(Bytes::from_static(b"chunk"));
+        assert_eq!(kept(), 12 * MIB);
+        drop((all, fetched));
+        assert_eq!(kept(), 52 * MIB);
+        drop((a, b));
+        assert_eq!(budget.share(MIB).await.spare.lock().kept, 0, "nothing is kept for nobody");
     }
 
     #[tokio::test]
