@@ -4,7 +4,8 @@
 //! - **No hidden retries.** The crate's own are off. A conditional put is one request; what may be repeated is repeated
 //!   by [`retry`](super::retry) and, inside an upload or a listing, by the same policy here.
 //! - **Bounds that fit the payload.** The crate's default of 30 s for a whole request would kill every large body on a
-//!   slow link; here a request may take [`SILENCE_LIMIT`] plus its bytes at [`MIN_BYTES_PER_SECOND`].
+//!   slow link; here a request may take [`SILENCE_LIMIT`] plus its bytes at [`MIN_BYTES_PER_SECOND`], and a part of an upload as
+//!   long as all parts that are on their way with it. Other requests at the same time are not reckoned with.
 //! - **Nothing is believed.** The range and the length of a body are compared with what was asked for: the crate hands
 //!   out a short body as if it were whole.
 //! - **Credentials** come from the environment and appear in no log, error or `Debug` text.
@@ -40,7 +41,7 @@ pub use config::{RemoteConfig, RemoteConfigError, RemoteKind};
 pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long the store may say nothing: before its answer begins, and between two pieces of it.
 pub const SILENCE_LIMIT: Duration = Duration::from_secs(15);
-/// The slowest transfer that still counts as one.
+/// The slowest transfer that still counts as one: of an object that is read, or of an upload with all its parts.
 pub const MIN_BYTES_PER_SECOND: u64 = 64 << 10;
 /// The most pages one listing takes; stores return 1,000 names a page or more.
 const MAX_LIST_PAGES: usize = MAX_LISTED / 1_000;

@@ -52,8 +52,8 @@ impl Default for RetryPolicy {
 pub(crate) enum Overtime {
     /// It is abandoned: somebody waits for the answer.
     Cut,
-    /// It may finish, since it has bounds of its own; there is just no further one.
-    Finish,
+    /// It may finish, since it has bounds of its own; beyond so many attempts there is just no further one.
+    Finish { at_least: u32 },
 }
 
 /// The name of a request, for its errors.
@@ -98,7 +98,7 @@ impl RetryPolicy {
 
     /// The patience of one request, which begins now.
     pub(crate) fn patience(self, clock: &dyn Clock) -> Patience<'_> {
-        Patience { policy: self, clock, begun: clock.monotonic(), failures: 0 }
+        Patience { policy: self, clock, begun: clock.monotonic(), failures: 0, at_least: 1 }
     }
 
     /// Repeats `attempt` while it ends as [`StoreError::Unavailable`] and there is time for another one; what each
@@ -114,10 +114,11 @@ impl RetryPolicy {
     where
         F: Future<Output = Result<T, StoreError>>,
     {
-        let mut patience = self.patience(clock);
+        let at_least = if let Overtime::Finish { at_least } = overtime { at_least } else { 1 };
+        let mut patience = Patience { at_least, ..self.patience(clock) };
         loop {
             let outcome = match overtime {
-                Overtime::Finish => attempt().await,
+                Overtime::Finish { .. } => attempt().await,
                 Overtime::Cut => tokio::select! {
                     biased;
                     outcome = attempt() => outcome,
@@ -143,6 +144,8 @@ pub(crate) struct Patience<'a> {
     clock: &'a dyn Clock,
     begun: Duration,
     failures: u32,
+    /// How many attempts there are, however long each takes.
+    at_least: u32,
 }
 
 impl Patience<'_> {
@@ -159,7 +162,8 @@ impl Patience<'_> {
         self.failures += 1;
         // Full jitter: servers that lost the same store must not come back in step.
         let delay = rand::random_range(Duration::ZERO..=self.policy.ceiling(self.failures));
-        if delay >= self.left() || self.failures >= MAX_ATTEMPTS {
+        let time_is_up = delay >= self.left() && self.failures >= self.at_least;
+        if time_is_up || self.failures >= MAX_ATTEMPTS {
             return Err(self.gave_up(failure));
         }
         tracing::debug!(failures = self.failures, ?delay, error = %failure, "the store did not answer; trying again");
@@ -275,11 +279,11 @@ impl Store for Retrying {
 
     // A long listing makes many requests, each with bounds of its own; together they may take longer than one may.
     async fn list(&self, prefix: &Key) -> Result<Vec<Key>, StoreError> {
-        self.repeat("list", prefix, Overtime::Finish, || self.inner.list(prefix)).await
+        self.repeat("list", prefix, Overtime::Finish { at_least: 1 }, || self.inner.list(prefix)).await
     }
 
     async fn list_folders(&self, prefix: &Key) -> Result<Vec<String>, StoreError> {
-        self.repeat("list", prefix, Overtime::Finish, || self.inner.list_folders(prefix)).await
+        self.repeat("list", prefix, Overtime::Finish { at_least: 1 }, || self.inner.list_folders(prefix)).await
     }
 
     async fn delete(&self, key: &Key) -> Result<(), StoreError> {

@@ -1,8 +1,9 @@
 //! Blobs on their way up: re-cut into equal parts without copying, several in flight (`store/parts.rs`).
 //!
 //! A body that fits one part becomes one put. A longer one becomes a multipart upload: parts of one size (R2 insists)
-//! but the last, each repeated on its own, since putting a part twice puts it once. If anything fails, or the caller
-//! goes away, the parts are discarded; a bucket rule that expires incomplete uploads catches what a crash leaves.
+//! but the last, each repeated on its own, since putting a part twice puts it once. The parts in flight share the link, so
+//! each may take as long as all of them together. If anything fails, or the caller goes away, the parts are discarded; a
+//! bucket rule that expires incomplete uploads catches what a crash leaves.
 
 use std::future::Future;
 use std::sync::Arc;
@@ -26,8 +27,10 @@ use crate::store::{Body, Key, StoreError};
 
 /// How long the store may take to put the parts together.
 const ASSEMBLY_LIMIT: Duration = Duration::from_secs(180);
-/// The shortest limit for repeating a request, as a multiple of the time one attempt may take.
+/// How often a request is sent at least that fails, however long that takes; and the shortest limit for repeating it, as a
+/// multiple of the time that one with the link to itself may take.
 const MIN_ATTEMPTS: u32 = 3;
+const OVERTIME: Overtime = Overtime::Finish { at_least: MIN_ATTEMPTS };
 
 /// A body being cut into parts.
 struct Cutter<'a> {
@@ -191,14 +194,15 @@ impl PartPut {
 
 async fn put_part(put: PartPut, index: usize, part: Part) -> Result<Landed, StoreError> {
     let request = Request { operation: put.operation, key: &put.key };
-    let limit = allowance(part.len);
+    let (alone, sharing) = (allowance(part.len), allowance(part.len * PARTS_IN_FLIGHT as u64));
     let payload = part.payload(put.keeps_payloads);
     let attempt = || {
         let sent = put.parts.put_part(&put.path, &put.id, index, payload.clone());
-        timed(request, limit, Conditional::No, sent)
+        timed(request, sharing, Conditional::No, sent)
     };
-    let policy = put.policy.lasting(limit * MIN_ATTEMPTS);
-    match policy.run(&*put.clock, &put.health, request, Overtime::Finish, attempt).await {
+    // An outage, in which attempts fail at once, is not waited for as long as a slow link.
+    let policy = put.policy.lasting(alone * MIN_ATTEMPTS);
+    match policy.run(&*put.clock, &put.health, request, OVERTIME, attempt).await {
         Ok(id) => Ok((index, id)),
         Err(StoreError::NotFound { .. }) => Err(request.unavailable("the store has forgotten the upload")),
         Err(e) => Err(e),
@@ -231,7 +235,7 @@ async fn complete(
         }
     };
     let policy = store.policy.lasting(ASSEMBLY_LIMIT * MIN_ATTEMPTS);
-    match policy.run(&*store.clock, &store.health, request, Overtime::Finish, attempt).await {
+    match policy.run(&*store.clock, &store.health, request, OVERTIME, attempt).await {
         Err(StoreError::NotFound { .. }) => Err(request.unavailable("the store has forgotten the upload")),
         other => other,
     }
@@ -249,7 +253,7 @@ where
 {
     let attempt = || timed(request, limit, Conditional::No, work());
     let policy = store.policy.lasting(limit * MIN_ATTEMPTS);
-    policy.run(&*store.clock, &store.health, request, Overtime::Finish, attempt).await
+    policy.run(&*store.clock, &store.health, request, OVERTIME, attempt).await
 }
 
 /// Uploads whose caller went away, and which the store is being told to forget: each holds a receiver until it was told.
