@@ -392,6 +392,25 @@ async fn s3_over_http_conforms() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn names_that_no_key_can_have_are_left_out_of_listings_and_hide_nothing() {
+    let moto = Moto::with_bucket("disks");
+    let store = s3(&moto, "disks");
+    let names =
+        ["exports/-/x", "exports/0", "exports/0/x", "exports/a", "exports/vm-1/x", "exports/vm-2/x", "exports/z/x"];
+    let keys: Vec<Key> = names.iter().map(|name| name.parse().unwrap()).collect();
+    for key in &keys {
+        store.put(key, "x".into(), Condition::Always).await.unwrap();
+    }
+    for stray in ["exports//stray", "exports//z/x", "exports/vm-1//x", "exports/../x", "exports/z//"] {
+        let answer = moto.request(&format!("PUT /disks/{stray} HTTP/1.1")).unwrap();
+        assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+    }
+    let prefix: Key = "exports".parse().unwrap();
+    assert_eq!(store.list_folders(&prefix).await.unwrap(), ["-", "0", "vm-1", "vm-2", "z"]);
+    assert_eq!(store.list(&prefix).await.unwrap(), keys);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_store_behind_retries_conforms() {
     let inner: SharedStore = Arc::new(RemoteStore::memory());
     conformance(Arc::new(Retrying::new(inner, RetryPolicy::default(), Arc::new(SystemClock))), &root()).await;

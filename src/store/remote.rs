@@ -12,6 +12,7 @@
 
 mod answer;
 mod config;
+mod listing;
 mod memory;
 mod upload;
 
@@ -22,7 +23,7 @@ use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use futures_util::TryStreamExt;
-use object_store::list::{PaginatedListOptions, PaginatedListStore};
+use object_store::list::PaginatedListStore;
 use object_store::multipart::MultipartStore;
 use object_store::path::Path;
 use object_store::{
@@ -30,8 +31,8 @@ use object_store::{
 };
 
 use super::health::Health;
-use super::retry::{Overtime, Request, RetryPolicy};
-use super::{Body, Condition, Key, MAX_LISTED, Object, Store, StoreError, Version};
+use super::retry::{Request, RetryPolicy};
+use super::{Body, Condition, Key, Object, Store, StoreError, Version};
 use crate::clock::Clock;
 use crate::units::ByteRange;
 use answer::judge;
@@ -43,8 +44,6 @@ pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 pub const SILENCE_LIMIT: Duration = Duration::from_secs(15);
 /// The slowest transfer that still counts as one: of an object that is read, or of an upload with all its parts.
 pub const MIN_BYTES_PER_SECOND: u64 = 64 << 10;
-/// The most pages one listing takes; stores return 1,000 names a page or more.
-const MAX_LIST_PAGES: usize = MAX_LISTED / 1_000;
 
 /// Where the store keeps what changes with every write.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -154,35 +153,6 @@ impl RemoteStore {
             Ok(bytes) => Ok((bytes?, meta)),
             Err(_) => Err(request.unavailable(format!("{len} bytes did not arrive within {} s", limit.as_secs()))),
         }
-    }
-
-    /// One page after the other, each repeated by itself.
-    async fn pages(
-        &self,
-        prefix: &Key,
-        delimiter: Option<&'static str>,
-        mut take: impl FnMut(object_store::ListResult) + Send,
-    ) -> Result<(), StoreError> {
-        let request = Request { operation: "list", key: prefix };
-        let below = format!("{prefix}/");
-        let mut token = None;
-        for _ in 0..MAX_LIST_PAGES {
-            let page = || {
-                let options = PaginatedListOptions {
-                    delimiter: delimiter.map(Into::into),
-                    page_token: token.clone(),
-                    ..PaginatedListOptions::default()
-                };
-                timed(request, SILENCE_LIMIT, Conditional::No, self.pages.list_paginated(Some(&below), options))
-            };
-            let page = self.policy.run(&*self.clock, &self.health, request, Overtime::Cut, page).await?;
-            take(page.result);
-            token = page.page_token;
-            if token.is_none() {
-                return Ok(());
-            }
-        }
-        Err(request.refused(format!("there are more than {MAX_LISTED} names; choose a longer prefix")))
     }
 }
 

@@ -381,6 +381,17 @@ async fn a_page_of_a_listing_that_failed_is_asked_for_again_alone() {
     assert_eq!(lines.len(), 4, "{lines:?}");
 }
 
+/// What is meant to work around it asks for pages from behind the name, which not every store knows.
+#[tokio::test]
+async fn a_name_that_cannot_be_left_out_of_a_listing_is_named_with_the_remedy() {
+    let page = "<ListBucketResult><CommonPrefixes><Prefix>exports//</Prefix></CommonPrefixes></ListBucketResult>";
+    let endpoint = Endpoint::start(&[sized("200 OK", page)]).await;
+    let error = endpoint.store().list_folders(&"exports".parse().unwrap()).await.unwrap_err();
+    let text = error.to_string();
+    assert!(matches!(error, StoreError::Refused { .. }) && text.contains("\"exports//\""), "{text}");
+    assert!(text.contains("move or delete"), "{text}");
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_body_that_stops_arriving_is_given_up_after_the_limit_of_silence() {
     let key = key();

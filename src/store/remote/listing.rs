@@ -1,0 +1,74 @@
+//! Listings, one page after the other.
+//!
+//! A bucket may hold names that no key can have, such as `exports//x`, and the crate takes none of a page that has one. Then
+//! the pages are made smaller until the name is alone on its page, and the listing goes on behind it: a stray object must not
+//! keep a server from finding its exports.
+
+use object_store::list::PaginatedListOptions;
+use object_store::{Error, ListResult, path};
+
+use super::{Conditional, RemoteStore, SILENCE_LIMIT, timed};
+use crate::store::retry::{Overtime, Request};
+use crate::store::{Key, MAX_LISTED, StoreError};
+
+/// How many names stores return on a page, or more.
+const PAGE_NAMES: usize = 1_000;
+/// The most pages one listing takes.
+const MAX_LIST_PAGES: usize = MAX_LISTED / PAGE_NAMES;
+
+impl RemoteStore {
+    /// Hands over one page after the other, each repeated by itself.
+    pub(super) async fn pages(
+        &self,
+        prefix: &Key,
+        delimiter: Option<&'static str>,
+        mut take: impl FnMut(ListResult) + Send,
+    ) -> Result<(), StoreError> {
+        let request = Request { operation: "list", key: prefix };
+        let below = format!("{prefix}/");
+        let delimiter = delimiter.map(Into::into);
+        let mut options = PaginatedListOptions { delimiter, ..PaginatedListOptions::default() };
+        for _ in 0..MAX_LIST_PAGES {
+            let page = || {
+                let listed = self.pages.list_paginated(Some(&below), options.clone());
+                let apart = async {
+                    match listed.await {
+                        Err(Error::InvalidPath { source }) => Ok(Err(source)),
+                        other => other.map(Ok),
+                    }
+                };
+                timed(request, SILENCE_LIMIT, Conditional::No, apart)
+            };
+            match self.policy.run(&*self.clock, &self.health, request, Overtime::Cut, page).await? {
+                Ok(page) => {
+                    take(page.result);
+                    options.page_token = page.page_token;
+                    if options.page_token.is_none() {
+                        return Ok(());
+                    }
+                }
+                Err(stray) => options = around(&stray, options).map_err(|reason| request.refused(reason))?,
+            }
+        }
+        Err(request.refused(format!("there are more than {MAX_LISTED} names; choose a longer prefix")))
+    }
+}
+
+/// What to ask for instead of a page with a name that is no path, or why that cannot be helped.
+fn around(stray: &path::Error, options: PaginatedListOptions) -> Result<PaginatedListOptions, String> {
+    let (path::Error::EmptySegment { path } | path::Error::BadSegment { path, .. }) = stray else {
+        return Err(stray.to_string());
+    };
+    if options.max_keys != Some(1) {
+        return Ok(PaginatedListOptions { max_keys: Some(options.max_keys.unwrap_or(PAGE_NAMES) / 2), ..options });
+    }
+    let behind = match path.strip_suffix('/') {
+        // Behind all of a folder, as '0' is the character after '/'.
+        Some(folder) if options.delimiter.is_some() => format!("{folder}0"),
+        _ => path.clone(),
+    };
+    if options.offset.is_some_and(|offset| offset >= behind) {
+        return Err(format!("{path:?} cannot be the name of an object here: move or delete what is under it"));
+    }
+    Ok(PaginatedListOptions { offset: Some(behind), max_keys: None, page_token: None, ..options })
+}
