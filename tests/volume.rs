@@ -984,3 +984,27 @@ async fn a_write_that_waited_for_its_fetch_never_lands_on_newer_data() {
     new.await.unwrap();
     assert!(read(&volume, 0, CHUNK).await.iter().all(|b| *b == 0x02));
 }
+
+#[tokio::test]
+async fn a_read_after_a_reset_gets_the_new_image_although_a_fetch_of_the_old_one_is_under_way() {
+    let mut site = Site::new();
+    let base_image = async |site: &Site, snapshot: u8| {
+        let key = stand_on_base_image(&site.store, "old", snapshot, geometry(1)).await;
+        site.store.put(&key, vec![snapshot; CHUNK as usize].into(), Condition::Always).await.unwrap();
+    };
+    base_image(&site, 1).await;
+    let registry = site.start("a").await;
+    let volume = registry.volume(&id("old")).await.unwrap();
+    let (fetch, fetched) = tokio::sync::watch::channel(false);
+    site.store.hold_until("get_range", fetched);
+    let old = tokio::spawn(async move { read(&volume, 0, 1).await });
+    // It is polled until it waits for its fetch.
+    tokio::task::yield_now().await;
+    base_image(&site, 2).await;
+    registry.reset(&id("old")).await.unwrap();
+    let volume = registry.volume(&id("old")).await.unwrap();
+    let new = tokio::spawn(async move { read(&volume, 0, 1).await });
+    tokio::task::yield_now().await;
+    fetch.send(true).unwrap();
+    assert_eq!([old.await.unwrap()[0], new.await.unwrap()[0]], [1, 2]);
+}

@@ -56,8 +56,8 @@ impl Stage {
 
 /// A fetch that others may join.
 type Shared = watch::Receiver<Stage>;
-/// A chunk and the hash of the content that is fetched for it: after a reset it may be another.
-type FillKey = (ChunkIndex, [u8; 32]);
+/// A chunk and what is fetched for it: after a reset it may be something else.
+type FillKey = (ChunkIndex, Remote);
 
 /// The fetches of a volume that are under way.
 #[derive(Debug, Default)]
@@ -136,7 +136,7 @@ impl Volume {
             let zeros = vec![0; super::buffer_len(self.geometry.chunk_range(chunk))];
             return Ok(already(zeros.into()));
         };
-        let key = (chunk, source.hash.unwrap_or_default());
+        let key = (chunk, source);
         // A fill may have ended since the chunk was seen missing: it is not fetched again for that.
         let alone = !self.fills.under_way.lock().contains_key(&key);
         if alone
@@ -150,8 +150,8 @@ impl Volume {
             return Ok(shared.clone());
         }
         let (tell, shared) = watch::channel(Stage::UnderWay);
-        under_way.insert(key, shared.clone());
-        tokio::spawn(Arc::clone(self).run_fill(key, source, stream(), tell));
+        under_way.insert(key.clone(), shared.clone());
+        tokio::spawn(Arc::clone(self).run_fill(key, stream(), tell));
         Ok(shared)
     }
 
@@ -166,12 +166,13 @@ impl Volume {
         cache::blocking(&self.cache, read).await.map_err(|e| self.cache_error(e))
     }
 
-    async fn run_fill(self: Arc<Self>, key: FillKey, source: Remote, stream: Stream, tell: watch::Sender<Stage>) {
+    async fn run_fill(self: Arc<Self>, key: FillKey, stream: Stream, tell: watch::Sender<Stage>) {
+        let (chunk, source) = &key;
         let _budget = self.services.fill_budget.take(source.range.len()).await;
-        let end = match self.fetch(key.0, &source, Some(stream)).await {
+        let end = match self.fetch(*chunk, source, Some(stream)).await {
             Ok(bytes) => {
                 tell.send_replace(Stage::Fetched(bytes.clone()));
-                let kept = self.keep(key.0, source, bytes.clone()).await;
+                let kept = self.keep(*chunk, source.clone(), bytes.clone()).await;
                 Stage::Kept(bytes, kept)
             }
             Err(e) => Stage::Failed(e),
@@ -283,7 +284,7 @@ impl Services {
 }
 
 /// Where a chunk that is not zeros is in the store.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub(super) struct Remote {
     /// The blob.
     pub key: Key,

@@ -14,6 +14,7 @@ use nbd_server::disk::{Disk, RealDisk};
 use nbd_server::store::keys::ExportRoot;
 use nbd_server::store::remote::RemoteStore;
 use nbd_server::store::retry::RetryPolicy;
+use nbd_server::store::{Condition, Key, Store};
 use nbd_server::units::{ByteRange, ExportId, Geometry};
 use nbd_server::volume::registry::{ExportError, ExportStatus, Published, Registry};
 use nbd_server::volume::{DEFAULT_PUBLISH_BYTES, Services, Volume, VolumeError};
@@ -112,6 +113,28 @@ pub fn opening(dir: PathBuf, geometry: Geometry) -> Opening {
 
 pub fn geometry(chunks: u64) -> Geometry {
     Geometry::new(chunks * CHUNK, CHUNK).unwrap()
+}
+
+/// Makes a snapshot the head of an export as older tools would have published it: all of it is in a base image, and no chunk
+/// has a hash. Returns the key of that image, which is not there yet.
+pub async fn stand_on_base_image(store: &Watched, name: &str, snapshot: u8, geometry: Geometry) -> Key {
+    let put = async |key: &Key, text: String| {
+        store.put(key, text.into(), Condition::Always).await.unwrap();
+    };
+    let snapshot = format!("{snapshot:032x}");
+    let keys = root().export(&id(name));
+    let base = keys.base(snapshot.parse().unwrap());
+    let (size, chunk, chunks) = (geometry.image_size(), geometry.chunk_size(), geometry.chunk_count());
+    let manifest = format!(
+        r#"{{"version":2,"export_id":"{name}","generation":1,"image_size":{size},"chunk_size":{chunk},"chunk_count":{chunks},
+        "base_ref":"base","refs":[{{"id":"base","path":"{base}"}}],"entries":[]}}"#
+    );
+    put(&keys.manifest(snapshot.parse().unwrap()), manifest).await;
+    let head = format!(
+        r#"{{"version":1,"export_id":"{name}","image_size":{size},"chunk_size":{chunk},"current_snapshot_id":"{snapshot}"}}"#
+    );
+    put(&keys.head(), head).await;
+    base
 }
 
 pub async fn create(registry: &Arc<Registry>, name: &str, chunks: u64) -> Arc<Volume> {
