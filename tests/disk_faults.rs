@@ -6,11 +6,12 @@ mod common;
 
 use std::io::ErrorKind;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, mpsc};
 use std::time::Duration;
 
 use common::hooked::Hooked;
 use common::volumes::*;
+use nbd_server::cache::open::Opening;
 use nbd_server::disk::RealDisk;
 use nbd_server::volume::VolumeError;
 use nbd_server::volume::registry::{ExportError, Registry};
@@ -247,4 +248,44 @@ async fn a_disk_that_fails_beside_the_cache_is_said_to_have_failed_with_the_file
     failed("write", "clone.seed.json", registry.clone_export(id("clone"), id("disk"), None).await.unwrap_err());
     disk.serve_all();
     assert_eq!(image(&registry, "clone").await, image(&registry, "disk").await);
+}
+
+/// The next operation on a file panics, as a mistake in this server would.
+fn panic_once(disk: &Hooked, operation: &'static str, name: &'static str) {
+    let panics = AtomicBool::new(true);
+    disk.hook(move |op, path| {
+        let here = op == operation && path.ends_with(name);
+        assert!(!(here && panics.swap(false, Ordering::SeqCst)), "as the test wishes");
+        Ok(())
+    });
+}
+
+#[tokio::test]
+async fn a_fetch_that_panics_is_an_error_for_those_who_wait_for_it_and_for_nobody_after() {
+    let mut site = Site::new();
+    let (registry, disk) = on_a_hooked_disk(&mut site).await;
+    let volume = registry.volume(&id("disk")).await.unwrap();
+    panic_once(&disk, "write_at", "cache.raw");
+    let refused = write_as_served(&volume, 2 * CHUNK + 1, vec![0xcc].into()).await.unwrap_err();
+    assert!(matches!(refused, VolumeError::Unavailable(_)), "{refused}");
+    write(&volume, 2 * CHUNK + 1, 0xcc, 1).await;
+    assert_eq!(read(&volume, 2 * CHUNK, 3).await[..], [3, 0xcc, 3]);
+}
+
+#[test]
+fn a_flush_that_panics_keeps_no_later_one_waiting() {
+    let dir = tempfile::tempdir().unwrap();
+    let disk = Hooked::new(RealDisk);
+    let opening = Opening { disk: Arc::new(disk.clone()), ..opening(dir.path().join("disk"), geometry(1)) };
+    let cache = Arc::new(opening.open().unwrap());
+    cache.write(0, &[1], |_| true).unwrap();
+    panic_once(&disk, "sync", "cache.raw");
+    let flush = || {
+        let (cache, (tell, told)) = (Arc::clone(&cache), mpsc::channel());
+        std::thread::Builder::new().spawn(move || tell.send(cache.flush())).unwrap();
+        told.recv_timeout(Duration::from_secs(30))
+    };
+    assert_eq!(flush().unwrap_err(), mpsc::RecvTimeoutError::Disconnected, "it has panicked");
+    flush().expect("an end").unwrap();
+    assert!(cache.write_at_once(range(0, 1), &[2]), "as with no flush under way");
 }

@@ -4,10 +4,11 @@
 //! the writes that this flush must cover were complete.
 
 use std::io;
+use std::path::Path;
 use std::sync::Arc;
 
 use super::log::{META_FILE, MetaLog, Unsynced};
-use super::{Cache, CacheError, LogFile};
+use super::{Cache, CacheError, LogFile, RAW_FILE, disk_error};
 use crate::disk::DiskFile;
 use crate::sabotage::{Rule, breaks};
 use crate::sync::{Condvar, Mutex};
@@ -25,6 +26,24 @@ struct Barriers {
     ended: u64,
     /// How the barrier with the number `ended` ended.
     result: Option<CacheError>,
+}
+
+/// The barrier under way. It ends with this, also if something in it panics: then those who wait for it hear of an error.
+struct UnderWay<'a> {
+    of: &'a FlushBarrier,
+    result: Option<Result<(), CacheError>>,
+}
+
+impl Drop for UnderWay<'_> {
+    fn drop(&mut self) {
+        let panicked = || Err(disk_error("flush", Path::new(RAW_FILE), io::Error::other("it panicked")));
+        let result = self.result.take().unwrap_or_else(panicked);
+        let mut state = self.of.state.lock();
+        state.ended = state.begun;
+        state.result = result.err();
+        drop(state);
+        self.of.ended.notify_all();
+    }
 }
 
 impl FlushBarrier {
@@ -46,12 +65,9 @@ impl FlushBarrier {
         }
         state.begun += 1;
         drop(state);
+        let mut under_way = UnderWay { of: self, result: None };
         let result = barrier();
-        let mut state = self.state.lock();
-        state.ended = state.begun;
-        state.result = result.clone().err();
-        drop(state);
-        self.ended.notify_all();
+        under_way.result = Some(result.clone());
         result
     }
 

@@ -67,6 +67,15 @@ pub(super) struct Fills {
     pub corrupt: AtomicU64,
 }
 
+/// A fetch that others may join as long as this lives: none joins one that came to no end because something in it panicked.
+struct UnderWay<'a>(&'a Fills, &'a FillKey);
+
+impl Drop for UnderWay<'_> {
+    fn drop(&mut self) {
+        self.0.under_way.lock().remove(self.1);
+    }
+}
+
 impl Volume {
     /// The published content of a chunk that was seen missing, for a client that waits for it; it will be in the cache if
     /// there is room.
@@ -167,17 +176,19 @@ impl Volume {
     }
 
     async fn run_fill(self: Arc<Self>, key: FillKey, stream: Stream, tell: watch::Sender<Stage>) {
-        let (chunk, source) = &key;
-        let _budget = self.services.fill_budget.take(source.range.len()).await;
-        let end = match self.fetch(*chunk, source, Some(stream)).await {
-            Ok(bytes) => {
-                tell.send_replace(Stage::Fetched(bytes.clone()));
-                let kept = self.keep(*chunk, source.clone(), bytes.clone()).await;
-                Stage::Kept(bytes, kept)
+        let end = {
+            let _under_way = UnderWay(&self.fills, &key);
+            let (chunk, source) = &key;
+            let _budget = self.services.fill_budget.take(source.range.len()).await;
+            match self.fetch(*chunk, source, Some(stream)).await {
+                Ok(bytes) => {
+                    tell.send_replace(Stage::Fetched(bytes.clone()));
+                    let kept = self.keep(*chunk, source.clone(), bytes.clone()).await;
+                    Stage::Kept(bytes, kept)
+                }
+                Err(e) => Stage::Failed(e),
             }
-            Err(e) => Stage::Failed(e),
         };
-        self.fills.under_way.lock().remove(&key);
         tell.send_replace(end);
     }
 
@@ -231,7 +242,11 @@ async fn until<T>(
     mut shared: Shared,
     ready: impl Fn(&Stage) -> Option<Result<T, VolumeError>>,
 ) -> Result<T, VolumeError> {
-    let gone = || VolumeError::Unavailable("the fetch was abandoned: the server is stopping".into());
+    let gone = || {
+        VolumeError::Unavailable(
+            "the fetch came to no end: the server is stopping, or has come upon a mistake of its own".into(),
+        )
+    };
     let stage = shared.wait_for(|stage| ready(stage).is_some()).await.map_err(|_| gone())?;
     ready(&stage).ok_or_else(gone)?
 }
