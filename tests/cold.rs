@@ -14,14 +14,17 @@ use std::time::Duration;
 use bytes::Bytes;
 use common::hooked::Hooked;
 use common::shaped::{Shape, Shaped};
+use common::sim::SimClock;
 use common::volumes::*;
+use common::watched::{Fate, Watched};
 use futures_util::stream::{self, StreamExt};
 use nbd_server::clock::SystemClock;
 use nbd_server::disk::RealDisk;
 use nbd_server::store::remote::RemoteStore;
+use nbd_server::store::retry::{RetryPolicy, Retrying};
 use nbd_server::units::{ChunkIndex, Geometry};
 use nbd_server::volume::registry::Registry;
-use nbd_server::volume::{Services, Volume};
+use nbd_server::volume::{Services, Volume, VolumeError};
 use tempfile::TempDir;
 
 /// As fast as it can be: what counts here is what is asked for.
@@ -328,4 +331,29 @@ async fn a_start_asks_for_one_small_object_of_each_export_and_an_opening_for_its
     registry.volume(&id("disk-7")).await.unwrap();
     // The head, the manifest, and the head once more after the journal was looked at.
     assert_eq!(site.store.count("get"), 3);
+}
+
+#[tokio::test(start_paused = true)]
+async fn in_an_outage_reads_that_wait_for_memory_fail_within_the_same_limit_as_all_others() {
+    // More than fit into memory at a time.
+    const CHUNKS: u64 = 10;
+    const LARGE: u64 = 64 * MIB;
+    for fate in [Fate::Failed, Fate::Stuck] {
+        let (watched, clock) = (Arc::new(Watched::new(RemoteStore::memory())), Arc::new(SimClock::default()));
+        stand_on_base_image(&watched, "disk", 1, Geometry::new(CHUNKS * LARGE, LARGE).unwrap()).await;
+        let patience = RetryPolicy { limit: Duration::from_secs(20), ..RetryPolicy::default() };
+        let store = Arc::new(Retrying::new(watched.clone(), patience, clock.clone()));
+        let services = Services::new(store, root(), Arc::new(RealDisk), clock).with_patience(patience);
+        let dir = tempfile::tempdir().unwrap();
+        let registry = Registry::discover(Arc::new(services), dir.path().to_owned()).await.unwrap();
+        let volume = registry.volume(&id("disk")).await.unwrap();
+        watched.judge(move |operation, _| if operation == "get_range" { fate } else { Fate::Served });
+        let begun = tokio::time::Instant::now();
+        let reads = (0..CHUNKS).map(|i| volume.read(range(i * LARGE, 1)));
+        for read in futures_util::future::join_all(reads).await {
+            assert!(matches!(read, Err(VolumeError::Unavailable(_))), "{fate:?}: {read:?}");
+        }
+        let took = begun.elapsed();
+        assert!(took < patience.limit + Duration::from_secs(2), "{fate:?}: {took:?}");
+    }
 }

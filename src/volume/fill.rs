@@ -8,20 +8,24 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use futures_util::stream::{self, StreamExt};
 use parking_lot::Mutex;
-use tokio::sync::watch;
+use tokio::sync::{SemaphorePermit, watch};
 
 use super::budget::Stream;
 use super::{Services, Volume, VolumeError};
 use crate::cache::{self, Cache, states::Content};
 use crate::manifest::Source;
 use crate::sabotage::{Rule, breaks};
+use crate::store::health::Outage;
 use crate::store::{Key, SharedStore, StoreError};
 use crate::units::{ByteRange, ChunkIndex, ExportId};
+
+/// How often it is looked whether the store is away, for a fetch that takes longer than a request may.
+const OUTAGE_CHECK_INTERVAL: Duration = Duration::from_secs(1);
 
 /// How far a fetch has come.
 #[derive(Debug, Clone)]
@@ -179,9 +183,8 @@ impl Volume {
         let end = {
             let _under_way = UnderWay(&self.fills, &key);
             let (chunk, source) = &key;
-            let _budget = self.services.fill_budget.take(source.range.len()).await;
-            match self.fetch(*chunk, source, Some(stream)).await {
-                Ok(bytes) => {
+            match self.fetch_in_turn(*chunk, source, stream).await {
+                Ok((bytes, _memory)) => {
                     tell.send_replace(Stage::Fetched(bytes.clone()));
                     let kept = self.keep(*chunk, source.clone(), bytes.clone()).await;
                     Stage::Kept(bytes, kept)
@@ -190,6 +193,32 @@ impl Volume {
             }
         };
         tell.send_replace(end);
+    }
+
+    /// Fetches a chunk once there is memory for it. Those that hold all of it in an outage do so for as long as a request may
+    /// take; who waits for them meanwhile, and has waited for as long, is told what they are told.
+    async fn fetch_in_turn(
+        &self,
+        chunk: ChunkIndex,
+        source: &Remote,
+        stream: Stream,
+    ) -> Result<(Bytes, Option<SemaphorePermit<'_>>), VolumeError> {
+        let started = Instant::now();
+        let fetched = async {
+            let memory = self.services.fill_budget.take(source.range.len()).await;
+            Ok((self.fetch(chunk, source, Some(stream)).await?, memory))
+        };
+        tokio::select! {
+            biased;
+            fetched = fetched => fetched,
+            outage = self.services.too_long_an_outage() => {
+                self.meter.fetched(started, None);
+                let export_id = &self.export_id;
+                let text = format!("export {export_id}: chunk {chunk} was not fetched in time: {}", outage.last_error);
+                tracing::warn!("{text}");
+                Err(VolumeError::Unavailable(text.into()))
+            }
+        }
     }
 
     async fn keep(self: &Arc<Self>, chunk: ChunkIndex, source: Remote, bytes: Bytes) -> Result<(), VolumeError> {
@@ -261,6 +290,18 @@ pub(super) enum FetchError {
 }
 
 impl Services {
+    /// Returns when a request that began now would have taken as long as one may, if the store is away by then: one that still
+    /// answers is only slow, and is waited for.
+    async fn too_long_an_outage(&self) -> Outage {
+        self.clock.sleep(self.patience.limit).await;
+        loop {
+            if let Some(outage) = self.store.outage() {
+                return outage;
+            }
+            self.clock.sleep(OUTAGE_CHECK_INTERVAL).await;
+        }
+    }
+
     /// The chunk's bytes from the store, their hash checked; what does not match is fetched once more, then refused. The
     /// `stream`, if the fetch has one of the budget's, is free again once the bytes are here.
     pub(super) async fn fetch(
@@ -326,8 +367,6 @@ impl Remote {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use super::*;
     use crate::clock::SystemClock;
     use crate::disk::RealDisk;

@@ -126,7 +126,7 @@ pub struct Services {
     pub disk: Arc<dyn Disk>,
     /// The time.
     pub clock: Arc<dyn Clock>,
-    /// For how long, and at which pace, a head is written again that the store did not take.
+    /// How long the store retries; and so, and at the same pace, is a head written again that it did not take.
     patience: RetryPolicy,
     /// Where publishes work.
     pub(crate) background: Background,
@@ -146,7 +146,7 @@ impl Services {
         Self { store, root, disk, clock, patience, background, fill_budget, publish_budget }
     }
 
-    /// The same with another patience for writing heads: that of the store with all else.
+    /// The same with the patience that the store has.
     #[must_use]
     pub fn with_patience(self, patience: RetryPolicy) -> Self {
         Self { patience, ..self }
