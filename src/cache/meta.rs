@@ -6,7 +6,7 @@
 //! …      records, 32 bytes each: {seq u64, durable u64, value u64, kind u8, 0 0 0, check u32}
 //! ```
 //! All integers are little-endian. Invariants:
-//! - A checkpoint is written whole to another file, synced, and renamed into place: it is never torn.
+//! - A checkpoint is written whole to another file and synced before the two change places: it is never torn.
 //! - Records carry consecutive numbers; 32 divides 512, so no record spans two sectors, and a torn write damages
 //!   whole records. Each names the newest record known durable when it was written: a damaged record that a later
 //!   one calls durable is corruption and refused by name; any other damage is a torn tail and ends the log.

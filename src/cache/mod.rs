@@ -1,6 +1,6 @@
 //! The local cache of one export: chunk states over `cache.raw`, and the one place that does disk I/O for data.
 //!
-//! Promises, with the rules of `docs/semantics.md` that they serve:
+//! Promises, with the rules of `docs/architecture.md` that they serve:
 //! - A chunk's mark is in `cache.meta` before the reply to the write that made it dirty (L1), and no state is visible
 //!   in memory before its mark is written. The order of mark and bytes is chosen so that a process crash between the
 //!   two leaves the old content or the new one.

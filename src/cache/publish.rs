@@ -27,7 +27,8 @@ pub struct CutChunk {
 }
 
 impl Cache {
-    /// Freezes what is dirty now, while no write is under way: the chunks that the publish is about.
+    /// Freezes what is dirty now, while no chunk is being changed: the chunks that the publish is about. A write over several
+    /// chunks that has not returned may be in it in part.
     ///
     /// # Errors
     /// [`CacheError`]; then nothing is frozen.

@@ -1,8 +1,9 @@
 //! What fetches and publishes may use of memory and of the store's streams, over all volumes of a server, and who goes first.
 //!
-//! A fetch that a client waits for never queues behind one that nobody waits for. It takes memory from a budget of which
-//! background work holds a part at most, and a core to check the chunk that only clients' fetches take; it has no other limit. Background work (read-ahead, prefetch, compaction) fetches with few
-//! streams, fewer while clients' fetches are under way, and a publish lets clients go first; neither gives way for ever.
+//! A fetch that a client waits for takes memory from a budget of which background work has half at most, held or in line for,
+//! and a core to check the chunk that only clients' fetches take; it has no other limit. So it queues behind one that nobody
+//! waits for only where clients use more than their own half. Background work (read-ahead, prefetch, compaction) fetches with
+//! few streams, fewer while clients' fetches are under way, and a publish lets clients go first; neither gives way for ever.
 //!
 //! A publish owns as much memory as its upload needs to go on at all, and beyond that takes what is free. So publishes never
 //! wait for each other in a circle, and many at a time queue for their beginning, not in their middle.

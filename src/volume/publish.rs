@@ -7,7 +7,7 @@
 //! 4. the cut's record synced, journal PREPARED, durable – the swap may have landed, or still may: the head tells.
 //! 5. swap of `volume.json` – the moment of truth.
 //! 6. journal COMMITTED, then the clean marks – the marks are redone.
-//! 7. journal removed, then `refs/current.json` – a copy that may lag by one publish.
+//! 7. journal removed, then `refs/current.json` – a copy that lags behind while it cannot be written.
 //!
 //! Clients read and write throughout; they wait only for the cut and the change of states in step 6.
 
