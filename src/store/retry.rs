@@ -2,8 +2,8 @@
 //!
 //! Repeated is only what may be repeated without anybody noticing: reads, listings, deletes, and puts that overwrite
 //! whatever is there. A conditional put is passed on **once**, always: after an unclear answer the object may be one's
-//! own, and only the caller can tell, who then waits by the same [`RetryPolicy`]. An upload is passed on once too, since its stream cannot be read again; the
-//! backend repeats its parts with the same [`RetryPolicy`].
+//! own, and only the caller can tell, who then waits by the same [`RetryPolicy`]. An upload is passed on once too, since its
+//! stream cannot be read again; the backend repeats its parts with the same policy.
 
 use std::fmt::Debug;
 use std::future::Future;

@@ -181,7 +181,7 @@ pub struct Volume {
     cache: Arc<Cache>,
     /// The published image that missing and clean chunks stand for.
     image: Arc<RwLock<Arc<Manifest>>>,
-    /// The generation of the head when it was last read or written.
+    /// The generation of the head when the export was opened here, reset or published, whichever was last.
     head_seen: Mutex<Generation>,
     fills: Fills,
     ahead: ReadAhead,

@@ -84,7 +84,7 @@ pub struct ExportStatus {
     pub corrupt_fetches: u64,
     /// The generation the cache builds on.
     pub snapshot_generation: Generation,
-    /// The generation of the head when it was last seen.
+    /// The generation of the head when the export was opened here, reset or published, whichever was last.
     pub remote_head_generation: Generation,
     /// The snapshot the cache builds on.
     pub current_snapshot_id: Option<SnapshotId>,
