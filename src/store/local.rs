@@ -25,8 +25,8 @@ use super::{Body, Condition, Key, Object, Store, StoreError, Version};
 use crate::background::Background;
 use crate::clock::Clock;
 use crate::units::ByteRange;
+pub use folder::LOCK_PATIENCE;
 use folder::{Fault, Folder};
-pub use folder::{LOCK_PATIENCE, TMP_LIFETIME};
 use tmp::Tmp;
 
 /// How many bytes of an upload are gathered for one trip to a blocking thread.

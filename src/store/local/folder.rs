@@ -9,8 +9,9 @@
 //! than that of the object replaced, so that even a rewrite of the same bytes within one tick of the kernel's clock,
 //! or after the clock was set back, is a new version.
 //!
-//! **Tmp files** (`tmp.rs`) are `flock`ed by their writer for as long as it lives. The sweep at open removes those that are
-//! old and locked by nobody: never one that another server is still writing.
+//! **Tmp files** (`tmp.rs`) are `flock`ed by their writer for as long as it lives. The sweep at open removes those that
+//! nobody has locked: never one that another server is still writing. Between the two, a writer that has just made its file
+//! and not locked it yet may lose it; it notices, and makes another.
 
 use std::fs::{self, File, FileTimes, TryLockError};
 use std::io::{self, ErrorKind};
@@ -33,8 +34,6 @@ use crate::units::ByteRange;
 pub const LOCK_PATIENCE: Duration = Duration::from_secs(30);
 /// How long a writer that waits for the lock sleeps between two looks.
 const LOCK_POLL: Duration = Duration::from_millis(2);
-/// Tmp files younger than this are not swept: their writer may be just between creating and locking.
-pub const TMP_LIFETIME: Duration = Duration::from_secs(3600);
 /// By how much a new modification time exceeds the old one: the first step that the file system can express.
 const TIME_STEPS: [Duration; 4] =
     [Duration::from_nanos(1), Duration::from_micros(1), Duration::from_millis(1), Duration::from_secs(2)];
@@ -101,13 +100,11 @@ impl Folder {
     }
 
     fn sweep(&self) -> io::Result<()> {
-        let now = self.clock.now();
         for entry in fs::read_dir(self.root.join(TMP_DIR))? {
             let path = entry?.path();
             // Another server may sweep, or finish its write, at the same time: what is gone is gone.
             let Ok(file) = File::open(&path) else { continue };
-            let old = now.duration_since(file.metadata()?.modified()?).is_ok_and(|age| age > TMP_LIFETIME);
-            if old && file.try_lock().is_ok() && fs::remove_file(&path).is_ok() {
+            if file.try_lock().is_ok() && fs::remove_file(&path).is_ok() {
                 tracing::info!(path = %path.display(), "removed what a writer that died had left");
             }
         }
@@ -141,7 +138,7 @@ impl Folder {
 
     /// A new, empty tmp file.
     pub(super) fn tmp(&self) -> Result<Tmp, Fault> {
-        Tmp::create(self.root.join(TMP_DIR).join(uuid::Uuid::now_v7().simple().to_string()))
+        Tmp::create(&self.root.join(TMP_DIR))
     }
 
     /// Turns a tmp file into the object, if the condition holds, and returns once that is durable.

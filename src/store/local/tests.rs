@@ -131,9 +131,9 @@ async fn deleting_the_last_object_of_a_folder_removes_the_folder() {
     assert_eq!(store.list(&key("exports")).await.unwrap(), [key("exports/a/volume.json")]);
 }
 
-#[tokio::test]
-async fn the_sweep_takes_old_files_of_dead_writers_and_no_others() {
-    let (root, store) = store();
+#[test]
+fn an_open_removes_what_dead_writers_left_and_nothing_that_somebody_holds() {
+    let (root, _store) = store();
     let old = SystemTime::UNIX_EPOCH + Duration::from_secs(1_000_000_000);
     let leave = |name: &str, modified: Option<SystemTime>| {
         let file = std::fs::File::create(root.path().join(".tmp").join(name)).unwrap();
@@ -142,16 +142,43 @@ async fn the_sweep_takes_old_files_of_dead_writers_and_no_others() {
         }
         file
     };
-    drop(leave("dead", Some(old)));
-    drop(leave("young", None));
-    let slow_writer = leave("alive", Some(old));
-    slow_writer.lock().unwrap();
-    let again = LocalStore::open(root.path().to_owned(), Arc::new(SystemClock)).unwrap();
-    let mut left: Vec<_> =
-        std::fs::read_dir(root.path().join(".tmp")).unwrap().map(|e| e.unwrap().file_name()).collect();
+    drop(leave("dead and old", Some(old)));
+    drop(leave("dead since a moment", None));
+    let writers = [leave("slow", Some(old)), leave("young", None)];
+    writers.iter().for_each(|writer| writer.lock().unwrap());
+    LocalStore::open(root.path().to_owned(), Arc::new(SystemClock)).unwrap();
+    let left = std::fs::read_dir(root.path().join(".tmp")).unwrap().map(|e| e.unwrap().file_name());
+    let mut left: Vec<_> = left.collect();
     left.sort();
-    assert_eq!(left, ["alive", "young"]);
-    drop((store, again));
+    assert_eq!(left, ["slow", "young"]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn servers_that_start_take_nothing_from_writers_that_begin() {
+    let (root, store) = store();
+    let done = Arc::new(std::sync::atomic::AtomicBool::new(false));
+    let starting: Vec<_> = (0..2)
+        .map(|_| {
+            let (root, done) = (root.path().to_owned(), Arc::clone(&done));
+            tokio::task::spawn_blocking(move || {
+                while !done.load(std::sync::atomic::Ordering::SeqCst) {
+                    LocalStore::open(root.clone(), Arc::new(SystemClock)).unwrap();
+                }
+            })
+        })
+        .collect();
+    let written = futures_util::stream::iter(0..300)
+        .map(|i| {
+            let store = store.clone();
+            async move { store.put(&key(&format!("exports/vm/{i}")), "x".into(), Condition::IfAbsent).await }
+        })
+        .buffer_unordered(4)
+        .collect::<Vec<_>>()
+        .await;
+    done.store(true, std::sync::atomic::Ordering::SeqCst);
+    futures_util::future::join_all(starting).await;
+    assert!(written.iter().all(Result::is_ok), "{:?}", written.iter().find(|put| put.is_err()));
+    assert_eq!(store.list(&key("exports")).await.unwrap().len(), written.len());
 }
 
 #[tokio::test]

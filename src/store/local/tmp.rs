@@ -5,10 +5,11 @@
 //! gigabytes to write: all of that at the cost of the clients of the same machine. The disk is waited for slice by slice,
 //! as longer writes keep the core for longer before they wait; so what is far away is written the other way.
 
-use std::fs::{self, File};
+use std::fs::{self, File, TryLockError};
 use std::io::{self, ErrorKind};
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use bytes::Bytes;
 use rustix::fs::OFlags;
@@ -16,6 +17,11 @@ use rustix::fs::OFlags;
 use super::folder::Fault;
 use crate::disk::{DIRECT_ALIGNMENT, Medium};
 use crate::slices::{SLICE_BYTES, slices};
+
+/// How many files are made until one is not taken by the sweep of a server that starts at that very moment.
+const CREATE_ATTEMPTS: usize = 100;
+/// What lies between two of them, so that the sweep is over and does not find each new one.
+const SWEEP_TIME: Duration = Duration::from_millis(2);
 
 /// A file that nobody knows but its writer; removed when dropped before it got a name.
 #[derive(Debug)]
@@ -27,12 +33,29 @@ pub(super) struct Tmp {
     direct: Option<File>,
 }
 
+/// Locks a file that was just made, against sweeps; `false` if one has been faster.
+fn is_ours(file: &File) -> io::Result<bool> {
+    match file.try_lock() {
+        Ok(()) => Ok(file.metadata()?.nlink() > 0),
+        Err(TryLockError::WouldBlock) => Ok(false),
+        Err(TryLockError::Error(e)) => Err(e),
+    }
+}
+
 impl Tmp {
-    pub(super) fn create(path: PathBuf) -> Result<Self, Fault> {
-        let tmp = Self { file: File::options().write(true).create_new(true).open(&path)?, path, len: 0, direct: None };
-        // Nobody else knows the name yet, but for a sweep that looks at its age.
-        tmp.file.try_lock().map_err(io::Error::from)?;
-        Ok(tmp)
+    /// A new, empty one in a folder.
+    pub(super) fn create(dir: &Path) -> Result<Self, Fault> {
+        for _ in 0..CREATE_ATTEMPTS {
+            // Never a name again: a sweep may still be about to remove what had it.
+            let path = dir.join(uuid::Uuid::now_v7().simple().to_string());
+            let file = File::options().write(true).create_new(true).open(&path)?;
+            if is_ours(&file)? {
+                return Ok(Self { path, file, len: 0, direct: None });
+            }
+            std::thread::sleep(SWEEP_TIME);
+        }
+        let text = format!("what is made in {} is removed at once, {CREATE_ATTEMPTS} times in a row", dir.display());
+        Err(Fault::Io(io::Error::other(text)))
     }
 
     /// The same, for a blob.
@@ -115,6 +138,20 @@ mod tests {
         (len, prop_oneof![3 => Just(0), 1 => 1..PAGE])
     }
 
+    #[test]
+    fn a_file_that_a_sweep_holds_or_has_removed_is_left_to_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("new");
+        let open = || File::options().write(true).create(true).truncate(false).open(&path).unwrap();
+        let (file, sweep) = (open(), open());
+        sweep.lock().unwrap();
+        assert!(!is_ours(&file).unwrap());
+        fs::remove_file(&path).unwrap();
+        drop(sweep);
+        assert!(!is_ours(&file).unwrap());
+        assert!(is_ours(&open()).unwrap());
+    }
+
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(50))]
 
@@ -123,7 +160,7 @@ mod tests {
             pieces in prop::collection::vec(piece(), 0..8), directly: bool, refused: bool,
         ) {
             let dir = tempfile::tempdir_in("/var/tmp").unwrap();
-            let mut tmp = Tmp::create(dir.path().join("tmp")).unwrap();
+            let mut tmp = Tmp::create(dir.path()).unwrap();
             if directly {
                 tmp = tmp.for_blob();
             }
