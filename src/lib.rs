@@ -3,6 +3,7 @@
 //! The folders show the way a request takes, from the top down; imports run downward only.
 //! `docs/architecture.md` draws the house.
 
+pub mod accept;
 pub mod admin;
 pub mod background;
 pub mod cache;

@@ -13,7 +13,6 @@ use nbd_server::config::{
 };
 use nbd_server::nbd::PassedSocket;
 use nbd_server::server::{self, Logging, PassedError};
-use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 /// What a cancelled command began on a thread gets this long to end. A local store removes its temporary file; but a thread
 /// that waits for a pipe, on whose other side nobody moves, never ends.
@@ -124,7 +123,7 @@ fn ask(command: cli::Command) -> ExitCode {
 
 fn serve(config: Config, passed: Vec<PassedSocket>, args: Vec<OsString>, origins: Origins) -> ExitCode {
     let logging = Logging::start(config.log_level, config.log_format, args, origins);
-    allow_many_connections();
+    server::take_all_descriptors();
     let started = tokio::runtime::Builder::new_multi_thread().enable_all().build();
     let (runtime, (background, threads)) = match started.and_then(|runtime| Ok((runtime, Background::start()?))) {
         Ok(started) => started,
@@ -138,14 +137,6 @@ fn serve(config: Config, passed: Vec<PassedSocket>, args: Vec<OsString>, origins
         Ok(()) => ExitCode::SUCCESS,
         Err(e) if e.is_usage() => complain(&e, USAGE),
         Err(e) => complain(&e, FAILURE),
-    }
-}
-
-/// Takes as many descriptors as the system grants: each connection and each open export needs some.
-fn allow_many_connections() {
-    let granted = getrlimit(Resource::Nofile);
-    if let Err(e) = setrlimit(Resource::Nofile, Rlimit { current: granted.maximum, ..granted }) {
-        tracing::warn!("the limit on open files stays at {:?}: {e}", granted.current);
     }
 }
 

@@ -11,6 +11,7 @@
 //!
 //! **SIGHUP** reads again what can change while clients are served: the certificates and the log's level.
 
+mod descriptors;
 mod folders;
 mod logging;
 mod notify;
@@ -37,6 +38,7 @@ use crate::nbd::{self, ListenError, PassedSocket};
 use crate::store::probe::ProbeError;
 use crate::store::remote::RemoteConfigError;
 use crate::volume::registry::{ExportError, Registry};
+pub use descriptors::take_all as take_all_descriptors;
 pub use logging::{Logging, show_warnings};
 pub use passed::{PassedError, sockets as passed_sockets};
 pub(crate) use ready::quoted;
@@ -197,7 +199,7 @@ impl Server {
         cache_folders.keep();
         socket_folders.keep();
         let limits = admin::Limits::default();
-        let nbd = nbd::Server::with_tls(Arc::clone(&registry), nbd::Limits::default(), tls.clone());
+        let nbd = nbd::Server::with_tls(Arc::clone(&registry), descriptors::limits_of_clients(), tls.clone());
         let nbd = Arc::new(nbd);
         let (stop, stopped) = watch::channel(false);
         let (exports, clients) = (Arc::clone(&registry), Arc::clone(&nbd));

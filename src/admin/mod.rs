@@ -31,6 +31,7 @@ use tokio::net::UnixStream;
 use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinSet;
 
+use crate::accept::Failures;
 use crate::metrics::Page;
 use crate::volume::registry::Registry;
 pub use health::{Health, StoreFailure, StoreHealth};
@@ -54,8 +55,6 @@ pub const MAX_BODY_BYTES: usize = 64 << 10;
 pub const MAX_CONNECTIONS: usize = 256;
 /// How long turning a client away may take.
 const REFUSAL_TIMEOUT: Duration = Duration::from_secs(1);
-/// The pause after a failed accept, which usually means that the process is out of file descriptors.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// What a client may ask of the server's patience. The default is the constants above.
 #[derive(Debug, Clone, Copy)]
@@ -166,6 +165,7 @@ pub async fn serve(socket: Socket, api: Api, mut stop: watch::Receiver<bool>) {
     let http = http(&api.limits);
     let service = TowerToHyperService::new(router(api.clone()));
     let mut connections = JoinSet::new();
+    let mut failures = Failures::default();
     loop {
         let accepted = tokio::select! {
             accepted = socket.listener.accept() => accepted,
@@ -183,10 +183,7 @@ pub async fn serve(socket: Socket, api: Api, mut stop: watch::Receiver<bool>) {
                 });
             }
             (Ok((stream, _)), Err(_)) => turn_away(stream, api.limits.max_connections).await,
-            (Err(e), _) => {
-                tracing::warn!("the admin socket could not accept a client: {e}");
-                tokio::time::sleep(ACCEPT_PAUSE).await;
-            }
+            (Err(e), _) => failures.pass("the admin socket", e).await,
         }
     }
     drop(socket);

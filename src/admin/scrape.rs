@@ -19,7 +19,8 @@ use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinSet;
 
 use super::patience::Patience;
-use super::{ACCEPT_PAUSE, Api, Limits, Watch, attend, http, stopped};
+use super::{Api, Limits, Watch, attend, http, stopped};
+use crate::accept::Failures;
 use crate::metrics::Page;
 
 /// How many collectors are served at once; the next ones are closed.
@@ -75,6 +76,7 @@ impl Scrapes {
         let router = Router::new().route("/metrics", get(self::metrics)).with_state(watch);
         let service = TowerToHyperService::new(router);
         let mut connections = JoinSet::new();
+        let mut failures = Failures::default();
         loop {
             let accepted = tokio::select! {
                 accepted = self.listener.accept() => accepted,
@@ -92,10 +94,7 @@ impl Scrapes {
                     });
                 }
                 (Ok(_), Err(_)) => tracing::debug!("{MAX_SCRAPES} collectors are connected: one more was closed"),
-                (Err(e), _) => {
-                    tracing::warn!("{} could not accept a collector: {e}", self.local_addr);
-                    tokio::time::sleep(ACCEPT_PAUSE).await;
-                }
+                (Err(e), _) => failures.pass(self.local_addr, e).await,
             }
         }
         drop(self.listener);

@@ -32,7 +32,7 @@ pub struct OptionLimits {
 /// All bounds of a server's NBD side. The defaults are right for nearly everybody.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Limits {
-    /// Connections at once; one more is closed at once. 16,384.
+    /// Connections at once; one more is closed at once. 16,384, if there are descriptors for as many.
     pub connections: usize,
     /// Busy connections that have a thread of their own; the others share those of the runtime. 256.
     pub threads: usize,

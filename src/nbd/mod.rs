@@ -44,11 +44,10 @@ pub use self::listen::{DEFAULT_PORT, ListenAddr, ListenError, Listener, PassedSo
 use self::pool::Pool;
 use self::readers::{Reader, Readers};
 use self::tls::Tls;
+use crate::accept::Failures;
 use crate::metrics::{Counter, Kind, Page};
 use crate::volume::registry::Registry;
 
-/// How long to wait before accepting again when the system has no more descriptors.
-const ACCEPT_RETRY: Duration = Duration::from_millis(100);
 /// How long a closing connection waits for the client to read what was sent and close its side.
 const CLOSING: Duration = Duration::from_secs(1);
 /// How much of what a client still sends is thrown away meanwhile, in bytes.
@@ -123,17 +122,14 @@ impl Server {
         let mut clients = JoinSet::new();
         let cut = watch::Sender::new(false);
         let mut stopping = stop.clone();
+        let mut failures = Failures::default();
         loop {
             tokio::select! {
                 () = stopped(&mut stopping) => break,
                 Some(_) = clients.join_next() => {}
                 accepted = listener.accept() => match accepted {
                     Ok(client) => self.welcome(client, &mut clients, &stop, &cut),
-                    Err(error) => {
-                        // The client gave up, or descriptors have run out: neither is a reason to stop serving others.
-                        tracing::warn!("cannot accept a client on {}: {error}", listener.local_addr());
-                        tokio::time::sleep(ACCEPT_RETRY).await;
-                    }
+                    Err(error) => failures.pass(listener.local_addr(), error).await,
                 },
             }
         }
@@ -175,7 +171,9 @@ impl Server {
         cut: &watch::Sender<bool>,
     ) {
         let Ok(place) = Arc::clone(&self.connections).try_acquire_owned() else {
-            self.shared.bites.connections.log("as many clients are connected as are allowed: new ones are closed");
+            let most = self.shared.limits.connections;
+            let text = format!("{most} clients are connected, as many as are allowed: new ones are closed");
+            self.shared.bites.connections.log(&text);
             return;
         };
         let id = self.shared.accepted.increment() + 1;
