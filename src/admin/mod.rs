@@ -11,12 +11,12 @@ mod body;
 mod exports;
 mod health;
 mod openapi;
-mod patience;
 mod problem;
 mod scrape;
 mod snapshots;
 mod socket;
 mod status;
+mod timed;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -35,11 +35,11 @@ use crate::accept::Failures;
 use crate::metrics::Page;
 use crate::volume::registry::Registry;
 pub use health::{Health, StoreFailure, StoreHealth};
-use patience::Patience;
 use problem::{Code, Problem};
 pub use scrape::{MAX_SCRAPES, ScrapeError, Scrapes};
 pub use socket::{BindError, Group, MAX_PATH_BYTES, Socket};
 pub use status::{ExportCounts, ServerStatus};
+use timed::TimedWrites;
 
 /// How long a client may take for a request's head; also how long a connection may idle.
 pub const HEADER_TIMEOUT: Duration = Duration::from_secs(10);
@@ -174,7 +174,7 @@ pub async fn serve(socket: Socket, api: Api, mut stop: watch::Receiver<bool>) {
         };
         match (accepted, Arc::clone(&slots).try_acquire_owned()) {
             (Ok((stream, _)), Ok(slot)) => {
-                let stream = Patience::new(stream, api.limits.write_timeout);
+                let stream = TimedWrites::new(stream, api.limits.write_timeout);
                 let connection = http.serve_connection(TokioIo::new(stream), service.clone());
                 let stop = stop.clone();
                 connections.spawn(async move {
@@ -205,7 +205,7 @@ async fn stopped(stop: &mut watch::Receiver<bool>) {
     let _ = stop.wait_for(|stop| *stop).await;
 }
 
-type Connection<S> = http1::Connection<TokioIo<Patience<S>>, TowerToHyperService<Router>>;
+type Connection<S> = http1::Connection<TokioIo<TimedWrites<S>>, TowerToHyperService<Router>>;
 
 async fn attend<S>(connection: Connection<S>, mut stop: watch::Receiver<bool>)
 where

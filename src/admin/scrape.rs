@@ -18,7 +18,7 @@ use tokio::net::TcpListener;
 use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinSet;
 
-use super::patience::Patience;
+use super::timed::TimedWrites;
 use super::{Api, Limits, Watch, attend, http, stopped};
 use crate::accept::Failures;
 use crate::metrics::Page;
@@ -85,7 +85,7 @@ impl Scrapes {
             };
             match (accepted, Arc::clone(&slots).try_acquire_owned()) {
                 (Ok((stream, _)), Ok(slot)) => {
-                    let stream = Patience::new(stream, limits.write_timeout);
+                    let stream = TimedWrites::new(stream, limits.write_timeout);
                     let connection = http.serve_connection(TokioIo::new(stream), service.clone());
                     let stop = stop.clone();
                     connections.spawn(async move {

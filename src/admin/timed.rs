@@ -12,26 +12,26 @@ use tokio::time::{Sleep, sleep};
 /// A stream whose writes fail once one has waited for longer than a limit without a byte of progress. As long as nothing is
 /// written, no time counts: a client may wait for an answer as long as that takes.
 #[derive(Debug)]
-pub(super) struct Patience<S> {
+pub(super) struct TimedWrites<S> {
     stream: S,
     limit: Duration,
     /// There while a write waits.
     deadline: Option<Pin<Box<Sleep>>>,
 }
 
-impl<S> Patience<S> {
+impl<S> TimedWrites<S> {
     pub(super) fn new(stream: S, limit: Duration) -> Self {
         Self { stream, limit, deadline: None }
     }
 }
 
-impl<S: AsyncRead + Unpin> AsyncRead for Patience<S> {
+impl<S: AsyncRead + Unpin> AsyncRead for TimedWrites<S> {
     fn poll_read(mut self: Pin<&mut Self>, context: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         Pin::new(&mut self.stream).poll_read(context, buf)
     }
 }
 
-impl<S: AsyncWrite + Unpin> AsyncWrite for Patience<S> {
+impl<S: AsyncWrite + Unpin> AsyncWrite for TimedWrites<S> {
     fn poll_write(mut self: Pin<&mut Self>, context: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
         if let Poll::Ready(written) = Pin::new(&mut self.stream).poll_write(context, buf) {
             self.deadline = None;
@@ -66,7 +66,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_write_that_nobody_takes_fails_at_the_limit() {
         let (_client, server) = duplex(4);
-        let mut server = Patience::new(server, LIMIT);
+        let mut server = TimedWrites::new(server, LIMIT);
         let started = Instant::now();
         let failed = server.write_all(b"answer").await.unwrap_err();
         assert_eq!((failed.kind(), started.elapsed().as_secs()), (io::ErrorKind::TimedOut, 10));
@@ -75,7 +75,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_slow_reader_and_a_long_silence_are_waited_for() {
         let (mut client, server) = duplex(1);
-        let mut server = Patience::new(server, LIMIT);
+        let mut server = TimedWrites::new(server, LIMIT);
         let reader = tokio::spawn(async move {
             let mut read = Vec::new();
             for _ in 0..6 {
