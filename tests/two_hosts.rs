@@ -7,11 +7,13 @@ mod common;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
 
-use common::scene::{runtime, start};
+use common::scene::{runtime, start, start_with_patience};
 use common::sim::faults::{Plan, StoreFault};
 use common::sim::{Sim, SimStore, State};
 use common::volumes::*;
+use nbd_server::store::retry::RetryPolicy;
 use nbd_server::store::{Condition, Store};
 use nbd_server::volume::registry::{ExportError, Published, Registry};
 
@@ -179,22 +181,19 @@ fn a_swap_that_landed_unseen_is_our_own_even_if_another_built_upon_it() {
     });
 }
 
-/// No swap of A is answered, and A gives up; the first of them is still on its way. Before A removes its objects it sees to
-/// it that the swap can only fail (S7).
+/// The swap of A is not answered, and A, which tries it once, gives up; it is still on its way. Before A removes its objects
+/// it sees to it that the swap can only fail (S7).
 #[test]
 fn a_swap_given_up_on_never_lands_on_deleted_blobs() {
-    const TRIED: usize = 5;
+    let once = RetryPolicy { limit: Duration::ZERO, ..RetryPolicy::default() };
     for late in 1..24 {
         runtime().block_on(async {
             let mut hosts = Hosts::new().await;
+            hosts.servers[0] = start_with_patience(&hosts.sim, &hosts.stores[0], CACHES[0], once).await.unwrap();
             let (sim, head, swaps) = (Arc::clone(&hosts.sim), root().export(&id("disk")).head(), AtomicUsize::new(0));
             hosts.stores[0].meanwhile(move |operation, key| {
-                if operation == "put" && *key == head {
-                    let fault = match swaps.fetch_add(1, Ordering::Relaxed) {
-                        0 => StoreFault::Late(late),
-                        1..TRIED => StoreFault::Before,
-                        _ => return None,
-                    };
+                if operation == "put" && *key == head && swaps.fetch_add(1, Ordering::Relaxed) == 0 {
+                    let fault = StoreFault::Late(late);
                     sim.faults(|f| f.store = Some(Plan { at: f.store_calls, fault, sticky: false }));
                 }
                 None

@@ -43,10 +43,21 @@ pub fn runtime() -> tokio::runtime::Runtime {
 }
 
 pub async fn start(sim: &Arc<Sim>, store: &SimStore, cache_root: &str) -> Result<Arc<Registry>, ExportError> {
+    start_with_patience(sim, store, cache_root, RetryPolicy::default()).await
+}
+
+/// The same with another patience for writing heads.
+pub async fn start_with_patience(
+    sim: &Arc<Sim>,
+    store: &SimStore,
+    cache_root: &str,
+    patience: RetryPolicy,
+) -> Result<Arc<Registry>, ExportError> {
     let (disk, clock) = (Arc::new(SimDisk(Arc::clone(sim))), Arc::new(SimClock::default()));
     let retrying = Retrying::new(Arc::new(store.clone()), RetryPolicy::default(), clock.clone());
     // One chunk is set aside in memory while it is published, others in the file.
     let services = Services::new(Arc::new(retrying), root(), disk, clock).with_publish_bytes(8 * CHUNK);
+    let services = services.with_patience(patience);
     Registry::discover(Arc::new(services), PathBuf::from(cache_root)).await
 }
 
