@@ -135,8 +135,7 @@ impl std::fmt::Debug for Watch {
 }
 
 fn router(api: Api) -> Router {
-    openapi::described([exports::routes(), snapshots::routes(), status::routes(), health::routes()])
-        .merge(scrape::routes())
+    openapi::described([exports::routes(), snapshots::routes(), status::routes(), health::routes(), scrape::routes()])
         .fallback(unknown_path)
         .method_not_allowed_fallback(method_not_allowed)
         .with_state(api)

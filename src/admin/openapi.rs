@@ -4,11 +4,12 @@
 
 use std::sync::Arc;
 
-use axum::Router;
 use axum::http::header;
-use axum::routing::get;
+use axum::response::IntoResponse;
+use axum::{Extension, Router};
 use utoipa::OpenApi;
 use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
 
 use super::Api;
 
@@ -31,14 +32,20 @@ use super::Api;
 )]
 struct Description;
 
+/// Read this description of the API.
+#[utoipa::path(
+    get, path = "/v1/openapi.json", operation_id = "getDescription", tag = "server",
+    responses((status = 200, description = "OpenAPI 3.1", body = serde_json::Value))
+)]
+async fn description(Extension(text): Extension<Arc<str>>) -> impl IntoResponse {
+    ([(header::CONTENT_TYPE, "application/json")], text.to_string())
+}
+
 /// The calls of these routers, and the one that describes them.
 pub(super) fn described(routers: impl IntoIterator<Item = OpenApiRouter<Api>>) -> Router<Api> {
-    let start = OpenApiRouter::with_openapi(Description::openapi());
+    let start = OpenApiRouter::with_openapi(Description::openapi()).routes(routes!(description));
     let (router, description) = routers.into_iter().fold(start, OpenApiRouter::merge).split_for_parts();
     // Strings, numbers and lists of them always encode.
     let text: Arc<str> = description.to_pretty_json().map_or_else(|_| "{}".into(), |text| (text + "\n").into());
-    router.route(
-        "/v1/openapi.json",
-        get(|| async move { ([(header::CONTENT_TYPE, "application/json")], text.to_string()) }),
-    )
+    router.layer(Extension(text))
 }

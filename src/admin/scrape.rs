@@ -17,6 +17,8 @@ use hyper_util::service::TowerToHyperService;
 use tokio::net::TcpListener;
 use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinSet;
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
 
 use super::timed::TimedWrites;
 use super::{Api, Limits, Watch, attend, http, stopped};
@@ -26,12 +28,21 @@ use crate::metrics::Page;
 /// How many collectors are served at once; the next ones are closed.
 pub const MAX_SCRAPES: usize = 16;
 
-pub(super) async fn metrics(State(watch): State<Watch>) -> impl IntoResponse {
+async fn metrics(State(watch): State<Watch>) -> impl IntoResponse {
     ([(CONTENT_TYPE, Page::CONTENT_TYPE)], watch.metrics().into_text())
 }
 
-pub(super) fn routes() -> Router<Api> {
-    Router::new().route("/metrics", get(|State(api): State<Api>| metrics(State(api.watch))))
+pub(super) fn routes() -> OpenApiRouter<Api> {
+    OpenApiRouter::new().routes(routes!(metrics_of_api))
+}
+
+/// Collect the metrics, in Prometheus' text format.
+#[utoipa::path(
+    get, path = "/metrics", operation_id = "getMetrics", tag = "server",
+    responses((status = 200, description = "The counters of now", body = String, content_type = Page::CONTENT_TYPE))
+)]
+async fn metrics_of_api(State(api): State<Api>) -> impl IntoResponse {
+    metrics(State(api.watch)).await
 }
 
 /// Nobody can collect there.
