@@ -45,8 +45,8 @@ const MAX_PUBLISH_BYTES: u64 = 1 << 40;
 /// What scripts can rely on.
 const EXIT_STATUSES: &str = "Exit status:
   0  it is done
-  1  it was refused, failed or was cancelled
-  2  the command line, the configuration or the environment is wrong, or a yes is missing
+  1  it was refused, failed or was cancelled, or credentials are missing
+  2  the command line, the configuration or a variable in place of a flag is wrong, or a yes is missing
   3  no server answers at the admin socket";
 
 /// Network block devices that live in object storage, with a lazy local cache.

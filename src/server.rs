@@ -5,8 +5,9 @@
 //! costs nothing, and served only when every export is known. A start that fails removes the sockets and the empty folders
 //! it made.
 //!
-//! **Stop**, on SIGTERM or SIGINT: no new clients → what was accepted is answered, within [`DRAIN_TIMEOUT`] → every
-//! volume is flushed and sealed, however long that takes → the lock goes, last of all. A second signal ends the process
+//! **Stop**, on SIGTERM or SIGINT: no new clients → what was accepted is answered, to NBD clients within
+//! [`Limits::drain`](nbd::Limits::drain), to all others within [`DRAIN_TIMEOUT`] → every volume is flushed and sealed,
+//! however long that takes → the lock goes, last of all. A second signal ends the process
 //! at once, which is safe but leaves the caches unsealed.
 //!
 //! **SIGHUP** reads again what can change while clients are served: the certificates and the log's level.
@@ -48,7 +49,7 @@ pub(crate) use store::Offline;
 use store::WatchedStore;
 use watched::Watched;
 
-/// How long clients may take to get their last answers when the server stops.
+/// How long clients may take to get their last answers when the server stops; those of NBD have less.
 pub const DRAIN_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Why the server did not start, or did not end well. Each text is one line with the value and the remedy.
