@@ -113,7 +113,10 @@ fn a_block_device_is_written_over_only_if_the_image_fits() {
     for (sectors, fits) in [(sectors - 1, false), (sectors, true)] {
         let disk = dir.path().join(format!("{sectors}.disk"));
         fs::write(&disk, vec![7; usize::try_from(sectors * 512).unwrap()]).unwrap();
-        let Some(device) = LoopDevice::over(&disk) else { return };
+        let Some(device) = LoopDevice::over(&disk) else {
+            println!("skipped: this machine gives no loop device");
+            return;
+        };
         let mut export = offline(dir.path(), &["export-image", "vm", &device.0, "--force"]);
         if fits {
             done(&mut export);

@@ -16,7 +16,7 @@ use common::watched::Fate;
 use futures_util::FutureExt;
 use nbd_server::disk::{Disk, DiskFile, RealDisk};
 use nbd_server::store::{Condition, Store};
-use nbd_server::units::SnapshotId;
+use nbd_server::units::{Geometry, SnapshotId};
 use nbd_server::volume::registry::{ExportError, Registry};
 use nbd_server::volume::{Extent, Residency, VolumeError};
 
@@ -798,9 +798,77 @@ async fn a_cache_of_an_export_that_was_deleted_and_created_anew_shows_the_new_on
     for _ in 0..2 {
         let refused = site.start("a").await.volume(&id("disk")).await.unwrap_err();
         let text = refused.to_string();
-        assert!(matches!(refused, ExportError::Damaged(_)) && text.contains("Move the folder away"), "{text}");
+        assert!(matches!(refused, ExportError::Damaged(_)) && text.contains("move the folder away"), "{text}");
         assert!(text.contains(site.cache_root("a").to_str().unwrap()), "{text}");
     }
+}
+
+/// Deletes an export in the store, and creates it anew on another server.
+async fn recreate(site: &mut Site, name: &str, geometry: Geometry) -> Arc<Registry> {
+    site.store.delete(&root().export(&id(name)).head()).await.unwrap();
+    let other = site.start("other").await;
+    other.create(id(name), geometry).await.unwrap();
+    other
+}
+
+#[tokio::test]
+async fn nothing_is_published_over_an_export_that_was_created_anew_meanwhile() {
+    let other_sizes = Geometry::new(8 * CHUNK, 2 * CHUNK).unwrap();
+    for (published, geometry) in [(true, geometry(8)), (false, other_sizes), (true, other_sizes)] {
+        let mut site = Site::new();
+        let here = site.start("here").await;
+        let volume = create(&here, "disk", 8).await;
+        write(&volume, 0, 1, CHUNK).await;
+        if published {
+            here.snapshot(&id("disk")).await.unwrap();
+            write(&volume, CHUNK, 2, CHUNK).await;
+        }
+        let before = read_all(&volume).await;
+        let other = recreate(&mut site, "disk", geometry).await;
+        let head = site.store.get(&root().export(&id("disk")).head(), 1 << 20).await.unwrap().bytes;
+        for refused in [here.snapshot(&id("disk")).await, here.compact(&id("disk")).await] {
+            let refused = refused.unwrap_err();
+            assert!(matches!(refused, ExportError::Damaged(_)), "{refused}");
+            assert!(refused.to_string().contains("move the folder away"), "{refused}");
+        }
+        let now = site.store.get(&root().export(&id("disk")).head(), 1 << 20).await.unwrap().bytes;
+        assert_eq!(now, head);
+        assert_eq!(read_all(&volume).await, before, "what is here is kept");
+        here.close().await;
+        assert!(matches!(site.start("here").await.volume(&id("disk")).await, Err(ExportError::Damaged(_))));
+        other.close().await;
+    }
+}
+
+#[tokio::test]
+async fn a_reset_never_takes_an_image_of_other_sizes() {
+    let mut site = Site::new();
+    let here = site.start("here").await;
+    let volume = create(&here, "disk", 8).await;
+    write(&volume, 0, 1, 8 * CHUNK).await;
+    let other = recreate(&mut site, "disk", Geometry::new(8 * CHUNK, 2 * CHUNK).unwrap()).await;
+    write(&other.volume(&id("disk")).await.unwrap(), 0, 2, 8 * CHUNK).await;
+    other.snapshot(&id("disk")).await.unwrap();
+    let refused = here.reset(&id("disk")).await.unwrap_err();
+    assert!(matches!(refused, ExportError::Damaged(_)), "{refused}");
+    assert!(read_all(&volume).await.iter().all(|byte| *byte == 1));
+}
+
+#[tokio::test]
+async fn the_beginning_of_an_export_that_was_created_anew_is_noted_with_it() {
+    let mut site = Site::new();
+    let b = recreated_elsewhere(&mut site, false).await;
+    let a = site.start("a").await;
+    let volume = a.volume(&id("disk")).await.unwrap();
+    assert_eq!(read_all(&volume).await[0], 2);
+    // Its beginning is noted for a start that finds another head, and changes here.
+    write(&volume, CHUNK, 7, 1).await;
+    a.close().await;
+    write(&b.volume(&id("disk")).await.unwrap(), 0, 3, CHUNK).await;
+    b.snapshot(&id("disk")).await.unwrap();
+    let a = site.start("a").await;
+    assert_eq!(image(&a, "disk").await[..=CHUNK as usize], [vec![2; CHUNK as usize], vec![7]].concat());
+    assert!(matches!(a.snapshot(&id("disk")).await, Err(ExportError::Conflict { .. })));
 }
 
 #[tokio::test]

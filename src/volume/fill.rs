@@ -293,7 +293,7 @@ impl Services {
     /// Returns when a request that began now would have taken as long as one may, if the store is away by then: one that still
     /// answers is only slow, and is waited for.
     async fn too_long_an_outage(&self) -> Outage {
-        self.clock.sleep(self.patience.limit).await;
+        self.clock.sleep(self.policy.limit).await;
         loop {
             if let Some(outage) = self.store.outage() {
                 return outage;

@@ -127,7 +127,7 @@ pub struct Services {
     /// The time.
     pub clock: Arc<dyn Clock>,
     /// How long the store retries; and so, and at the same pace, is a head written again that it did not take.
-    patience: RetryPolicy,
+    policy: RetryPolicy,
     /// Where publishes work.
     pub(crate) background: Background,
     /// Bounds the memory of chunks on their way from the store.
@@ -142,14 +142,14 @@ impl Services {
     pub fn new(store: SharedStore, root: ExportRoot, disk: Arc<dyn Disk>, clock: Arc<dyn Clock>) -> Self {
         let fill_budget = FillBudget::new(Arc::clone(&clock));
         let publish_budget = PublishBudget::new(DEFAULT_PUBLISH_BYTES);
-        let (patience, background) = (RetryPolicy::default(), Background::default());
-        Self { store, root, disk, clock, patience, background, fill_budget, publish_budget }
+        let (policy, background) = (RetryPolicy::default(), Background::default());
+        Self { store, root, disk, clock, policy, background, fill_budget, publish_budget }
     }
 
     /// The same with the patience that the store has.
     #[must_use]
     pub fn with_patience(self, patience: RetryPolicy) -> Self {
-        Self { patience, ..self }
+        Self { policy: patience, ..self }
     }
 
     /// The same with another bound on the memory of publishes, in bytes.
@@ -166,7 +166,7 @@ impl Services {
 
     /// The patience with one write of a head, from now on.
     fn patience(&self) -> Patience<'_> {
-        self.patience.patience(&*self.clock)
+        self.policy.patience(&*self.clock)
     }
 }
 

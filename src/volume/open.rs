@@ -19,7 +19,7 @@ use crate::disk;
 use crate::manifest::Manifest;
 use crate::manifest::head::{CLONE_SEED_FILE, CloneSeed, CurrentRef, Head, MAX_HEAD_BYTES};
 use crate::store::{Condition, StoreError};
-use crate::units::{ExportId, Generation};
+use crate::units::{ExportId, Generation, SnapshotId};
 
 impl Services {
     /// The image that a head stands for, and what a cache of it is relative to.
@@ -109,11 +109,10 @@ impl Volume {
             operation: Mutex::new(Operation::Idle),
         });
         if follows {
-            volume.stand_on(head).await?;
+            volume.drop_local(head_base, volume.image()).await?;
         }
         volume.settle_journal().await?;
         volume.follow_head().await?;
-        volume.note_seed(head).await?;
         Ok(volume)
     }
 
@@ -122,32 +121,52 @@ impl Volume {
     async fn follow_head(self: &Arc<Self>) -> Result<(), ExportError> {
         let gone = || ExportError::Damaged(format!("{} is gone from the store", self.keys.head()).into());
         let head = self.services.read_head(&self.export_id).await?.ok_or_else(gone)?.head;
-        // Where nothing is published, the head names what the export began as.
-        let same_beginning = head.current.is_some() || self.cache.base() == beginning(&head);
-        if head.current == self.expected_head() && same_beginning {
-            return Ok(());
+        if self.builds_on(&head) {
+            return self.note_seed(&head).await;
         }
         if !self.cache.is_dirty() {
             tracing::info!(export = %self.export_id, "another server published since; its snapshot is served from now on");
             return self.stand_on(&head).await;
         }
-        if head.current == self.expected_head() {
-            let text = format!(
-                "{} holds changes to another export {}, which began as {}; the one in the store was created since, and \
-                 begins as {}. Move the folder away to serve that one, losing the changes",
-                self.cache.dir().display(),
-                self.export_id,
-                named(self.cache.base()),
-                named(beginning(&head))
-            );
-            return Err(ExportError::Damaged(text.into()));
+        match self.conflict(&head) {
+            conflict @ ExportError::Conflict { .. } => tracing::warn!("{conflict}"),
+            another => return Err(another),
         }
-        tracing::warn!("{}", self.conflict(head.current));
         Ok(())
     }
 
+    /// Whether a head is the one that the changes here build on.
+    pub(super) fn builds_on(&self, head: &Head) -> bool {
+        head.current == self.expected_head() && !self.is_of_another_export(head)
+    }
+
+    /// Whether a head is certainly that of an export which was created under this one's name after this one had been deleted.
+    fn is_of_another_export(&self, head: &Head) -> bool {
+        // A head that names a snapshot never goes back to naming none; until then it names what the export began as.
+        head.geometry != self.geometry || (head.current.is_none() && self.cache.base() != beginning(head))
+    }
+
+    /// Why nothing that builds on what the cache stands on may be published over a head.
+    pub(super) fn conflict(&self, head: &Head) -> ExportError {
+        if self.is_of_another_export(head) {
+            let (key, dir) = (self.keys.head(), self.cache.dir().display());
+            let text = format!(
+                "{key} is of another export than the cache in {dir}: it was deleted in the store, and created anew. To serve \
+                 the one in the store unload the export, move the folder away and open it again; what was not published is \
+                 in the folder alone"
+            );
+            return ExportError::Damaged(text.into());
+        }
+        let name = |id: Option<SnapshotId>| id.map_or_else(|| "none".to_owned(), |id| id.to_string());
+        ExportError::Conflict {
+            export_id: self.export_id.clone(),
+            expected: name(self.expected_head()),
+            found: name(head.current),
+        }
+    }
+
     /// Keeps the seed of a clone that was never published beside its cache.
-    async fn note_seed(&self, head: &Head) -> Result<(), ExportError> {
+    pub(super) async fn note_seed(&self, head: &Head) -> Result<(), ExportError> {
         let Some(seed) = head.seed.as_ref().filter(|_| head.current.is_none()) else { return Ok(()) };
         let bytes = seed.encode();
         self.file_io("write", CLONE_SEED_FILE, move |disk, dir| {
@@ -221,11 +240,6 @@ impl Services {
 /// What a cache of an export stands on of which nothing is published yet.
 fn beginning(head: &Head) -> Base {
     Base { snapshot: head.seed.as_ref().map(|seed| seed.source_snapshot_id), generation: Generation(0) }
-}
-
-/// A beginning, for people.
-fn named(beginning: Base) -> String {
-    beginning.snapshot.map_or_else(|| "zeros".to_owned(), |snapshot| format!("a clone of snapshot {snapshot}"))
 }
 
 /// What an error about the files of a cache is to whoever uses the export.

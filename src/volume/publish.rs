@@ -130,15 +130,13 @@ impl Volume {
             Ok(()) => Ok(published(&journal)),
             Err(e) => {
                 // Whatever can be undone is undone now; the rest at the next publish or start, by the same rules.
-                match self.settle_or_uncut().await {
-                    // The swap had landed after all, and what comes after it could be done now.
-                    Ok(()) if self.cache.base().snapshot == Some(journal.snapshot_id) => {
-                        return Ok(published(&journal));
-                    }
-                    Ok(()) => {}
-                    Err(unsettled) => {
-                        tracing::warn!(export = %self.export_id, "an aborted publish is not cleared away yet: {unsettled}");
-                    }
+                if let Err(unsettled) = self.settle_or_uncut().await {
+                    tracing::warn!(export = %self.export_id, "an aborted publish is not cleared away yet: {unsettled}");
+                }
+                // The swap had landed after all.
+                if self.cache.base().snapshot == Some(journal.snapshot_id) {
+                    tracing::warn!(export = %self.export_id, "published, but not in good order: {e}");
+                    return Ok(published(&journal));
                 }
                 if matches!(e, ExportError::Cancelled(_)) {
                     publishing.was_cancelled();
@@ -417,16 +415,7 @@ impl Volume {
             ExportError::Damaged(text.into())
         };
         let stored = self.services.read_head(&self.export_id).await?.ok_or_else(gone)?;
-        if stored.head.current == self.expected_head() { Ok(stored) } else { Err(self.conflict(stored.head.current)) }
-    }
-
-    pub(super) fn conflict(&self, found: Option<SnapshotId>) -> ExportError {
-        let name = |id: Option<SnapshotId>| id.map_or_else(|| "none".to_owned(), |id| id.to_string());
-        ExportError::Conflict {
-            export_id: self.export_id.clone(),
-            expected: name(self.expected_head()),
-            found: name(found),
-        }
+        if self.builds_on(&stored.head) { Ok(stored) } else { Err(self.conflict(&stored.head)) }
     }
 
     /// Moves the head to the new snapshot, or says why not. An unclear answer is settled by reading the head (S6), the last
@@ -436,9 +425,9 @@ impl Volume {
         loop {
             let stored = match self.landed(journal).await? {
                 (Ancestry::Published, _) => return Ok(()),
-                (_, stored) if stored.head.current == journal.parent => stored,
+                (_, stored) if self.builds_on(&stored.head) => stored,
                 (_, stored) if breaks(Rule::OverwriteForeignHead) => stored,
-                (_, stored) => return Err(self.conflict(stored.head.current)),
+                (_, stored) => return Err(self.conflict(&stored.head)),
             };
             if let Some(failure) = given_up {
                 return Err(ExportError::from(failure));

@@ -151,8 +151,17 @@ impl Volume {
 
     /// Forgets the cache's content and takes a head's image in its place.
     pub(super) async fn stand_on(self: &Arc<Self>, head: &Head) -> Result<(), ExportError> {
+        if head.geometry != self.geometry {
+            return Err(self.conflict(head));
+        }
         let (base, manifest) = self.services.published_image(head).await?;
-        let (holder, image) = (Arc::clone(&self.image), Arc::new(manifest));
+        self.drop_local(base, Arc::new(manifest)).await?;
+        self.note_seed(head).await
+    }
+
+    /// Forgets the cache's content; what is missing is that of an image.
+    pub(super) async fn drop_local(&self, base: Base, image: Arc<Manifest>) -> Result<(), VolumeError> {
+        let holder = Arc::clone(&self.image);
         let reset = move |cache: &Cache| cache.reset(base, || *holder.write() = image);
         cache::blocking(&self.cache, reset).await.map_err(|e| self.cache_error(e))?;
         *self.head_seen.lock() = base.generation;

@@ -5,6 +5,7 @@
 //! other export notices.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -246,7 +247,10 @@ impl Registry {
     async fn list_local(&self, dir: &Path) -> Vec<String> {
         let (disk, folder) = (Arc::clone(&self.services.disk), dir.to_owned());
         cache::blocking_io(move || disk.list_dir(&folder)).await.unwrap_or_else(|e| {
-            tracing::error!("what an earlier run left in {} is not known: {e}", dir.display());
+            // A file in the cache root is none of ours.
+            if e.kind() != io::ErrorKind::NotADirectory {
+                tracing::error!("what an earlier run left in {} is not known: {e}", dir.display());
+            }
             Vec::new()
         })
     }
@@ -457,10 +461,8 @@ impl Registry {
     pub async fn unload(&self, id: &ExportId) -> Result<(), ExportError> {
         let export = self.export(id)?;
         if let Some(volume) = export.end_openings().await {
-            // Never ended: a closed volume takes no other operation.
-            let operation = volume.begin(Operation::Closing)?;
+            let _operation = volume.begin(Operation::Closing)?;
             if let Err(e) = volume.close().await {
-                drop(operation);
                 tracing::warn!(export = %id, "unloaded without a clean stop; the next open recovers it: {e}");
             }
         }

@@ -15,6 +15,8 @@ use crate::store::{Key, MAX_LISTED, StoreError};
 const PAGE_NAMES: usize = 1_000;
 /// The most pages one listing takes.
 const MAX_LIST_PAGES: usize = MAX_LISTED / PAGE_NAMES;
+/// The most names that a listing leaves out; each takes some twenty pages to get around.
+const MAX_STRAYS: usize = 100;
 
 impl RemoteStore {
     /// Hands over one page after the other, each repeated by itself.
@@ -28,6 +30,7 @@ impl RemoteStore {
         let below = format!("{prefix}/");
         let delimiter = delimiter.map(Into::into);
         let mut options = PaginatedListOptions { delimiter, ..PaginatedListOptions::default() };
+        let mut strays = 0;
         for _ in 0..MAX_LIST_PAGES {
             let page = || {
                 let listed = self.pages.list_paginated(Some(&below), options.clone());
@@ -47,7 +50,14 @@ impl RemoteStore {
                         return Ok(());
                     }
                 }
-                Err(stray) => options = around(&stray, options).map_err(|reason| request.refused(reason))?,
+                Err(stray) => {
+                    options = around(&stray, options).map_err(|reason| request.refused(reason))?;
+                    strays += usize::from(options.max_keys.is_none());
+                    if strays > MAX_STRAYS {
+                        let text = format!("{stray}, as are {MAX_STRAYS} names before it: move or delete them");
+                        return Err(request.refused(text));
+                    }
+                }
             }
         }
         Err(request.refused(format!("there are more than {MAX_LISTED} names; choose a longer prefix")))

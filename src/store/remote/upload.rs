@@ -202,7 +202,9 @@ async fn put_part(put: PartPut, index: usize, part: Part) -> Result<Landed, Stor
     };
     // An outage, in which attempts fail at once, is not waited for as long as a slow link.
     let policy = put.policy.lasting(alone * MIN_ATTEMPTS);
-    match policy.run(&*put.clock, &put.health, request, OVERTIME, attempt).await {
+    // A store that takes the bytes and never answers looks like a slow link, so there is no third attempt as long as that.
+    let overtime = Overtime::Finish { at_least: 2 };
+    match policy.run(&*put.clock, &put.health, request, overtime, attempt).await {
         Ok(id) => Ok((index, id)),
         Err(StoreError::NotFound { .. }) => Err(request.unavailable("the store has forgotten the upload")),
         Err(e) => Err(e),
