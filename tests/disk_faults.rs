@@ -13,6 +13,7 @@ use common::hooked::Hooked;
 use common::volumes::*;
 use nbd_server::cache::open::Opening;
 use nbd_server::disk::RealDisk;
+use nbd_server::store::Store;
 use nbd_server::volume::VolumeError;
 use nbd_server::volume::registry::{ExportError, Registry};
 
@@ -200,6 +201,23 @@ async fn a_cache_without_its_data_is_damaged_and_one_that_may_not_be_read_has_fa
     disk.serve_all();
     registry.open(id("disk"), false).await.unwrap();
     assert_eq!(image(&registry, "disk").await[CHUNK as usize], 0xbb, "nothing was lost");
+}
+
+#[tokio::test]
+async fn a_publish_that_is_finished_late_does_not_hide_what_others_published_since() {
+    let mut site = Site::new();
+    let (registry, disk) = on_a_hooked_disk(&mut site).await;
+    disk.fail("remove", "snapshot.journal.json", ErrorKind::PermissionDenied);
+    assert!(registry.snapshot(&id("disk")).await.unwrap().created, "only its journal is left");
+    drop(registry);
+    let there = site.start("there").await;
+    write(&there.volume(&id("disk")).await.unwrap(), 0, 0xee, CHUNK).await;
+    let newest = there.snapshot(&id("disk")).await.unwrap().snapshot_id.unwrap().to_string();
+    let here = site.start("here").await;
+    assert_eq!(image(&here, "disk").await[0], 0xee);
+    assert!(!site.cache_root("here").join("disk/snapshot.journal.json").exists());
+    let current = site.store.get(&root().export(&id("disk")).current_ref(), 1 << 20).await.unwrap();
+    assert!(String::from_utf8_lossy(&current.bytes).contains(&newest));
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -207,7 +207,10 @@ impl Run {
             disk.remove(&dir.join(file)).unwrap();
         }
         disk.sync_dir(&dir).unwrap();
-        self.store.delete(&root().export(&id(name)).head()).await.unwrap();
+        let keys = root().export(&id(name));
+        for key in [keys.head(), keys.current_ref()] {
+            self.store.delete(&key).await.unwrap();
+        }
     }
 
     async fn take_on(&mut self, name: &'static str, step: Step) {

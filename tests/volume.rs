@@ -805,10 +805,53 @@ async fn a_cache_of_an_export_that_was_deleted_and_created_anew_shows_the_new_on
 
 /// Deletes an export in the store, and creates it anew on another server.
 async fn recreate(site: &mut Site, name: &str, geometry: Geometry) -> Arc<Registry> {
-    site.store.delete(&root().export(&id(name)).head()).await.unwrap();
+    let keys = root().export(&id(name));
+    for key in [keys.head(), keys.current_ref()] {
+        site.store.delete(&key).await.unwrap();
+    }
     let other = site.start("other").await;
     other.create(id(name), geometry).await.unwrap();
     other
+}
+
+#[tokio::test]
+async fn settling_what_an_export_left_that_was_created_anew_removes_no_snapshot() {
+    let mut site = Site::new();
+    let here = site.start("here").await;
+    let volume = create(&here, "disk", 8).await;
+    write(&volume, CHUNK, 1, CHUNK).await;
+    here.snapshot(&id("disk")).await.unwrap();
+    write(&volume, 0, 1, CHUNK).await;
+    let mut landed = false;
+    site.store.judge(move |op, key| {
+        let head = key.as_str().ends_with("volume.json");
+        match op {
+            "get" if head && landed => Fate::Failed,
+            "put" if head => {
+                landed = true;
+                Fate::LandedUnseen
+            }
+            _ => Fate::Served,
+        }
+    });
+    here.snapshot(&id("disk")).await.unwrap_err();
+    site.store.serve_all();
+    site.start("there").await.clone_export(id("clone"), id("disk"), None).await.unwrap();
+    recreate(&mut site, "disk", geometry(8)).await;
+    let refused = here.snapshot(&id("disk")).await.unwrap_err();
+    assert!(refused.to_string().contains("move the folder away"), "{refused}");
+    assert_eq!(image(&site.elsewhere().await, "clone").await[0], 1);
+}
+
+#[tokio::test]
+async fn an_older_export_without_a_head_is_not_created_over() {
+    let mut site = Site::new();
+    publish_eight(&mut site).await;
+    site.store.delete(&root().export(&id("disk")).head()).await.unwrap();
+    let registry = site.start("a").await;
+    assert!(matches!(registry.create(id("disk"), geometry(8)).await, Err(ExportError::Exists(_))));
+    registry.open(id("disk"), false).await.unwrap();
+    assert_eq!(image(&registry, "disk").await[0], 1);
 }
 
 #[tokio::test]
@@ -835,8 +878,13 @@ async fn nothing_is_published_over_an_export_that_was_created_anew_meanwhile() {
         assert_eq!(now, head);
         assert_eq!(read_all(&volume).await, before, "what is here is kept");
         here.close().await;
-        assert!(matches!(site.start("here").await.volume(&id("disk")).await, Err(ExportError::Damaged(_))));
         other.close().await;
+        // Nor is it opened, though nothing of the one before may be left.
+        for key in site.store.list(&"exports/disk/snapshots".parse().unwrap()).await.unwrap() {
+            site.store.delete(&key).await.unwrap();
+        }
+        let refused = site.start("here").await.volume(&id("disk")).await.unwrap_err();
+        assert!(refused.to_string().contains(site.cache_root("here").join("disk").to_str().unwrap()), "{refused}");
     }
 }
 

@@ -81,7 +81,7 @@ impl Services {
     }
 
     /// Whether there is an export of that name, an older one without a head included.
-    async fn is_taken(&self, id: &ExportId) -> Result<bool, ExportError> {
+    pub(super) async fn is_taken(&self, id: &ExportId) -> Result<bool, ExportError> {
         if self.read_head(id).await?.is_some() {
             return Ok(true);
         }

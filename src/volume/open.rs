@@ -18,6 +18,7 @@ use crate::cache::{self, Base, CacheError, open::Opening};
 use crate::disk;
 use crate::manifest::Manifest;
 use crate::manifest::head::{CLONE_SEED_FILE, CloneSeed, CurrentRef, Head, MAX_HEAD_BYTES};
+use crate::store::keys::ExportKeys;
 use crate::store::{Condition, StoreError};
 use crate::units::{ExportId, Generation, SnapshotId};
 
@@ -86,15 +87,19 @@ impl Volume {
         let opened = cache::blocking_io(move || opening.open()).await;
         let cache = opened.map_err(|e| local_error(&head.export_id, e))?;
         let base = cache.base();
+        let (keys, dirty, another) = (services.root.export(&head.export_id), cache.is_dirty(), began_anew(head, base));
+        if another && dirty {
+            return Err(another_export(&keys, &dir));
+        }
         // With nothing of its own in it, the cache need not stand where the head was once: that may not even be there any more.
-        let follows = base != head_base && !cache.is_dirty() && !services.left_a_journal(head, &dir).await?;
+        let follows = another || (base != head_base && !dirty && !services.left_a_journal(head, &dir).await?);
         let stands_on_head = base == head_base || follows;
         let image = if stands_on_head { head_image } else { services.image_of(head, base, &dir).await? };
         let volume = Arc::new(Self {
             export_id: head.export_id.clone(),
             geometry: head.geometry,
             read_only,
-            keys: services.root.export(&head.export_id),
+            keys,
             services,
             cache: Arc::new(cache),
             image: Arc::new(RwLock::new(Arc::new(image))),
@@ -110,6 +115,10 @@ impl Volume {
         });
         if follows {
             volume.drop_local(head_base, volume.image()).await?;
+        }
+        if another {
+            // Whatever was being published of the one before.
+            volume.drop_journal().await?;
         }
         volume.settle_journal().await?;
         volume.follow_head().await?;
@@ -141,21 +150,14 @@ impl Volume {
     }
 
     /// Whether a head is certainly that of an export which was created under this one's name after this one had been deleted.
-    fn is_of_another_export(&self, head: &Head) -> bool {
-        // A head that names a snapshot never goes back to naming none; until then it names what the export began as.
-        head.geometry != self.geometry || (head.current.is_none() && self.cache.base() != beginning(head))
+    pub(super) fn is_of_another_export(&self, head: &Head) -> bool {
+        head.geometry != self.geometry || began_anew(head, self.cache.base())
     }
 
     /// Why nothing that builds on what the cache stands on may be published over a head.
     pub(super) fn conflict(&self, head: &Head) -> ExportError {
         if self.is_of_another_export(head) {
-            let (key, dir) = (self.keys.head(), self.cache.dir().display());
-            let text = format!(
-                "{key} is of another export than the cache in {dir}: it was deleted in the store, and created anew. To serve \
-                 the one in the store unload the export, move the folder away and open it again; what was not published is \
-                 in the folder alone"
-            );
-            return ExportError::Damaged(text.into());
+            return another_export(&self.keys, self.cache.dir());
         }
         let name = |id: Option<SnapshotId>| id.map_or_else(|| "none".to_owned(), |id| id.to_string());
         ExportError::Conflict {
@@ -235,6 +237,21 @@ impl Services {
         };
         Ok(self.published_image(&as_of_then).await?.1)
     }
+}
+
+/// Whether an export was created after the one that a cache stood on at `base`.
+fn began_anew(head: &Head, base: Base) -> bool {
+    // A head that names a snapshot never goes back to naming none; until then it names what the export began as.
+    head.current.is_none() && base != beginning(head)
+}
+
+fn another_export(keys: &ExportKeys, dir: &Path) -> ExportError {
+    let (key, dir) = (keys.head(), dir.display());
+    let text = format!(
+        "{key} is of another export than the cache in {dir}: it was deleted in the store, and created anew. To serve the one \
+         in the store unload the export, move the folder away and open it again; what was not published is in the folder alone"
+    );
+    ExportError::Damaged(text.into())
 }
 
 /// What a cache of an export stands on of which nothing is published yet.

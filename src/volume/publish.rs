@@ -32,6 +32,7 @@ use crate::background;
 use crate::cache::journal::{self, Journal, Kind, Phase};
 use crate::cache::publish::CutChunk;
 use crate::cache::{self, Cache, states::Content};
+use crate::manifest::head::CurrentRef;
 use crate::manifest::{Change, Manifest};
 use crate::sabotage::{Rule, breaks};
 use crate::slices::slices;
@@ -204,7 +205,17 @@ impl Volume {
             self.write_journal(intent, Phase::Prepared).await?;
         }
         self.swap_head(intent).await?;
-        self.finish(intent, manifest).await
+        match self.finish(intent, manifest).await {
+            Ok(current) => self.write_current_ref(&current).await,
+            // It is published all the same: what is left to do here is done by the next publish or start, if not now.
+            Err(e) => {
+                tracing::warn!(export = %self.export_id, "published, but not in good order: {e}");
+                if let Err(unsettled) = self.settle_journal().await {
+                    tracing::warn!(export = %self.export_id, "a publish is not settled yet: {unsettled}");
+                }
+            }
+        }
+        Ok(())
     }
 
     /// One blob with what the cut holds; all else stays where it is.
@@ -449,8 +460,8 @@ impl Volume {
         }
     }
 
-    /// The swap landed: the journal says so, then the chunks of the cut become clean.
-    pub(super) async fn finish(&self, journal: &Journal, manifest: Manifest) -> Result<(), ExportError> {
+    /// The swap landed: the journal says so, then the chunks of the cut become clean. What is left is `refs/current.json`.
+    pub(super) async fn finish(&self, journal: &Journal, manifest: Manifest) -> Result<CurrentRef, ExportError> {
         match self.write_journal(journal, Phase::Committed).await {
             // On a full disk PREPARED stays and means the same, as long as the head can be read (L7).
             Err(ExportError::Volume(VolumeError::NoSpace(_))) => {}
@@ -464,10 +475,13 @@ impl Volume {
         self.commit(base, manifest).await?;
         *self.head_seen.lock() = journal.generation;
         self.drop_journal().await?;
-        if let Err(e) = self.services.write_current_ref(&self.export_id, &current).await {
+        Ok(current)
+    }
+
+    pub(super) async fn write_current_ref(&self, current: &CurrentRef) {
+        if let Err(e) = self.services.write_current_ref(&self.export_id, current).await {
             tracing::warn!(export = %self.export_id, "refs/current.json was not updated, the next publish will: {e}");
         }
-        Ok(())
     }
 
     async fn write_journal(&self, journal: &Journal, phase: Phase) -> Result<(), ExportError> {

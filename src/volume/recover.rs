@@ -69,6 +69,9 @@ impl Volume {
     pub(super) async fn landed(&self, journal: &Journal) -> Result<(Ancestry, StoredHead), ExportError> {
         let gone = || ExportError::Damaged(format!("{} is gone from the store", self.keys.head()).into());
         let stored = self.services.read_head(&self.export_id).await?.ok_or_else(gone)?;
+        if self.is_of_another_export(&stored.head) {
+            return Ok((Ancestry::Unknown, stored));
+        }
         let ours = (journal.snapshot_id, journal.generation);
         let head = stored.head.current;
         if head == journal.parent {
@@ -89,7 +92,7 @@ impl Volume {
             if breaks(Rule::DeleteBeforeFence) {
                 return Ok(Ancestry::Foreign);
             }
-            if stored.head.current != journal.parent {
+            if stored.head.current != journal.parent || ancestry == Ancestry::Unknown {
                 // The head moved on without us: the version that the swap was bound to is gone for good.
                 return Ok(ancestry);
             }
@@ -126,7 +129,13 @@ impl Volume {
     async fn finish_interrupted(&self, journal: &Journal) -> Result<(), ExportError> {
         let (id, geometry) = (&self.export_id, self.geometry);
         let manifest = self.services.read_manifest(id, geometry, journal.snapshot_id).await?;
-        self.finish(journal, manifest).await
+        let current = self.finish(journal, manifest).await?;
+        let stored = self.services.read_head(&self.export_id).await?;
+        // Others may have published since, and have their own there.
+        if stored.is_some_and(|stored| stored.head.current == Some(journal.snapshot_id)) {
+            self.write_current_ref(&current).await;
+        }
+        Ok(())
     }
 
     /// The cache stands on a new snapshot; image and states change together.
@@ -155,8 +164,9 @@ impl Volume {
             return Err(self.conflict(head));
         }
         let (base, manifest) = self.services.published_image(head).await?;
-        self.drop_local(base, Arc::new(manifest)).await?;
-        self.note_seed(head).await
+        // Before anybody can write: what is written then builds on it.
+        self.note_seed(head).await?;
+        Ok(self.drop_local(base, Arc::new(manifest)).await?)
     }
 
     /// Forgets the cache's content; what is missing is that of an image.

@@ -332,6 +332,9 @@ impl Registry {
         if self.exports.read().contains_key(&id) {
             return Err(exists());
         }
+        if self.services.is_taken(&id).await? {
+            return Err(exists());
+        }
         // Once the head is there, another server may open the export and publish it: nobody takes a head back. So whatever keeps
         // this server from having a cache of it is found out before.
         self.rehearse_cache(&head).await?;
