@@ -129,7 +129,7 @@ pub enum ExportError {
     #[error("export {0} has no published snapshot {1}")]
     SnapshotNotFound(ExportId, SnapshotId),
     /// Clone or copy of an export without a published snapshot.
-    #[error("export {0} has nothing published: take a snapshot of it first")]
+    #[error("export {0} has nothing published: take a snapshot of it once something is written, or compact it")]
     NothingPublished(ExportId),
     /// Whoever wanted it does not any more; it is as it was before.
     #[error("export {0} is as it was before: the operation was cancelled")]
@@ -233,7 +233,8 @@ impl Registry {
                 }
             } else if !known && files.iter().any(|name| name == cache_files::META_FILE) {
                 let reason = format!(
-                    "{} is not in the store, but {} holds a cache of it: restore the object, or remove the folder",
+                    "{} is not in the store, but {} holds a cache of it: start with the store that it belongs to, restore the \
+                     object, or move the folder away; what was not published is in the folder alone",
                     self.services.root.export(&id).head(),
                     self.cache_root.join(id.as_str()).display()
                 );
