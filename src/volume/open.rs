@@ -1,6 +1,6 @@
 //! Opening a volume: which published image the cache stands on, and what to do when the head is another.
 
-use std::io::ErrorKind;
+use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -15,7 +15,7 @@ use super::registry::{ExportError, ExportStatus, Operation};
 use super::{Services, Volume, VolumeError};
 use crate::cache::journal::{self, JOURNAL_FILE};
 use crate::cache::{self, Base, CacheError, open::Opening};
-use crate::disk;
+use crate::disk::{self, Disk};
 use crate::manifest::Manifest;
 use crate::manifest::head::{CLONE_SEED_FILE, CloneSeed, CurrentRef, Head, MAX_HEAD_BYTES};
 use crate::store::keys::ExportKeys;
@@ -128,8 +128,7 @@ impl Volume {
     /// A cache without dirty chunks follows a head that another server moved; one with dirty chunks stays, and its
     /// next publish reports the conflict.
     async fn follow_head(self: &Arc<Self>) -> Result<(), ExportError> {
-        let gone = || ExportError::Damaged(format!("{} is gone from the store", self.keys.head()).into());
-        let head = self.services.read_head(&self.export_id).await?.ok_or_else(gone)?.head;
+        let head = self.stored_head().await?.head;
         if self.builds_on(&head) {
             return self.note_seed(&head).await;
         }
@@ -204,10 +203,21 @@ impl Volume {
 impl Services {
     /// Whether a publish was interrupted that is not settled.
     async fn left_a_journal(&self, head: &Head, dir: &Path) -> Result<bool, ExportError> {
+        Ok(self.file_io(&head.export_id, "read", dir, JOURNAL_FILE, journal::load).await?.is_some())
+    }
+
+    /// An operation, in one word, on a small file in the folder of a cache; `work` gets the disk and the folder.
+    pub(super) async fn file_io<T: Send + 'static>(
+        &self,
+        id: &ExportId,
+        operation: &'static str,
+        dir: &Path,
+        file: &str,
+        work: impl FnOnce(&dyn Disk, &Path) -> io::Result<T> + Send + 'static,
+    ) -> Result<T, ExportError> {
         let (disk, folder) = (Arc::clone(&self.disk), dir.to_owned());
-        let found = cache::blocking_io(move || journal::load(&*disk, &folder)).await;
-        let failed = |e| local_error(&head.export_id, cache::disk_error("read", &dir.join(JOURNAL_FILE), e));
-        Ok(found.map_err(failed)?.is_some())
+        let done = cache::blocking_io(move || work(&*disk, &folder)).await;
+        done.map_err(|e| local_error(id, cache::disk_error(operation, &dir.join(file), e)))
     }
 
     /// The image that a cache stands on whose base is not the head's: another server published since, or a publish of
@@ -218,9 +228,9 @@ impl Services {
             (None, _) => Head::new(id, geometry, None),
             (Some(snapshot), Generation(0)) => {
                 let path = dir.join(CLONE_SEED_FILE);
-                let (disk, file) = (Arc::clone(&self.disk), path.clone());
-                let noted = cache::blocking_io(move || disk::read_file(&*disk, &file, MAX_HEAD_BYTES)).await;
-                let noted = noted.map_err(|e| local_error(&head.export_id, cache::disk_error("read", &path, e)))?;
+                let read =
+                    |disk: &dyn Disk, dir: &Path| disk::read_file(disk, &dir.join(CLONE_SEED_FILE), MAX_HEAD_BYTES);
+                let noted = self.file_io(&head.export_id, "read", dir, CLONE_SEED_FILE, read).await?;
                 let noted = noted.ok_or_else(|| "it is missing".to_owned()).and_then(|bytes| CloneSeed::decode(&bytes));
                 let other = |seed: &CloneSeed| format!("source_snapshot_id is {}", seed.source_snapshot_id);
                 let fits =

@@ -13,7 +13,6 @@ use std::sync::Arc;
 
 use super::ancestry::Ancestry;
 use super::objects::StoredHead;
-use super::open::local_error;
 use super::registry::ExportError;
 use super::{Volume, VolumeError};
 use crate::cache::journal::{self, Journal, Phase};
@@ -67,8 +66,7 @@ impl Volume {
 
     /// Whether the journal's snapshot became the head or was built upon, and the head as it stands.
     pub(super) async fn landed(&self, journal: &Journal) -> Result<(Ancestry, StoredHead), ExportError> {
-        let gone = || ExportError::Damaged(format!("{} is gone from the store", self.keys.head()).into());
-        let stored = self.services.read_head(&self.export_id).await?.ok_or_else(gone)?;
+        let stored = self.stored_head().await?;
         if self.is_of_another_export(&stored.head) {
             return Ok((Ancestry::Unknown, stored));
         }
@@ -151,8 +149,7 @@ impl Volume {
         let _operation = self.begin(super::registry::Operation::Resetting)?;
         let _open = self.still_open().await?;
         self.settle_journal().await?;
-        let gone = || ExportError::Damaged(format!("{} is gone from the store", self.keys.head()).into());
-        let stored = self.services.read_head(&self.export_id).await?.ok_or_else(gone)?;
+        let stored = self.stored_head().await?;
         self.stand_on(&stored.head).await?;
         tracing::info!(export = %self.export_id, "reset: everything local was dropped");
         Ok(())
@@ -193,7 +190,12 @@ impl Volume {
         file: &str,
         work: impl FnOnce(&dyn Disk, &Path) -> io::Result<T> + Send + 'static,
     ) -> Result<T, ExportError> {
-        let done = cache::blocking(&self.cache, move |cache| work(&**cache.disk(), cache.dir())).await;
-        done.map_err(|e| local_error(&self.export_id, cache::disk_error(operation, &self.cache.dir().join(file), e)))
+        self.services.file_io(&self.export_id, operation, self.cache.dir(), file, work).await
+    }
+
+    /// The head as it stands in the store.
+    pub(super) async fn stored_head(&self) -> Result<StoredHead, ExportError> {
+        let gone = || ExportError::Damaged(format!("{} is gone from the store", self.keys.head()).into());
+        self.services.read_head(&self.export_id).await?.ok_or_else(gone)
     }
 }

@@ -364,9 +364,7 @@ impl Registry {
     async fn rehearse_cache(&self, head: &Head) -> Result<(), ExportError> {
         let id = &head.export_id;
         let dir = self.cache_root.join(id.as_str());
-        let (disk, folder) = (Arc::clone(&self.services.disk), dir.clone());
-        let cached = cache::blocking_io(move || cache_files::exists(&*disk, &folder)).await;
-        if cached.map_err(|e| local_error(id, cache::disk_error("listing", &dir, e)))? {
+        if self.services.file_io(id, "listing", &dir, "", cache_files::exists).await? {
             return Err(ExportError::Exists(id.clone()));
         }
         let opening = self.services.opening(dir, head, Base::default());

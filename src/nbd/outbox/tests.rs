@@ -56,14 +56,20 @@ async fn a_ticket_that_is_dropped_unanswered_answers_eio() {
     assert_eq!(sent, [0x67, 0x44, 0x66, 0x98, 0, 0, 0, 5, 0, 0, 0, 0, 0, 0, 0, 1]);
 }
 
-#[tokio::test]
-async fn small_requests_go_on_when_others_have_used_up_what_is_shared() {
+/// All that connections share, held by one of them; and another one.
+async fn beside_a_greedy_one() -> (Slot, Arc<Outbox>) {
     let limits = Limits { shared_bytes: 1 << 20, ..Limits::default() };
     let shared = Arc::new(Semaphore::new(limits.shared_bytes));
-    let (greedy, modest) =
-        [Arc::clone(&shared), shared].map(|shared| Outbox::new(limits, shared, no_socket(), Arc::default())).into();
+    let [greedy, modest] =
+        [Arc::clone(&shared), shared].map(|shared| Outbox::new(limits, shared, no_socket(), Arc::default()));
+    let (held, _) = greedy.slot(limits.shared_bytes, &Bites::default()).await.unwrap();
+    (held, modest)
+}
+
+#[tokio::test]
+async fn small_requests_go_on_when_others_have_used_up_what_is_shared() {
+    let (_held, modest) = beside_a_greedy_one().await;
     let bites = Bites::default();
-    let _held = greedy.slot(1 << 20, &bites).await.unwrap();
     let soon = Duration::from_millis(50);
     assert!(tokio::time::timeout(soon, modest.slot(1 << 20, &bites)).await.is_err());
     assert!(tokio::time::timeout(soon, modest.slot(4096, &bites)).await.is_ok());
@@ -71,13 +77,10 @@ async fn small_requests_go_on_when_others_have_used_up_what_is_shared() {
 
 #[tokio::test]
 async fn a_small_request_waits_for_those_of_its_own_connection_but_not_for_greedy_ones() {
-    let limits = Limits { shared_bytes: 1 << 20, ..Limits::default() };
-    let shared = Arc::new(Semaphore::new(limits.shared_bytes));
-    let (greedy, modest) =
-        [Arc::clone(&shared), shared].map(|shared| Outbox::new(limits, shared, no_socket(), Arc::default())).into();
+    let (_held, modest) = beside_a_greedy_one().await;
     let bites = Bites::default();
-    let _held = greedy.slot(1 << 20, &bites).await.unwrap();
     let mut taken = Vec::new();
+    let limits = modest.limits;
     for _ in 0..limits.allowance_bytes / 4096 {
         taken.push(modest.slot(4096, &bites).await.unwrap().0);
     }
