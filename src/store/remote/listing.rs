@@ -15,8 +15,8 @@ use crate::store::{Key, MAX_LISTED, StoreError};
 const PAGE_NAMES: usize = 1_000;
 /// The most pages one listing takes.
 const MAX_LIST_PAGES: usize = MAX_LISTED / PAGE_NAMES;
-/// The most names that a listing leaves out; each takes some twenty pages to get around.
-const MAX_STRAYS: usize = 100;
+/// The most names that a listing leaves out; each takes ten pages to get around.
+pub(super) const MAX_STRAYS: usize = 100;
 
 impl RemoteStore {
     /// Hands over one page after the other, each repeated by itself.

@@ -392,6 +392,27 @@ async fn a_name_that_cannot_be_left_out_of_a_listing_is_named_with_the_remedy() 
     assert!(text.contains("move or delete"), "{text}");
 }
 
+#[tokio::test]
+async fn a_hundred_names_are_left_out_of_a_listing_and_one_more_is_named_with_the_remedy() {
+    const END: &str = "<ListBucketResult></ListBucketResult>";
+    for (strays, listed) in [(listing::MAX_STRAYS, true), (listing::MAX_STRAYS + 1, false)] {
+        let page = |stray: usize| {
+            let prefix = format!("<CommonPrefixes><Prefix>exports/{stray:03}//</Prefix></CommonPrefixes>");
+            sized("200 OK", &format!("<ListBucketResult>{prefix}</ListBucketResult>"))
+        };
+        // A page of a thousand names is halved nine times until there is one on it.
+        let pages = (0..strays).flat_map(|stray| vec![page(stray); 10]).chain([sized("200 OK", END)]);
+        let endpoint = Endpoint::start(&pages.collect::<Vec<_>>()).await;
+        let listing = endpoint.store().list_folders(&"exports".parse().unwrap()).await;
+        if listed {
+            assert!(listing.unwrap().is_empty());
+            continue;
+        }
+        let text = listing.unwrap_err().to_string();
+        assert!(text.contains("exports/100//") && text.contains("move or delete"), "{text}");
+    }
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_body_that_stops_arriving_is_given_up_after_the_limit_of_silence() {
     let key = key();
