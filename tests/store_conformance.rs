@@ -104,6 +104,7 @@ async fn a_missing_object_is_not_found(case: Case) {
     let range = ByteRange::new(0, 1).unwrap();
     assert!(matches!(case.store.get(&key, 9).await, Err(StoreError::NotFound { .. })));
     assert!(matches!(case.store.get_range(&key, range).await, Err(StoreError::NotFound { .. })));
+    assert!(matches!(case.store.len(&key).await, Err(StoreError::NotFound { .. })));
     assert_eq!(case.store.list(&key).await.unwrap(), []);
     assert_eq!(case.store.list_folders(&key).await.unwrap(), [""; 0]);
 }
@@ -183,6 +184,7 @@ async fn of_many_swappers_exactly_one_wins(case: Case) {
 async fn a_range_is_read_exactly(case: Case) {
     let content = pattern(10_000);
     case.put("object", content.clone()).await;
+    assert_eq!(case.store.len(&case.key("object")).await.unwrap(), 10_000);
     for (offset, len) in [(0, 1), (0, 10_000), (1, 9_999), (4_096, 4_096), (9_999, 1)] {
         let range = ByteRange::new(offset, len).unwrap();
         let read = case.store.get_range(&case.key("object"), range).await.unwrap();

@@ -136,6 +136,11 @@ impl Store for LocalStore {
         self.blocking(Request { operation: "get", key }, move |folder| folder.read_range(&at, range)).await
     }
 
+    async fn len(&self, key: &Key) -> Result<u64, StoreError> {
+        let at = key.clone();
+        self.blocking(Request { operation: "head", key }, move |folder| folder.len(&at)).await
+    }
+
     async fn put(&self, key: &Key, bytes: Bytes, condition: Condition) -> Result<Version, StoreError> {
         let at = key.clone();
         self.blocking(Request { operation: "put", key }, move |folder| {

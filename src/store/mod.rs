@@ -139,6 +139,9 @@ pub trait Store: Debug + Send + Sync {
     /// [`StoreError::Refused`] when the object ends before the range does.
     async fn get_range(&self, key: &Key, range: ByteRange) -> Result<Bytes, StoreError>;
 
+    /// The length of an object in bytes, without its content.
+    async fn len(&self, key: &Key) -> Result<u64, StoreError>;
+
     /// Writes a small object in one request and returns its version.
     async fn put(&self, key: &Key, bytes: Bytes, condition: Condition) -> Result<Version, StoreError>;
 

@@ -13,6 +13,7 @@ use crate::units::ByteRange;
 #[derive(Debug, Clone, Copy)]
 enum Operation {
     Get,
+    Head,
     Put,
     Upload,
     List,
@@ -20,11 +21,12 @@ enum Operation {
 }
 
 impl Operation {
-    const ALL: [Self; 5] = [Self::Get, Self::Put, Self::Upload, Self::List, Self::Delete];
+    const ALL: [Self; 6] = [Self::Get, Self::Head, Self::Put, Self::Upload, Self::List, Self::Delete];
 
     fn as_str(self) -> &'static str {
         match self {
             Self::Get => "get",
+            Self::Head => "head",
             Self::Put => "put",
             Self::Upload => "upload",
             Self::List => "list",
@@ -162,6 +164,10 @@ impl Store for Observed {
 
     async fn get_range(&self, key: &Key, range: ByteRange) -> Result<Bytes, StoreError> {
         self.observe(Operation::Get, self.inner.get_range(key, range)).await
+    }
+
+    async fn len(&self, key: &Key) -> Result<u64, StoreError> {
+        self.observe(Operation::Head, self.inner.len(key)).await
     }
 
     async fn put(&self, key: &Key, bytes: Bytes, condition: Condition) -> Result<Version, StoreError> {

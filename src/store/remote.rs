@@ -204,6 +204,13 @@ impl Store for RemoteStore {
         Ok(bytes)
     }
 
+    async fn len(&self, key: &Key) -> Result<u64, StoreError> {
+        let request = Request { operation: "head", key };
+        let path = path(request)?;
+        let options = GetOptions { head: true, ..GetOptions::default() };
+        Ok(timed(request, SILENCE_LIMIT, Conditional::No, self.objects.get_opts(&path, options)).await?.meta.size)
+    }
+
     async fn put(&self, key: &Key, bytes: Bytes, condition: Condition) -> Result<Version, StoreError> {
         let request = Request { operation: "put", key };
         let (mode, conditional) = match condition {

@@ -259,6 +259,10 @@ impl Store for Retrying {
         self.repeat("get", key, Overtime::Cut, || self.inner.get_range(key, range)).await
     }
 
+    async fn len(&self, key: &Key) -> Result<u64, StoreError> {
+        self.repeat("head", key, Overtime::Cut, || self.inner.len(key)).await
+    }
+
     async fn put(&self, key: &Key, bytes: Bytes, condition: Condition) -> Result<Version, StoreError> {
         match condition {
             Condition::Always => {

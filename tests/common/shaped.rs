@@ -100,6 +100,11 @@ impl Store for Shaped {
         self.inner.get_range(key, range).await
     }
 
+    async fn len(&self, key: &Key) -> Result<u64, StoreError> {
+        self.take(0).await;
+        self.inner.len(key).await
+    }
+
     async fn put(&self, key: &Key, bytes: Bytes, condition: Condition) -> Result<Version, StoreError> {
         self.take(bytes.len() as u64).await;
         self.inner.put(key, bytes, condition).await

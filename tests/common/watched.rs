@@ -141,6 +141,10 @@ impl Store for Watched {
         self.decide("get_range", key, self.inner.get_range(key, range)).await
     }
 
+    async fn len(&self, key: &Key) -> Result<u64, StoreError> {
+        self.decide("len", key, self.inner.len(key)).await
+    }
+
     async fn put(&self, key: &Key, bytes: Bytes, condition: Condition) -> Result<Version, StoreError> {
         self.decide("put", key, self.inner.put(key, bytes, condition)).await
     }

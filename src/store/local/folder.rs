@@ -136,6 +136,11 @@ impl Folder {
         read_exactly(&file, range.offset(), range.len())
     }
 
+    /// The length of the object in bytes.
+    pub(super) fn len(&self, key: &Key) -> Result<u64, Fault> {
+        Ok(open_object(&self.path(key)?)?.1.len())
+    }
+
     /// A new, empty tmp file.
     pub(super) fn tmp(&self) -> Result<Tmp, Fault> {
         Tmp::create(&self.root.join(TMP_DIR))

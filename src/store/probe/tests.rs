@@ -84,6 +84,9 @@ impl Store for Flawed {
     async fn get_range(&self, key: &Key, range: ByteRange) -> Result<Bytes, StoreError> {
         self.inner.get_range(key, range).await
     }
+    async fn len(&self, key: &Key) -> Result<u64, StoreError> {
+        self.inner.len(key).await
+    }
     async fn upload(&self, key: &Key, max_bytes: u64, body: Body<'_>) -> Result<(), StoreError> {
         self.inner.upload(key, max_bytes, body).await
     }

@@ -99,6 +99,9 @@ impl Store for Scripted {
     async fn get_range(&self, key: &Key, _: ByteRange) -> Result<Bytes, StoreError> {
         self.step("get", key, "it".into()).await
     }
+    async fn len(&self, key: &Key) -> Result<u64, StoreError> {
+        self.step("head", key, 2).await
+    }
     async fn put(&self, key: &Key, _: Bytes, _: Condition) -> Result<Version, StoreError> {
         self.step("put", key, Version("2".into())).await
     }
@@ -134,6 +137,7 @@ async fn call(store: &dyn Store, name: &str) -> Result<(), StoreError> {
     match name {
         "get" => store.get(&key(), 9).await.map(drop),
         "get_range" => store.get_range(&key(), range).await.map(drop),
+        "len" => store.len(&key()).await.map(drop),
         "list" => store.list(&key()).await.map(drop),
         "list_folders" => store.list_folders(&key()).await.map(drop),
         "delete" => store.delete(&key()).await,
@@ -142,7 +146,7 @@ async fn call(store: &dyn Store, name: &str) -> Result<(), StoreError> {
     }
 }
 
-const REPEATABLE: [&str; 6] = ["get", "get_range", "list", "list_folders", "delete", "put"];
+const REPEATABLE: [&str; 7] = ["get", "get_range", "len", "list", "list_folders", "delete", "put"];
 
 #[tokio::test]
 async fn what_may_be_repeated_is_repeated_until_it_succeeds() {

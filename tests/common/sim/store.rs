@@ -186,6 +186,11 @@ impl Store for SimStore {
         Ok(if fault == Some(StoreFault::WrongBytes) { garbled(&bytes) } else { bytes })
     }
 
+    async fn len(&self, key: &Key) -> Result<u64, StoreError> {
+        let (bytes, _, _) = self.begin_read(key).await?;
+        Ok(bytes.len() as u64)
+    }
+
     async fn put(&self, key: &Key, bytes: Bytes, condition: Condition) -> Result<Version, StoreError> {
         self.write("put", key, bytes, condition).await
     }
