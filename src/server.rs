@@ -14,6 +14,7 @@
 
 mod descriptors;
 mod folders;
+mod log_limit;
 mod logging;
 mod notify;
 mod passed;
@@ -125,6 +126,21 @@ impl ServerError {
 /// # Errors
 /// [`ServerError`]; nothing half-made is left behind.
 pub async fn run(
+    config: Config,
+    passed: Vec<PassedSocket>,
+    logging: Logging,
+    background: Background,
+) -> Result<(), ServerError> {
+    let limit = logging.limit();
+    let ended = tokio::select! {
+        ended = start_and_serve(config, passed, logging, background) => ended,
+        never = limit.report_regularly() => match never {},
+    };
+    limit.report_all();
+    ended
+}
+
+async fn start_and_serve(
     config: Config,
     passed: Vec<PassedSocket>,
     mut logging: Logging,

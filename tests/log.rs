@@ -242,6 +242,37 @@ fn a_json_line_names_export_connection_and_operation() {
     server.stop();
 }
 
+/// A client that attaches and resets its connection.
+fn attach_and_reset(address: &str) {
+    let mut client = Raw::connect_to(address);
+    client.negotiate("vm", Mode::Simple);
+    rustix::net::sockopt::set_socket_linger(&client.stream, Some(std::time::Duration::ZERO)).unwrap();
+}
+
+#[test]
+fn clients_that_reset_leave_a_few_lines_and_a_count() {
+    const CLIENTS: usize = 100;
+    let mut server = TestServer::start(&["--log-format=json"], &[]);
+    server.ok("POST", "/v1/exports/create", json!({"export_id": "vm", "size": 4096}));
+    (0..CLIENTS).for_each(|_| attach_and_reset(&server.nbd_address()));
+    // They have all come and gone before the export is closed.
+    assert_eq!(server.api("DELETE", "/v1/exports/vm", Value::Null).0, 204);
+    server.signal(15);
+    let messages = ["a client attached", "a client is gone"];
+    for message in messages {
+        server.wait_for_log(&format!("more lines like this one were left out: {message}"));
+    }
+    let log = lines(&server.log());
+    let about = |message: &str| log.iter().filter(|line| line["message"] == message).count();
+    for message in messages {
+        let summary = format!("{} more lines like this one were left out: {message}", CLIENTS - about(message));
+        assert!((1..=40).contains(&about(message)) && about(&summary) == 1, "{message}: {log:#?}");
+        let summary = log.iter().find(|line| line["message"] == summary.as_str()).unwrap();
+        assert_eq!((&summary["export"], &summary["level"]), (&json!("vm"), &json!("INFO")));
+    }
+    server.wait();
+}
+
 #[test]
 fn sighup_takes_the_level_from_the_configuration_file() {
     let dir = tempfile::tempdir().unwrap();

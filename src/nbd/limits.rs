@@ -86,8 +86,8 @@ pub(super) async fn within<F: Future>(limit: Duration, future: F) -> Result<F::O
     }
 }
 
-/// Which limits have bitten, so that each is logged once: a hostile client shall not fill the log either.
-#[derive(Debug, Default)]
+/// How often clients met each limit.
+#[derive(Debug)]
 pub(super) struct Bites {
     pub(super) connections: Bite,
     pub(super) handshake: Bite,
@@ -100,31 +100,50 @@ pub(super) struct Bites {
 }
 
 impl Bites {
+    /// Every limit, met by no client yet.
+    pub(super) fn none() -> Self {
+        Self {
+            connections: Bite::of("connections"),
+            handshake: Bite::of("handshake"),
+            options: Bite::of("options"),
+            requests: Bite::of("requests"),
+            bytes: Bite::of("bytes"),
+            payload: Bite::of("payload"),
+            stalled: Bite::of("stalled"),
+            drain: Bite::of("drain"),
+        }
+    }
+
     /// How often each limit has bitten.
     pub(super) fn counts(&self) -> [(&'static str, u64); 8] {
         let Self { connections, handshake, options, requests, bytes, payload, stalled, drain } = self;
-        [
-            ("connections", connections.0.get()),
-            ("handshake", handshake.0.get()),
-            ("options", options.0.get()),
-            ("requests", requests.0.get()),
-            ("bytes", bytes.0.get()),
-            ("payload", payload.0.get()),
-            ("stalled", stalled.0.get()),
-            ("drain", drain.0.get()),
-        ]
+        [connections, handshake, options, requests, bytes, payload, stalled, drain]
+            .map(|bite| (bite.limit, bite.count.get()))
     }
 }
 
-/// One limit's memory of having bitten.
-#[derive(Debug, Default)]
-pub(super) struct Bite(Counter);
+/// How often clients met one limit.
+#[derive(Debug)]
+pub(super) struct Bite {
+    limit: &'static str,
+    count: Counter,
+}
 
 impl Bite {
-    /// Counts, and logs `text` the first time.
+    fn of(limit: &'static str) -> Self {
+        Self { limit, count: Counter::default() }
+    }
+
+    /// Counts and logs a client that was refused or cut off.
     pub(super) fn log(&self, text: &str) {
-        if self.0.increment() == 0 {
-            tracing::warn!("{text} (further cases are counted, but not logged)");
+        self.count.increment();
+        tracing::warn!(limit = self.limit, "{text}");
+    }
+
+    /// Counts a request that has to wait, and logs the first one alone: there may be as many of them as of requests.
+    pub(super) fn note_wait(&self, text: &str) {
+        if self.count.increment() == 0 {
+            tracing::warn!(limit = self.limit, "{text} (further cases are counted, but not logged)");
         }
     }
 }

@@ -107,7 +107,7 @@ impl Server {
                 threads: Arc::new(Semaphore::new(limits.threads)),
                 readers: Readers::new(),
                 pool: Arc::default(),
-                bites: Bites::default(),
+                bites: Bites::none(),
                 accepted: Counter::default(),
                 attached: Counter::default(),
             }),

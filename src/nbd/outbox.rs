@@ -139,7 +139,7 @@ impl Outbox {
         match self.requests.try_acquire() {
             Ok(permit) => permit.forget(),
             Err(_) => {
-                bites.requests.log("a connection has all its requests in flight: reading from it waits");
+                bites.requests.note_wait("a connection has all its requests in flight: reading from it waits");
                 waited = Waited(true);
                 self.requests.acquire().await.ok()?.forget();
             }
@@ -330,7 +330,7 @@ async fn acquire<'a>(
     if let Ok(permit) = from.try_acquire_many(permits(wanted)) {
         return Some(permit);
     }
-    bites.bytes.log("the payload bytes in flight have reached their limit: reading from clients waits");
+    bites.bytes.note_wait("the payload bytes in flight have reached their limit: reading from clients waits");
     *waited = Waited(true);
     from.acquire_many(permits(wanted)).await.ok()
 }

@@ -1,6 +1,7 @@
 //! The log: lines on stderr, as text or as JSON, whose level can change while the server runs.
 //!
-//! At `info` there is a line for what an operator acts on or looks for later, and none per request. The libraries below
+//! At `info` there is a line for what an operator acts on or looks for later, and none per request; lines that repeat are
+//! counted (`log_limit.rs`). The libraries below
 //! are heard only when something is wrong, at every level: what they say about requests is not under our control, and
 //! credentials must never be in the log.
 
@@ -12,6 +13,7 @@ use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 use tracing_subscriber::{Layer, Registry, fmt, reload};
 
+use super::log_limit::LogLimit;
 use crate::config::{self, Command, LogFormat, LogLevel, Origins, ReadError};
 
 /// The setting that a reload takes.
@@ -22,6 +24,7 @@ const TAKEN: &str = "log-level";
 pub struct Logging {
     level: LogLevel,
     filter: reload::Handle<Targets, Registry>,
+    limit: LogLimit,
     /// What the level is read from again.
     args: Vec<OsString>,
     /// What came of them at the start.
@@ -38,8 +41,14 @@ impl Logging {
             LogFormat::Text => lines.boxed(),
             LogFormat::Json => lines.json().flatten_event(true).with_span_list(false).boxed(),
         };
-        tracing_subscriber::registry().with(lines.with_filter(filter)).init();
-        Self { level, filter: handle, args, origins }
+        let limit = LogLimit::default();
+        tracing_subscriber::registry().with(limit.clone().and_then(lines).with_filter(filter)).init();
+        Self { level, filter: handle, limit, args, origins }
+    }
+
+    /// The limit on lines that repeat.
+    pub(super) fn limit(&self) -> LogLimit {
+        self.limit.clone()
     }
 
     /// Reads arguments, environment and configuration file again, and takes the log's level from them. Says which other

@@ -26,7 +26,7 @@ async fn replies_arrive_whole_however_small_the_pieces_the_client_takes() {
         expected.extend_from_slice(&[0x67, 0x44, 0x66, 0x98, 0, 0, 0, 0]);
         expected.extend_from_slice(&cookie.to_be_bytes());
         expected.extend_from_slice(&bytes);
-        let (slot, _) = outbox.slot(bytes.len(), &Bites::default()).await.unwrap();
+        let (slot, _) = outbox.slot(bytes.len(), &Bites::none()).await.unwrap();
         let data = Outcome::Data { bytes: bytes.into(), whole: false };
         // From another thread and from the connection's own, in turn.
         match cookie % 2 {
@@ -48,7 +48,7 @@ async fn replies_arrive_whole_however_small_the_pieces_the_client_takes() {
 #[tokio::test]
 async fn a_ticket_that_is_dropped_unanswered_answers_eio() {
     let outbox = outbox(Limits::default());
-    let (slot, _) = outbox.slot(0, &Bites::default()).await.unwrap();
+    let (slot, _) = outbox.slot(0, &Bites::none()).await.unwrap();
     drop(Outbox::ticket(asked(1), slot));
     let mut frames = Frames::default();
     let sending = outbox.next(&mut frames).await.unwrap();
@@ -62,14 +62,14 @@ async fn beside_a_greedy_one() -> (Slot, Arc<Outbox>) {
     let shared = Arc::new(Semaphore::new(limits.shared_bytes));
     let [greedy, modest] =
         [Arc::clone(&shared), shared].map(|shared| Outbox::new(limits, shared, no_socket(), Arc::default()));
-    let (held, _) = greedy.slot(limits.shared_bytes, &Bites::default()).await.unwrap();
+    let (held, _) = greedy.slot(limits.shared_bytes, &Bites::none()).await.unwrap();
     (held, modest)
 }
 
 #[tokio::test]
 async fn small_requests_go_on_when_others_have_used_up_what_is_shared() {
     let (_held, modest) = beside_a_greedy_one().await;
-    let bites = Bites::default();
+    let bites = Bites::none();
     let soon = Duration::from_millis(50);
     assert!(tokio::time::timeout(soon, modest.slot(1 << 20, &bites)).await.is_err());
     assert!(tokio::time::timeout(soon, modest.slot(4096, &bites)).await.is_ok());
@@ -78,7 +78,7 @@ async fn small_requests_go_on_when_others_have_used_up_what_is_shared() {
 #[tokio::test]
 async fn a_small_request_waits_for_those_of_its_own_connection_but_not_for_greedy_ones() {
     let (_held, modest) = beside_a_greedy_one().await;
-    let bites = Bites::default();
+    let bites = Bites::none();
     let mut taken = Vec::new();
     let limits = modest.limits;
     for _ in 0..limits.allowance_bytes / 4096 {
@@ -99,8 +99,8 @@ async fn a_small_request_waits_for_those_of_its_own_connection_but_not_for_greed
 #[tokio::test]
 async fn a_client_that_takes_nothing_is_given_up_after_the_deadline() {
     let outbox = outbox(Limits::default());
-    let (slot, _) = outbox.slot(0, &Bites::default()).await.unwrap();
-    let late = Outbox::ticket(asked(2), outbox.slot(0, &Bites::default()).await.unwrap().0);
+    let (slot, _) = outbox.slot(0, &Bites::none()).await.unwrap();
+    let late = Outbox::ticket(asked(2), outbox.slot(0, &Bites::none()).await.unwrap().0);
     Outbox::ticket(asked(1), slot).answer(Outcome::Data { bytes: vec![1; 4096].into(), whole: false });
     let (mut ours, _theirs) = tokio::io::duplex(16);
     let error = send_all(&mut ours, &outbox, Duration::from_millis(20)).await.unwrap_err();
@@ -115,7 +115,7 @@ async fn replies_that_are_never_sent_give_back_what_all_share() {
     let limits = Limits::default();
     let shared = Arc::new(Semaphore::new(limits.shared_bytes));
     let outbox = Outbox::new(limits, Arc::clone(&shared), no_socket(), Arc::default());
-    let (slot, _) = outbox.slot(1 << 20, &Bites::default()).await.unwrap();
+    let (slot, _) = outbox.slot(1 << 20, &Bites::none()).await.unwrap();
     Outbox::answer_at_once(asked(1), slot, Outcome::Done);
     assert!(shared.available_permits() < limits.shared_bytes);
     drop(outbox);
@@ -132,7 +132,7 @@ fn with_socket() -> (Arc<Outbox>, UnixStream) {
 }
 
 async fn ticket(outbox: &Arc<Outbox>, cookie: u64) -> Ticket {
-    Outbox::ticket(asked(cookie), outbox.slot(0, &Bites::default()).await.unwrap().0)
+    Outbox::ticket(asked(cookie), outbox.slot(0, &Bites::none()).await.unwrap().0)
 }
 
 fn reply(cookie: u8) -> [u8; 16] {
@@ -205,7 +205,7 @@ async fn replies_hold_memory_until_they_are_sent_or_nobody_gets_them_and_a_read_
     let limits = Limits::default();
     let shared = Arc::new(Semaphore::new(limits.shared_bytes));
     let outbox = Outbox::new(limits, shared, no_socket(), Arc::clone(&pool));
-    let slot = async || outbox.slot(4096, &Bites::default()).await.unwrap().0;
+    let slot = async || outbox.slot(4096, &Bites::none()).await.unwrap().0;
     drop(Outbox::read_at_once(asked(1), slot().await, 4096, false, |_| false).unwrap_err());
     assert_eq!(pool.kept(), 1);
     let mut frames = Frames::new(&pool);
