@@ -3,6 +3,7 @@
 
 mod common;
 
+use std::io::Write;
 use std::net::TcpStream;
 use std::process::Command;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -12,7 +13,7 @@ use common::memory::{peak_bytes, resident_bytes};
 use common::nbd::{MIB, Raw, Served};
 use common::server::TestServer;
 use nbd_server::nbd::Limits;
-use nbd_server::nbd::wire::{Mode, cmd};
+use nbd_server::nbd::wire::{Mode, cflag, cmd, opt, rep};
 
 /// The memory of the process is measured: one test at a time.
 fn alone() -> MutexGuard<'static, ()> {
@@ -67,6 +68,36 @@ fn the_payload_that_is_only_announced_costs_nothing() {
     assert_eq!(other.read(0, 4096), [0; 4096]);
     let more_mib = own_bytes().saturating_sub(before) >> 20;
     assert!(more_mib < 64, "{more_mib} MiB more for {} announcements", clients.len());
+}
+
+#[test]
+fn an_option_of_4_gib_is_refused_by_its_length_and_hardly_read() {
+    let _alone = alone();
+    let served = Served::new();
+    let header = [&b"IHAVEOPT"[..], &opt::LIST.to_be_bytes(), &u32::MAX.to_be_bytes()].concat();
+    let mut waiting = Raw::connect(&served);
+    waiting.send(&header);
+    let [(rep::ERR_TOO_BIG, text)] = &waiting.option_replies(opt::LIST)[..] else { panic!("another reply") };
+    assert!(String::from_utf8_lossy(text).contains("4294967295 bytes"));
+    assert!(waiting.is_closed());
+    let mut blind = Raw::connect(&served);
+    blind.send(&header);
+    assert!(mib_taken(&mut blind) < 32);
+}
+
+#[test]
+fn a_write_of_4_gib_is_refused_by_its_length_and_hardly_read() {
+    let _alone = alone();
+    let served = Served::new();
+    let mut client = Raw::attach(&served, "disk", Mode::Extended);
+    let header = client.encode(cflag::PAYLOAD_LEN, cmd::WRITE, 1, 0, u64::from(u32::MAX));
+    client.send(&header);
+    assert!(mib_taken(&mut client) < 32);
+}
+
+/// How much of an endless payload a server takes, of 64 MiB; some of it waits in the buffers of two sockets.
+fn mib_taken(client: &mut Raw) -> usize {
+    (0..64).take_while(|_| client.stream.write_all(&[0; 1 << 20]).is_ok()).count()
 }
 
 #[test]

@@ -41,7 +41,7 @@ pub(super) async fn run(mut stream: Stream, shared: &Shared, mut stop: watch::Re
             let socket = stream.socket().under_tls();
             Box::pin(run_in_tls(stream, socket, talk, stop)).await;
         }
-        Err(why) => leave(stream, &why).await,
+        Err(why) => leave(stream, &why, shared).await,
     }
 }
 
@@ -49,15 +49,16 @@ async fn run_in_tls<S>(stream: S, socket: Socket, mut talk: Talk<'_>, mut stop: 
 where
     S: AsyncRead + AsyncWrite + Unpin,
 {
+    let shared = talk.shared;
     let mut stream = match talk.secure(stream, &mut stop).await {
         Ok(stream) => stream,
-        Err((why, Some(stream))) => return leave(stream, &why).await,
+        Err((why, Some(stream))) => return leave(stream, &why, shared).await,
         Err((why, None)) => return log_left(&why),
     };
     match talk.negotiate(&mut stream, &mut stop).await {
         Ok(Next::Transmit(attached)) => transmit(stream, socket, talk, attached, stop).await,
-        Ok(Next::Secure) => leave(stream, &Left::TwiceSecured).await,
-        Err(why) => leave(stream, &why).await,
+        Ok(Next::Secure) => leave(stream, &Left::TwiceSecured, shared).await,
+        Err(why) => leave(stream, &why, shared).await,
     }
 }
 
@@ -79,13 +80,13 @@ where
     tracing::info!("a client is gone");
 }
 
-async fn leave<S>(stream: S, why: &Left)
+async fn leave<S>(stream: S, why: &Left, shared: &Shared)
 where
     S: AsyncRead + AsyncWrite,
 {
     log_left(why);
     let (mut reader, mut writer) = tokio::io::split(stream);
-    super::close_gently(&mut reader, &mut writer).await;
+    super::close_gently(&mut reader, &mut writer, shared.limits.option.drained_bytes.into()).await;
 }
 
 fn log_left(why: &Left) {

@@ -245,7 +245,7 @@ impl Handshake {
             return Some(Step::Close(Close::Refused("an option other than EXPORT_NAME without fixed newstyle")));
         }
         if self.options_seen >= self.limits.options {
-            return Some(Step::Close(Close::Limit("too many options on one connection")));
+            return Some(Step::Close(Close::Limit("a client sent too many options: its connection is closed")));
         }
         if option == opt::ABORT {
             // "MUST ACK; SHOULD ignore data"; and the data of a client that leaves is not waited for.
@@ -253,7 +253,7 @@ impl Handshake {
             return Some(Step::Close(Close::Aborted));
         }
         if len > self.limits.drained_bytes {
-            return Some(Step::Close(Close::Limit("an option with more data than is thrown away")));
+            return Some(self.too_long(option, len, out));
         }
         let len = usize::try_from(len).unwrap_or(usize::MAX);
         if len > usize::try_from(self.limits.read_bytes).unwrap_or(usize::MAX) {
@@ -269,6 +269,19 @@ impl Handshake {
         input.advance(wire::OPTION_HEADER_BYTES);
         let data = input.split_to(len);
         self.handle(option, &data, out, stopping)
+    }
+
+    /// Refuses an option by the length that it announces. Its data is not waited for, so the stream cannot go on.
+    fn too_long(&self, option: u32, len: u32, out: &mut Vec<u8>) -> Step {
+        if self.tls == TlsState::Required && option != opt::STARTTLS {
+            tls_required(option, out);
+        } else if option != opt::EXPORT_NAME {
+            let most = self.limits.read_bytes;
+            let text =
+                format!("the option announces {len} bytes of data, and the connection is closed: send at most {most}");
+            refuse(out, option, rep::ERR_TOO_BIG, &text);
+        }
+        Step::Close(Close::Limit("a client announced an option too long to be thrown away: its connection is closed"))
     }
 
     fn drained(&mut self, option: u32, out: &mut Vec<u8>) -> Option<Step> {

@@ -25,7 +25,9 @@ pub struct OptionLimits {
     pub options: u32,
     /// Option data is read and understood up to this many bytes. 64 KiB, which holds the longest legal GO.
     pub read_bytes: u32,
-    /// Longer option data is thrown away and refused up to this many bytes; beyond it the connection is closed. 1 MiB.
+    /// Longer option data is thrown away and refused up to this many bytes. An option that announces more is refused at
+    /// once and the connection closed; so much of what follows is thrown away at most, as after every close in the
+    /// handshake. 1 MiB.
     pub drained_bytes: u32,
 }
 

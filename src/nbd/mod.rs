@@ -50,8 +50,6 @@ use crate::volume::registry::Registry;
 
 /// How long a closing connection waits for the client to read what was sent and close its side.
 const CLOSING: Duration = Duration::from_secs(1);
-/// How much of what a client still sends is thrown away meanwhile, in bytes.
-const CLOSING_BYTES: u64 = 64 << 20;
 
 /// Serves the exports of a registry to NBD clients.
 #[derive(Debug)]
@@ -195,15 +193,15 @@ async fn stopped(stop: &mut watch::Receiver<bool>) {
 }
 
 /// Closes so that the client gets what was sent: with data left unread the system would answer with a reset, and a reset
-/// overtakes replies that are still on their way.
-async fn close_gently<R, W>(reader: &mut R, writer: &mut W)
+/// overtakes replies that are still on their way. Up to `discarded` bytes that the client still sends are thrown away.
+async fn close_gently<R, W>(reader: &mut R, writer: &mut W, discarded: u64)
 where
     R: AsyncRead + Unpin,
     W: AsyncWrite + Unpin,
 {
     let closing = async {
         writer.shutdown().await?;
-        tokio::io::copy(&mut reader.take(CLOSING_BYTES), &mut tokio::io::sink()).await
+        tokio::io::copy(&mut reader.take(discarded), &mut tokio::io::sink()).await
     };
     // Whatever comes of it, the connection is over.
     let _ = tokio::time::timeout(CLOSING, closing).await;

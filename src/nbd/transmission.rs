@@ -17,7 +17,7 @@ use tokio::sync::watch;
 
 use super::Shared;
 use super::inbox::{DIRECT_PAYLOAD_BYTES, Gone, Inbox};
-use super::limits::{ALLOWANCE_BYTES, MAX_DRAINED_PAYLOAD_BYTES, MAX_PAYLOAD_BYTES};
+use super::limits::{ALLOWANCE_BYTES, Limits, MAX_DRAINED_PAYLOAD_BYTES, MAX_PAYLOAD_BYTES};
 use super::outbox::{self, Outbox, Slot, Ticket};
 use super::pool::{self, Lease};
 use super::readers::Reader;
@@ -60,6 +60,17 @@ enum End {
     Oversize(u64),
 }
 
+impl End {
+    /// How much of what the client still sends is thrown away at the close, in bytes. A client in the middle of its longest
+    /// request shall still get the replies to those before it; one that breaks the protocol is not owed that.
+    fn discarded(&self, limits: &Limits) -> u64 {
+        match self {
+            Self::OutOfSync(_) | Self::Oversize(_) => limits.option.drained_bytes.into(),
+            _ => MAX_DRAINED_PAYLOAD_BYTES,
+        }
+    }
+}
+
 /// Serves an attached client until either side ends it.
 pub(super) async fn run<S>(
     stream: S,
@@ -84,7 +95,7 @@ pub(super) async fn run<S>(
         shared,
     };
     drop(early);
-    let (sent, mut reader) = {
+    let (sent, discarded, mut reader) = {
         let mut sending = pin!(outbox::send_all(&mut writer, &outbox, limits.stalled));
         let end = {
             let mut taking = pin!(connection.take_requests());
@@ -118,17 +129,16 @@ pub(super) async fn run<S>(
         }
         // No more requests are taken, so nothing is held for them while replies are waited for.
         let reader = connection.inbox.into_reader();
-        let sent = match end {
-            Ok(_) => {
+        match end {
+            Ok(end) => {
                 outbox.close();
-                sending.await
+                (sending.await, end.discarded(&limits), reader)
             }
-            Err(sent) => sent,
-        };
-        (sent, reader)
+            Err(sent) => (sent, 0, reader),
+        }
     };
     match sent {
-        Ok(()) => super::close_gently(&mut reader, &mut writer).await,
+        Ok(()) => super::close_gently(&mut reader, &mut writer, discarded).await,
         Err(error) => {
             if error.kind() == std::io::ErrorKind::TimedOut {
                 shared.bites.stalled.log("a client did not take its replies: its connection is closed");

@@ -268,8 +268,17 @@ fn option_data_over_64_kib_is_too_big_and_over_1_mib_closes() {
     // qemu CVE-2017-15119: a 4 GiB option.
     for len in [(1 << 20) + 1, u32::MAX] {
         for option in [opt::LIST, opt::GO, 99] {
-            assert!(matches!(Client::new().send(&header(option, len)), Step::Close(Close::Limit(_))));
+            let mut client = Client::new();
+            assert!(matches!(client.send(&header(option, len)), Step::Close(Close::Limit(_))));
+            let [Reply { option: answered, kind: rep::ERR_TOO_BIG, data }] = &client.replies()[..] else { panic!() };
+            assert_eq!(*answered, option);
+            assert!(String::from_utf8_lossy(data).contains(&format!("announces {len} bytes")));
         }
+        let mut client = Client::new();
+        assert!(closes(&client.send(&header(opt::EXPORT_NAME, len))) && client.out.is_empty(), "it has no error reply");
+        let mut client = Client::with_tls(TlsState::Required);
+        assert!(closes(&client.send(&header(opt::LIST, len))));
+        assert_eq!(client.kinds(), [rep::ERR_TLS_REQD]);
     }
 }
 
