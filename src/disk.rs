@@ -15,6 +15,15 @@ use rustix::io::{ReadWriteFlags, retry_on_intr};
 
 use crate::units::ByteRange;
 
+/// The room on a file system, in bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Space {
+    /// What a user other than root may still take.
+    pub free: u64,
+    /// What there is, taken or not.
+    pub total: u64,
+}
+
 /// A file system under the cache root.
 pub trait Disk: Debug + Send + Sync {
     /// Opens a file that must exist, for reading and writing.
@@ -36,6 +45,10 @@ pub trait Disk: Debug + Send + Sync {
     fn list_dir(&self, path: &Path) -> io::Result<Vec<String>>;
     /// Makes the creations, renames and removals in a folder durable.
     fn sync_dir(&self, path: &Path) -> io::Result<()>;
+    /// The room on the file system that a folder is on.
+    fn space(&self, _: &Path) -> io::Result<Space> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
     /// Identifies the boot of this host: the same after a process crash, another after the host went down.
     fn boot_id(&self) -> io::Result<[u8; 16]>;
 }
@@ -173,6 +186,12 @@ impl Disk for RealDisk {
 
     fn sync_dir(&self, path: &Path) -> io::Result<()> {
         fs::File::open(path)?.sync_all()
+    }
+
+    fn space(&self, dir: &Path) -> io::Result<Space> {
+        let about = rustix::fs::statvfs(dir)?;
+        let bytes = |blocks: u64| blocks.saturating_mul(about.f_frsize);
+        Ok(Space { free: bytes(about.f_bavail), total: bytes(about.f_blocks) })
     }
 
     fn boot_id(&self) -> io::Result<[u8; 16]> {

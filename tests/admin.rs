@@ -33,12 +33,13 @@ fn watch_with(metrics: fn() -> Page) -> Watch {
         version: "1",
         started_at: std::time::UNIX_EPOCH,
         uptime_seconds: 0,
-        exports: ExportCounts { ready: 0, failed: 0 },
+        exports: ExportCounts::default(),
         connections: 0,
         listen: Vec::new(),
         store: store.clone(),
     };
-    Watch::new(metrics, move || Health { live: true, ready: true, store: looked_at.clone() }, status)
+    let exports = ExportCounts::default();
+    Watch::new(metrics, move || Health { live: true, ready: true, exports, store: looked_at.clone() }, status)
 }
 
 /// A served API; the calls block, so tests run it on a runtime with threads of its own.
@@ -105,7 +106,7 @@ async fn an_export_is_created_listed_described_and_unloaded() {
     assert_eq!((created.status, created.header("content-type")), (201, Some("application/json")));
     let expected = json!({
         "export_id": "vm-2", "image_size": 10_485_761, "chunk_size": 65536, "chunk_count": 161,
-        "read_only": false, "resident_chunks": 0, "dirty_chunks": 0, "corrupt_fetches": 0, "snapshot_generation": 0, "remote_head_generation": 0,
+        "read_only": false, "resident_chunks": 0, "dirty_chunks": 0, "damaged_chunks": 0, "corrupt_fetches": 0, "snapshot_generation": 0, "remote_head_generation": 0,
         "current_snapshot_id": null, "operation_state": "idle", "store": {"reachable": true}, "state": "ready",
     });
     assert_eq!(created.json(), expected);

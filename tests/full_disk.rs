@@ -146,7 +146,10 @@ fn a_full_disk_costs_no_data_even_if_the_server_dies_on_it() {
         507 => assert_eq!(answer["code"], "no-space", "{answer}"),
         _ => panic!("{code} {answer}"),
     }
-    assert_eq!((&status(&server)["state"], &status(&server)["operation_state"]), (&json!("ready"), &json!("idle")));
+    let full = status(&server);
+    assert_eq!((&full["state"], &full["operation_state"]), (&json!("degraded"), &json!("idle")), "{full}");
+    assert!(full["faults"].as_array().unwrap().iter().any(|fault| fault["cause"] == "no-space"), "{full}");
+    assert_eq!(server.log().matches("writes are refused until there is").count(), 1, "{}", server.log());
     assert_eq!(client.try_write(refused_at, &bytes(5, CHUNK)), ENOSPC);
     client.check(0, refused_at);
     client.flush();
@@ -187,8 +190,11 @@ fn a_server_that_dies_on_a_full_disk_starts_reads_and_flushes_on_it_again() {
     }
     assert_eq!(client.try_write(refused_at, &bytes(5, CHUNK)), ENOSPC);
     client.flush();
+    assert_eq!(status(&server)["state"], "degraded");
     disk.make_room();
     client.write(refused_at, &bytes(6, CHUNK));
+    assert_eq!(status(&server)["state"], "ready");
+    assert_eq!(server.log().matches("there is space again").count(), 1, "{}", server.log());
     client.flush();
     client.check(0, refused_at + CHUNK);
     server.stop();

@@ -152,6 +152,48 @@ fn an_outage_of_the_store_is_counted_and_its_end_is_seen() {
 }
 
 #[test]
+fn a_blob_that_is_gone_shows_everywhere_by_name_until_it_is_restored() {
+    let server = TestServer::start(&[], &[]);
+    let mut client = attached(&server);
+    client.write(0, &vec![7; CHUNK]);
+    server.ok("POST", "/v1/exports/vm/snapshot", Value::Null);
+    server.ok("POST", "/v1/exports/vm/cache/reset", Value::Null);
+    let shown = |healthy: bool| {
+        let status = server.ok("GET", "/v1/exports/vm/status", Value::Null);
+        let list = server.ok("GET", "/v1/exports", Value::Null);
+        let health = server.ok("GET", "/v1/health", Value::Null);
+        let page = Page::of(&server);
+        let (state, count) = if healthy { ("ready", 0) } else { ("degraded", 1) };
+        assert_eq!((&status["state"], &list[0]["state"]), (&json!(state), &json!(state)));
+        assert_eq!(status["damaged_chunks"], count, "{status}");
+        assert_eq!(health["exports"], json!({"ready": 1 - count, "degraded": count, "failed": 0}));
+        assert_eq!(page.get("nbd_server_export_damaged_chunks", &[]), f64::from(count));
+        assert_eq!(page.get("nbd_server_export_degraded", &[r#"cause="damaged""#]), f64::from(count));
+        assert_eq!(page.get("nbd_server_export_up", &[]), 1.0);
+        let cli = |args: &[&str]| {
+            let output = run_to_end(nbd_server().args(args).arg("--admin-sock").arg(server.socket()));
+            String::from_utf8(output.stdout).unwrap()
+        };
+        for text in [status.to_string(), list.to_string(), cli(&["export", "list"]), cli(&["export", "status", "vm"])] {
+            assert_eq!(text.contains("/delta.blob is not in the store"), !healthy, "{text}");
+        }
+        assert!(cli(&["status"]).contains(&format!("{} ready, {count} degraded, 0 failed", 1 - count)));
+    };
+    shown(true);
+    let blob = walk(&server.local_root(), "delta.blob");
+    let aside = blob.with_extension("aside");
+    fs::rename(&blob, &aside).unwrap();
+    assert_eq!(client.call(0, 0, 0, 512, &[]).errno, 5);
+    shown(false);
+    let (code, refused) = server.api("POST", "/v1/exports/vm/compact", Value::Null);
+    assert_eq!((code, &refused["code"]), (503, &json!("damaged")), "{refused}");
+    fs::rename(&aside, &blob).unwrap();
+    server.ok("POST", "/v1/exports/vm/compact", Value::Null);
+    assert_eq!(client.read(0, 512), [7; 512]);
+    shown(true);
+}
+
+#[test]
 fn the_parts_of_an_upload_that_are_sent_again_count_as_retries() {
     let moto = Moto::with_bucket("disks");
     let proxy = Proxy::start(&moto.endpoint());

@@ -92,7 +92,8 @@ fn outage(away: State) {
     assert_eq!(during["store"]["reachable"], false, "{during}");
     let text = |name: &str| during["store"][name].as_str().unwrap().to_owned();
     assert!(text("since").ends_with('Z') && !text("last_error").is_empty(), "{during}");
-    assert_eq!(during["state"], "ready", "an outage is no failure of the export");
+    assert_eq!(during["state"], "degraded", "{during}");
+    assert_eq!(during["faults"][0]["cause"], "store-unavailable", "{during}");
     disk.flush();
 
     proxy.set(State::Open);
@@ -107,6 +108,7 @@ fn outage(away: State) {
     server.ok("POST", "/v1/exports/disk/snapshot", Value::Null);
     let after = status(&server);
     assert_eq!((&after["store"], &after["dirty_chunks"]), (&json!({"reachable": true}), &json!(0)), "{after}");
+    assert_eq!(after["state"], "ready", "{after}");
     disk.check_all();
     server.stop();
     let elsewhere = TestServer::on_s3(&moto.endpoint(), "disks", &[]);

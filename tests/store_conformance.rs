@@ -200,7 +200,7 @@ async fn a_range_beyond_the_end_is_refused(case: Case) {
     {
         let range = ByteRange::new(offset, len).unwrap();
         let error = case.store.get_range(&case.key(name), range).await.unwrap_err();
-        assert!(matches!(error, StoreError::Refused { .. }), "{name} {range}: {error}");
+        assert!(matches!(error, StoreError::Short { .. }), "{name} {range}: {error}");
     }
 }
 

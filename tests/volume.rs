@@ -11,12 +11,14 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
+use common::hooked::Hooked;
 use common::volumes::*;
 use common::watched::Fate;
 use futures_util::FutureExt;
 use nbd_server::disk::{Disk, DiskFile, RealDisk};
 use nbd_server::store::{Condition, Store};
 use nbd_server::units::{Geometry, SnapshotId};
+use nbd_server::volume::faults::Cause;
 use nbd_server::volume::registry::{ExportError, Registry};
 use nbd_server::volume::{Extent, Residency, VolumeError};
 
@@ -620,13 +622,131 @@ async fn a_damaged_blob_is_an_error_never_zeros_and_never_cached() {
     let volume = registry.volume(&id("disk")).await.unwrap();
     site.store.forget_counts();
     let refused = volume.read(range(2 * CHUNK, 1)).await.unwrap_err();
-    assert!(refused.to_string().contains(key.as_str()), "{refused}");
+    assert!(matches!(&refused, VolumeError::Damaged(text) if text.contains(key.as_str())), "{refused}");
     assert_eq!(site.store.count("get_range"), 2, "retried once, on a fresh request");
     assert_eq!(status(&registry, "disk").await.corrupt_fetches, 1);
     assert!(volume.write(2 * CHUNK, vec![1].into()).await.is_err());
     assert_eq!(read(&volume, 3 * CHUNK, 1).await[0], 4, "other chunks are served");
     site.store.put(&key, good, Condition::Always).await.unwrap();
     assert_eq!(read(&volume, 2 * CHUNK, 1).await[0], 3);
+}
+
+/// What is wrong with the export, by cause, as status and list say.
+async fn causes(registry: &Arc<Registry>) -> Vec<Cause> {
+    let status = status(registry, "disk").await;
+    assert_eq!(registry.list()[0].faults, status.faults);
+    let damaged = status.faults.iter().filter(|fault| fault.cause == Cause::Damaged).count();
+    assert_eq!(status.damaged_chunks, damaged as u64, "{:?}", status.faults);
+    status.faults.iter().map(|fault| fault.cause).collect()
+}
+
+#[tokio::test]
+async fn an_object_that_is_gone_or_too_short_is_damage_by_name_until_it_is_restored() {
+    let mut site = Site::new();
+    let snapshot = publish_eight(&mut site).await;
+    let key = root().export(&id("disk")).delta(snapshot);
+    let good = site.store.get(&key, 1 << 20).await.unwrap().bytes;
+    for short in [None, Some(good.slice(..2 * CHUNK as usize + 1))] {
+        let registry = site.elsewhere().await;
+        let volume = registry.volume(&id("disk")).await.unwrap();
+        assert_eq!(causes(&registry).await, []);
+        site.store.delete(&key).await.unwrap();
+        if let Some(short) = short {
+            site.store.put(&key, short, Condition::Always).await.unwrap();
+        }
+        for _ in 0..2 {
+            let refused = volume.read(range(2 * CHUNK, 1)).await.unwrap_err();
+            assert!(matches!(&refused, VolumeError::Damaged(text) if text.contains(key.as_str())), "{refused}");
+        }
+        assert_eq!(causes(&registry).await, [Cause::Damaged]);
+        let fault = status(&registry, "disk").await.faults.remove(0);
+        assert!(fault.count == 2 && fault.reason.contains(key.as_str()), "{fault:?}");
+        let compacted = registry.compact(&id("disk")).await.unwrap_err();
+        assert!(matches!(compacted, ExportError::Volume(VolumeError::Damaged(_))), "{compacted}");
+
+        site.store.put(&key, good.clone(), Condition::Always).await.unwrap();
+        assert_eq!(read_all(&volume).await[2 * CHUNK as usize], 3);
+        registry.compact(&id("disk")).await.unwrap();
+        assert_eq!(causes(&registry).await, []);
+        // The next round begins with what the first did.
+        let head = root().export(&id("disk")).head();
+        let old = site.store.get(&head, 1 << 20).await.unwrap().bytes;
+        let text = String::from_utf8(old.to_vec()).unwrap();
+        let published = status(&registry, "disk").await.current_snapshot_id.unwrap().to_string();
+        let back = text.replace(&published, &snapshot.to_string());
+        site.store.put(&head, back.into(), Condition::Always).await.unwrap();
+    }
+}
+
+#[tokio::test]
+async fn a_damaged_chunk_that_no_read_needs_any_more_is_no_fault() {
+    let mut site = Site::new();
+    let snapshot = publish_eight(&mut site).await;
+    let key = root().export(&id("disk")).delta(snapshot);
+    let registry = site.elsewhere().await;
+    let volume = registry.volume(&id("disk")).await.unwrap();
+    let good = site.store.get(&key, 1 << 20).await.unwrap().bytes;
+    site.store.delete(&key).await.unwrap();
+    volume.read(range(0, 8 * CHUNK)).await.unwrap_err();
+    volume.read(range(0, 1)).await.unwrap_err();
+    volume.read(range(CHUNK, 1)).await.unwrap_err();
+    let before = causes(&registry).await.len();
+    write(&volume, 0, 0xaa, CHUNK).await;
+    assert_eq!(causes(&registry).await.len(), before - 1, "it was overwritten");
+    site.store.put(&key, good, Condition::Always).await.unwrap();
+    registry.reset(&id("disk")).await.unwrap();
+    assert_eq!(read_all(&volume).await[0], 1);
+    assert_eq!(causes(&registry).await, []);
+}
+
+#[tokio::test]
+async fn whatever_a_client_gets_an_error_for_shows_by_its_cause_until_it_is_over() {
+    let mut site = Site::new();
+    publish_eight(&mut site).await;
+    let disk = Hooked::new(RealDisk);
+    let registry = site.start_on("hooked", Arc::new(disk.clone())).await;
+    let volume = registry.volume(&id("disk")).await.unwrap();
+    site.store.judge(|op, _| if op == "get_range" { Fate::Failed } else { Fate::Served });
+    volume.read(range(0, 1)).await.unwrap_err();
+    assert_eq!(causes(&registry).await, [Cause::StoreUnavailable]);
+    site.store.serve_all();
+    make_resident(&volume, 0, CHUNK).await;
+    assert_eq!(causes(&registry).await, []);
+
+    disk.fail("write_at", "cache.raw", io::ErrorKind::StorageFull);
+    assert!(matches!(volume.write(0, vec![1].into()).await, Err(VolumeError::NoSpace(_))));
+    disk.serve_all();
+    write(&volume, 0, 2, 1).await;
+    assert_eq!(causes(&registry).await, [], "there is room again");
+
+    disk.fail("read_at", "cache.raw", io::ErrorKind::Other);
+    assert!(matches!(volume.read(range(0, 1)).await, Err(VolumeError::Failed(_))));
+    disk.serve_all();
+    assert_eq!(causes(&registry).await, [Cause::Failed], "a disk that failed once is to be looked at");
+    registry.reset(&id("disk")).await.unwrap();
+    assert_eq!(causes(&registry).await, []);
+
+    write(&volume, 0, 3, 1).await;
+    site.store.judge(|op, _| if op == "upload" { Fate::Failed } else { Fate::Served });
+    registry.snapshot(&id("disk")).await.unwrap_err();
+    assert_eq!(causes(&registry).await, [Cause::StoreUnavailable], "a publish failed");
+    site.store.serve_all();
+    registry.snapshot(&id("disk")).await.unwrap();
+    assert_eq!(causes(&registry).await, []);
+}
+
+#[tokio::test]
+async fn an_export_that_could_not_be_opened_for_now_is_degraded_until_it_is() {
+    let mut site = Site::new();
+    publish_eight(&mut site).await;
+    let registry = site.elsewhere().await;
+    site.store.outage();
+    registry.volume(&id("disk")).await.unwrap_err();
+    let listed = registry.list().remove(0);
+    assert_eq!((listed.failed, listed.faults[0].cause), (None, Cause::StoreUnavailable));
+    site.store.serve_all();
+    registry.volume(&id("disk")).await.unwrap();
+    assert_eq!(causes(&registry).await, []);
 }
 
 #[tokio::test]

@@ -3,6 +3,7 @@
 //! A call that changes something runs in a task of its own: a client that hangs up does not cancel a publish.
 
 use std::future::Future;
+use std::time::SystemTime;
 
 use axum::extract::State;
 use axum::http::StatusCode;
@@ -17,9 +18,11 @@ use utoipa_axum::routes;
 use super::Api;
 use super::answer::Line;
 use super::body::{self, Fields, Named};
+use super::health::time;
 use super::problem::{Code, Problem, Refusal};
 use crate::units::{ExportId, Generation, Geometry, SnapshotId};
 use crate::volume::Outage;
+use crate::volume::faults;
 use crate::volume::registry::{ExportError, ExportStatus, ExportSummary, Published};
 
 pub(super) fn routes() -> OpenApiRouter<Api> {
@@ -255,18 +258,53 @@ struct Progress {
     total_bytes: u64,
 }
 
-/// Whether clients can use the export, and why not.
+/// Whether clients can use the export, and what is wrong: `degraded` is served, but some requests fail or will fail.
 #[derive(Serialize, ToSchema)]
 #[schema(as = ExportHealth)]
 #[serde(tag = "state", rename_all = "lowercase")]
 enum Health {
     Ready,
+    Degraded { reason: String },
     Failed { reason: String },
 }
 
-impl From<Option<String>> for Health {
-    fn from(failed: Option<String>) -> Self {
-        failed.map_or(Self::Ready, |reason| Self::Failed { reason })
+impl Health {
+    fn of(failed: Option<String>, faults: &[faults::Fault]) -> Self {
+        match (failed, faults::summary(faults)) {
+            (Some(reason), _) => Self::Failed { reason },
+            (None, Some(reason)) => Self::Degraded { reason },
+            (None, None) => Self::Ready,
+        }
+    }
+}
+
+/// How many faults of an export its status names.
+const MAX_SHOWN_FAULTS: usize = 16;
+
+/// Something that is wrong with an export.
+#[derive(Serialize, ToSchema)]
+#[schema(as = ExportFault)]
+struct Fault {
+    /// The code of the refusals that it leads to: damaged, conflict, failed, no-space or store-unavailable.
+    cause: &'static str,
+    /// When it was first found.
+    #[serde(serialize_with = "time")]
+    #[schema(value_type = String, format = DateTime)]
+    since: SystemTime,
+    /// When it was last found.
+    #[serde(serialize_with = "time")]
+    #[schema(value_type = String, format = DateTime)]
+    last: SystemTime,
+    /// How often it was found.
+    count: u64,
+    /// What, where, and why.
+    reason: String,
+}
+
+impl From<faults::Fault> for Fault {
+    fn from(fault: faults::Fault) -> Self {
+        let faults::Fault { cause, since, last, count, reason } = fault;
+        Self { cause: cause.as_str(), since, last, count, reason: reason.to_string() }
     }
 }
 
@@ -313,7 +351,7 @@ impl From<ExportSummary> for Summary {
             export_id: export.export_id,
             image_size: export.geometry.map(Geometry::image_size),
             chunk_size: export.geometry.map(Geometry::chunk_size),
-            state: export.failed.into(),
+            state: Health::of(export.failed, &export.faults),
             current_snapshot_id: export.current_snapshot_id,
         }
     }
@@ -332,7 +370,9 @@ struct Status {
     read_only: bool,
     resident_chunks: u64,
     dirty_chunks: u64,
-    /// Chunks that the store did not return as they were published.
+    /// Chunks that are known not to be in the store as they were published: up to 1024 are known.
+    damaged_chunks: u64,
+    /// How often a fetch found a chunk to be so, since the export was opened.
     corrupt_fetches: u64,
     #[schema(value_type = u64)]
     snapshot_generation: Generation,
@@ -348,6 +388,9 @@ struct Status {
     store: StoreHealth,
     #[serde(flatten)]
     state: Health,
+    /// What is wrong, the worst first: up to 16 of them.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    faults: Vec<Fault>,
 }
 
 impl From<ExportStatus> for Status {
@@ -360,6 +403,7 @@ impl From<ExportStatus> for Status {
             read_only: export.read_only,
             resident_chunks: export.resident_chunks,
             dirty_chunks: export.dirty_chunks,
+            damaged_chunks: export.damaged_chunks,
             corrupt_fetches: export.corrupt_fetches,
             snapshot_generation: export.snapshot_generation,
             remote_head_generation: export.remote_head_generation,
@@ -369,7 +413,8 @@ impl From<ExportStatus> for Status {
                 .progress
                 .map(|progress| Progress { done_bytes: progress.done_bytes, total_bytes: progress.total_bytes }),
             store: export.store_outage.into(),
-            state: export.failed.into(),
+            state: Health::of(export.failed, &export.faults),
+            faults: export.faults.into_iter().take(MAX_SHOWN_FAULTS).map(Fault::from).collect(),
         }
     }
 }
@@ -402,20 +447,25 @@ mod tests {
     }
 
     #[test]
-    fn a_failed_export_says_why_and_a_ready_one_has_no_reason() {
-        let summary = |failed: Option<&str>| {
+    fn a_failed_export_says_why_and_so_does_a_degraded_one_and_a_ready_one_has_no_reason() {
+        let fault = |cause| faults::Fault::new(cause, SystemTime::UNIX_EPOCH, "a blob is gone".into());
+        let summary = |failed: Option<&str>, faults: &[faults::Fault]| {
             let export = ExportSummary {
                 export_id: "vm".parse().unwrap(),
                 geometry: None,
                 current_snapshot_id: None,
                 failed: failed.map(str::to_owned),
+                faults: faults.to_vec(),
             };
             serde_json::to_value(Summary::from(export)).unwrap()
         };
-        let failed = summary(Some("volume.json is no JSON"));
+        let damaged = [fault(faults::Cause::Damaged)];
+        let failed = summary(Some("volume.json is no JSON"), &damaged);
         assert_eq!((&failed["state"], &failed["reason"]), (&"failed".into(), &"volume.json is no JSON".into()));
         assert_eq!(failed["image_size"], serde_json::Value::Null);
-        let ready = summary(None);
+        let degraded = summary(None, &damaged);
+        assert_eq!((&degraded["state"], &degraded["reason"]), (&"degraded".into(), &"damaged: a blob is gone".into()));
+        let ready = summary(None, &[]);
         assert_eq!((&ready["state"], ready.get("reason")), (&"ready".into(), None));
     }
 }

@@ -1,7 +1,7 @@
 //! `GET /v1/health`: whether the server lives, is ready, and reaches its store.
 //!
-//! 200 means: it takes clients. A store that fails does not change that, since what is in the caches is served as before;
-//! who wants to know looks at the body. 503 means: it stops.
+//! 200 means: it takes clients. A store that fails does not change that, since what is in the caches is served as before,
+//! nor does an export that is degraded or failed: the body says so. 503 means: it stops.
 
 use std::time::SystemTime;
 
@@ -15,6 +15,7 @@ use utoipa_axum::routes;
 
 use super::Api;
 use super::answer::Line;
+use super::status::ExportCounts;
 
 /// How the server is.
 #[derive(Debug, Clone, Serialize, ToSchema)]
@@ -24,6 +25,8 @@ pub struct Health {
     pub live: bool,
     /// It takes clients.
     pub ready: bool,
+    /// How its exports are.
+    pub exports: ExportCounts,
     /// How its store is.
     pub store: StoreHealth,
 }

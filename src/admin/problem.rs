@@ -215,6 +215,7 @@ impl From<VolumeError> for Problem {
             VolumeError::ReadOnly(_) => Code::ReadOnly,
             VolumeError::NoSpace(_) => Code::NoSpace,
             VolumeError::Unavailable(_) => Code::StoreUnavailable,
+            VolumeError::Damaged(_) => Code::Damaged,
             VolumeError::Failed(_) => Code::Failed,
             VolumeError::Closed(_) => Code::Closed,
         };
@@ -288,6 +289,7 @@ mod tests {
             (VolumeError::ReadOnly(vm()).into(), 403, "read-only"),
             (VolumeError::NoSpace(vm()).into(), 507, "no-space"),
             (VolumeError::Unavailable("s3 is away".into()).into(), 503, "store-unavailable"),
+            (VolumeError::Damaged("a blob is gone".into()).into(), 503, "damaged"),
             (VolumeError::Failed("fsync: EIO".into()).into(), 503, "failed"),
             (closed.into(), 409, "closed"),
         ] {

@@ -34,10 +34,12 @@ pub struct ServerStatus {
 }
 
 /// How many exports are loaded.
-#[derive(Debug, Clone, Copy, Serialize, ToSchema)]
+#[derive(Debug, Clone, Copy, Default, Serialize, ToSchema)]
 pub struct ExportCounts {
-    /// Those that clients can use.
+    /// Those that clients can use, with nothing known to be wrong.
     pub ready: usize,
+    /// Those that are served, but some requests fail or will fail; the list of exports says why.
+    pub degraded: usize,
     /// Those that cannot be served; the list of exports says why.
     pub failed: usize,
 }

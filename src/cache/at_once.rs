@@ -104,7 +104,8 @@ impl Cache {
     pub fn write_at_once(&self, range: ByteRange, data: &[u8]) -> bool {
         let Some(_shared) = self.gate.try_read() else { return false };
         let ours = self.log_is_ours.load(Ordering::Acquire);
-        if !ours || self.failed.get().is_some() || self.flush.is_under_way() {
+        // On a full disk, too, they go the way that notices when there is room again.
+        if !ours || self.failed.get().is_some() || self.full.is_set() || self.flush.is_under_way() {
             return false;
         }
         let free = self.geometry.split(range).all(|(chunk, _)| self.states.get(chunk).takes_writes_freely());

@@ -17,6 +17,7 @@
 pub mod aside;
 mod at_once;
 pub mod flush;
+mod full;
 pub mod journal;
 mod log;
 pub mod meta;
@@ -36,6 +37,7 @@ use crate::units::{ByteRange, ChunkIndex, ExportId, Geometry};
 use aside::{Aside, AsideMemory};
 use at_once::Pace;
 use flush::FlushBarrier;
+use full::Fullness;
 use log::{MetaLog, Roomy};
 pub use meta::Base;
 use meta::{Header, MetaError};
@@ -150,6 +152,7 @@ pub struct Cache {
     aside_memory: Arc<AsideMemory>,
     /// How many cuts this life of the server has made. Changed under the whole gate.
     cuts: AtomicU64,
+    full: Fullness,
     failed: OnceLock<Arc<str>>,
 }
 
@@ -278,6 +281,7 @@ impl Cache {
             self.check_not_failed()?;
             if self.geometry.split(range).all(|(chunk, _)| self.states.get(chunk).takes_writes_freely()) {
                 self.write_raw(range, data)?;
+                self.note_room();
                 return Ok(Progress::Done);
             }
         }
@@ -289,6 +293,7 @@ impl Cache {
                 return Ok(Progress::NeedsFill { chunk, at: piece.offset() });
             }
         }
+        self.note_room();
         self.fold_log();
         Ok(Progress::Done)
     }
@@ -417,6 +422,7 @@ impl Cache {
             self.transition(chunk, state, Content::Clean)?;
         }
         self.write_raw(self.geometry.chunk_range(chunk), bytes)?;
+        self.note_room();
         self.transition(chunk, state, Content::Clean)
     }
 
@@ -493,6 +499,7 @@ impl Cache {
     }
 
     fn error(&self, operation: &'static str, file: &str, source: io::Error) -> CacheError {
+        self.note_refusal(&source);
         disk_error(operation, &self.dir.join(file), source)
     }
 
@@ -518,8 +525,7 @@ fn touched_room<T: Clone>(len: u64, any: T) -> Vec<T> {
 
 /// What an operation, in one word, on a file of a cache failed with.
 pub(crate) fn disk_error(operation: &'static str, path: &Path, source: io::Error) -> CacheError {
-    let full = matches!(source.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded);
-    if full {
+    if full::is_want_of_space(&source) {
         CacheError::NoSpace(path.to_owned())
     } else {
         CacheError::Io { operation, path: path.to_owned(), source: Arc::new(source) }

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use super::aside::{ASIDE_FILE, AsideMemory};
 use super::at_once::Pace;
 use super::flush::FlushBarrier;
+use super::full::Fullness;
 use super::journal;
 pub use super::log::META_FILE;
 use super::log::{self, FAILED_FILE, MAX_META_BYTES, MetaLog, Roomy, Staged};
@@ -221,6 +222,7 @@ impl Opening {
             creating_aside: Mutex::new(()),
             aside_memory: self.aside_memory,
             cuts: AtomicU64::new(0),
+            full: Fullness::default(),
             failed: OnceLock::new(),
         }
     }

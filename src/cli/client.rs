@@ -63,7 +63,9 @@ impl Refused {
             ),
             "store-unavailable" => Some("`nbd-server status` shows since when the store fails, and why"),
             "busy" => Some("`nbd-server export status NAME` shows what is going on"),
-            "failed" | "damaged" => Some("`nbd-server export list` and the server's log have the reason"),
+            "failed" | "damaged" => {
+                Some("`nbd-server export list`, `nbd-server export status NAME` and the server's log have the reason")
+            }
             _ => None,
         }
     }

@@ -31,7 +31,7 @@ pub enum Command {
 #[derive(Debug, Args)]
 #[command(after_long_help = "Examples:
   nbd-server export list
-  nbd-server export list --json | jq -r '.[] | select(.state == \"failed\") | .reason'")]
+  nbd-server export list --json | jq -r '.[] | select(.state != \"ready\") | .reason'")]
 pub struct List {
     #[command(flatten)]
     common: Common,
@@ -243,7 +243,7 @@ fn status(export: &Value) -> String {
         ("dirty", chunks("dirty_chunks")),
         ("snapshot", snapshot_or_none(export, "current_snapshot_id")),
         ("generation", format!("{}, in the store {}", export["snapshot_generation"], export["remote_head_generation"])),
-        ("damaged chunks", number(export, "corrupt_fetches").to_string()),
+        ("damaged chunks", number(export, "damaged_chunks").to_string()),
     ];
     let store = &export["store"];
     rows.push((

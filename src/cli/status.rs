@@ -37,7 +37,10 @@ fn shown(status: &Value) -> String {
     pairs(&[
         ("version", text(status, "version").to_owned()),
         ("started", format!("{} ({} ago)", text(status, "started_at"), ago(number(status, "uptime_seconds")))),
-        ("exports", format!("{} ready, {} failed", exports["ready"], exports["failed"])),
+        (
+            "exports",
+            format!("{} ready, {} degraded, {} failed", exports["ready"], exports["degraded"], exports["failed"]),
+        ),
         ("clients", number(status, "connections").to_string()),
         ("NBD", listen.collect::<Vec<_>>().join(" ")),
         ("store", health),

@@ -33,7 +33,7 @@ pub fn of(error: &VolumeError, writes: bool) -> Errno {
         VolumeError::OutOfRange { .. } => Errno::Inval,
         VolumeError::ReadOnly(_) => Errno::Perm,
         VolumeError::NoSpace(_) => Errno::NoSpc,
-        VolumeError::Unavailable(_) | VolumeError::Failed(_) => Errno::Io,
+        VolumeError::Unavailable(_) | VolumeError::Damaged(_) | VolumeError::Failed(_) => Errno::Io,
         VolumeError::Closed(_) => Errno::Shutdown,
     }
 }
@@ -53,6 +53,7 @@ mod tests {
         assert_eq!(of(&VolumeError::ReadOnly(id.clone()), true), Errno::Perm);
         assert_eq!(of(&VolumeError::NoSpace(id.clone()), true), Errno::NoSpc);
         assert_eq!(of(&VolumeError::Unavailable("x".into()), false), Errno::Io);
+        assert_eq!(of(&VolumeError::Damaged("x".into()), false), Errno::Io);
         assert_eq!(of(&VolumeError::Failed("x".into()), true), Errno::Io);
         assert_eq!(of(&VolumeError::Closed(id), false), Errno::Shutdown);
         assert_eq!(Errno::Shutdown as u32, 108);

@@ -46,22 +46,33 @@ impl Watched {
 
     /// How the server is now.
     pub(super) fn health(&self) -> Health {
-        Health { live: true, ready: !*self.stopped.borrow(), store: self.store() }
+        Health { live: true, ready: !*self.stopped.borrow(), exports: self.exports(), store: self.store() }
     }
 
     /// The server itself, for a person.
     pub(super) fn status(&self) -> ServerStatus {
-        let exports = self.registry.list();
-        let failed = exports.iter().filter(|export| export.failed.is_some()).count();
         ServerStatus {
             version: env!("CARGO_PKG_VERSION"),
             started_at: self.started,
             uptime_seconds: self.clock.monotonic().saturating_sub(self.begun).as_secs(),
-            exports: ExportCounts { ready: exports.len() - failed, failed },
+            exports: self.exports(),
             connections: self.nbd.connections(),
             listen: self.listen.clone(),
             store: self.store(),
         }
+    }
+
+    fn exports(&self) -> ExportCounts {
+        let mut counts = ExportCounts::default();
+        for export in self.registry.list() {
+            let count = match (&export.failed, export.faults.is_empty()) {
+                (Some(_), _) => &mut counts.failed,
+                (None, false) => &mut counts.degraded,
+                (None, true) => &mut counts.ready,
+            };
+            *count += 1;
+        }
+        counts
     }
 
     fn store(&self) -> StoreHealth {

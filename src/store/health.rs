@@ -69,9 +69,13 @@ impl Health {
             // Of the caller's own making: it says nothing about the store.
             Err(StoreError::Body { .. }) => return,
             Err(error @ (StoreError::Unavailable { .. } | StoreError::Refused { .. })) => Some(error.to_string()),
-            Ok(_) | Err(StoreError::NotFound { .. } | StoreError::Conflict { .. } | StoreError::TooLarge { .. }) => {
-                None
-            }
+            Ok(_)
+            | Err(
+                StoreError::NotFound { .. }
+                | StoreError::Conflict { .. }
+                | StoreError::TooLarge { .. }
+                | StoreError::Short { .. },
+            ) => None,
         };
         let mut state = self.state.lock();
         let up = failure.is_none();

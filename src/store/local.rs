@@ -109,6 +109,7 @@ fn translate(fault: Fault, request: Request<'_>) -> StoreError {
         Fault::Missing => StoreError::NotFound { key: request.key.clone() },
         Fault::Changed => StoreError::Conflict { key: request.key.clone() },
         Fault::TooLarge { max_bytes } => StoreError::TooLarge { key: request.key.clone(), max_bytes },
+        Fault::Short(reason) => request.short(reason),
         Fault::Forbidden(reason) => request.refused(reason),
         Fault::Io(e) => match e.kind() {
             // What no later attempt will find changed. A full or failing disk is not among these.

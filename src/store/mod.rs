@@ -116,6 +116,14 @@ pub enum StoreError {
         /// The caller's cap.
         max_bytes: u64,
     },
+    /// The object ends before what was asked of it does.
+    #[error("{key} is too short: {source}")]
+    Short {
+        /// The key that was read.
+        key: Key,
+        /// Where it ends.
+        source: BoxError,
+    },
     /// The caller's own body stream failed; nothing was stored.
     #[error("reading what should become {key} failed: {source}")]
     Body {
@@ -136,7 +144,7 @@ pub trait Store: Debug + Send + Sync {
     async fn get(&self, key: &Key, max_bytes: u64) -> Result<Object, StoreError>;
 
     /// Exactly the bytes of `range`, which is not empty; [`StoreError::Unavailable`] when fewer or more arrive,
-    /// [`StoreError::Refused`] when the object ends before the range does.
+    /// [`StoreError::Short`] when the object ends before the range does.
     async fn get_range(&self, key: &Key, range: ByteRange) -> Result<Bytes, StoreError>;
 
     /// The length of an object in bytes, without its content.

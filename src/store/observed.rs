@@ -42,14 +42,23 @@ enum Ending {
     NotFound,
     Conflict,
     TooLarge,
+    Short,
     Unavailable,
     Refused,
     Abandoned,
 }
 
 impl Ending {
-    const ALL: [Self; 7] =
-        [Self::Ok, Self::NotFound, Self::Conflict, Self::TooLarge, Self::Unavailable, Self::Refused, Self::Abandoned];
+    const ALL: [Self; 8] = [
+        Self::Ok,
+        Self::NotFound,
+        Self::Conflict,
+        Self::TooLarge,
+        Self::Short,
+        Self::Unavailable,
+        Self::Refused,
+        Self::Abandoned,
+    ];
 
     fn of<T>(outcome: &Result<T, StoreError>) -> Self {
         match outcome {
@@ -57,6 +66,7 @@ impl Ending {
             Err(StoreError::NotFound { .. }) => Self::NotFound,
             Err(StoreError::Conflict { .. }) => Self::Conflict,
             Err(StoreError::TooLarge { .. }) => Self::TooLarge,
+            Err(StoreError::Short { .. }) => Self::Short,
             Err(StoreError::Unavailable { .. }) => Self::Unavailable,
             Err(StoreError::Refused { .. }) => Self::Refused,
             Err(StoreError::Body { .. }) => Self::Abandoned,
@@ -69,6 +79,7 @@ impl Ending {
             Self::NotFound => "not_found",
             Self::Conflict => "conflict",
             Self::TooLarge => "too_large",
+            Self::Short => "short",
             Self::Unavailable => "unavailable",
             Self::Refused => "refused",
             Self::Abandoned => "abandoned",

@@ -193,7 +193,7 @@ impl Store for RemoteStore {
         let asked = range.offset()..range.end();
         let as_asked = |result: &GetResult| {
             if result.meta.size < range.end() {
-                Err(request.refused(format!("the object ends at byte {}, before {range} does", result.meta.size)))
+                Err(request.short(format!("it ends at byte {}, before {range} does", result.meta.size)))
             } else if result.range == asked {
                 Ok(())
             } else {

@@ -69,6 +69,11 @@ impl Request<'_> {
         StoreError::Unavailable { operation: self.operation, key: self.key.clone(), source: source.into() }
     }
 
+    /// The object ends before what is asked of it does.
+    pub(crate) fn short(self, source: impl Into<BoxError>) -> StoreError {
+        StoreError::Short { key: self.key.clone(), source: source.into() }
+    }
+
     /// The request will never succeed.
     pub(crate) fn refused(self, source: impl Into<BoxError>) -> StoreError {
         StoreError::Refused { operation: self.operation, key: self.key.clone(), source: source.into() }

@@ -11,6 +11,7 @@ use futures_util::FutureExt;
 use futures_util::future::{BoxFuture, Shared};
 use parking_lot::Mutex;
 
+use super::faults::{self, Cause, Fault};
 use super::registry::ExportError;
 use super::{Services, Volume};
 use crate::background;
@@ -23,6 +24,8 @@ pub(super) struct Export {
     read_only: bool,
     /// The head as last read, or why it could not be.
     head: Mutex<Result<Head, String>>,
+    /// Why the last attempt at opening it failed, if another may succeed.
+    unopened: Mutex<Option<Fault>>,
     state: Mutex<State>,
 }
 
@@ -53,12 +56,18 @@ impl Drop for Attempt<'_> {
 
 impl Export {
     pub(super) fn new(head: Result<Head, String>, read_only: bool) -> Arc<Self> {
-        Arc::new(Self { read_only, head: Mutex::new(head), state: Mutex::new(State::Unopened) })
+        let (head, unopened) = (Mutex::new(head), Mutex::default());
+        Arc::new(Self { read_only, head, unopened, state: Mutex::new(State::Unopened) })
     }
 
     /// The head as last read, or why it could not be.
     pub(super) fn head(&self) -> Result<Head, String> {
         self.head.lock().clone()
+    }
+
+    /// What is wrong with it while it is not open.
+    pub(super) fn faults(&self) -> Vec<Fault> {
+        self.unopened.lock().iter().cloned().collect()
     }
 
     /// The volume, if somebody has used it.
@@ -96,6 +105,7 @@ impl Export {
         dir: PathBuf,
         id: ExportId,
     ) -> Result<Arc<Volume>, ExportError> {
+        let clock = Arc::clone(&services.clock);
         let mut attempt = Attempt { export: &self, leaves: State::Unopened };
         let opened = async {
             let not_found = || ExportError::NotFound(id.clone(), "in the store any more");
@@ -106,11 +116,15 @@ impl Export {
         match opened.await {
             Ok((head, volume)) => {
                 *self.head.lock() = Ok(head);
+                *self.unopened.lock() = None;
                 attempt.leaves = State::Open(Arc::clone(&volume));
                 Ok(volume)
             }
             Err(e) => {
-                if !matches!(e, ExportError::StoreUnavailable(_)) {
+                if let ExportError::StoreUnavailable(reason) = &e {
+                    let found = Fault::new(Cause::StoreUnavailable, clock.now(), Arc::clone(reason));
+                    faults::note(&self.unopened, found);
+                } else {
                     self.note_failure(&id, e.to_string());
                 }
                 Err(e)

@@ -67,7 +67,7 @@ type FillKey = (ChunkIndex, Remote);
 #[derive(Debug, Default)]
 pub(super) struct Fills {
     under_way: Mutex<HashMap<FillKey, Shared>>,
-    /// Chunks whose bytes were not what was published, twice in a row.
+    /// Fetches of chunks that are not in the store as they were published.
     pub corrupt: AtomicU64,
 }
 
@@ -216,7 +216,9 @@ impl Volume {
                 let export_id = &self.export_id;
                 let text = format!("export {export_id}: chunk {chunk} was not fetched in time: {}", outage.last_error);
                 tracing::warn!("{text}");
-                Err(VolumeError::Unavailable(text.into()))
+                let failed = FetchError::Unavailable(text.into());
+                self.note_fetch(chunk, source, &Err::<(), _>(failed.clone()));
+                Err(failed.into())
             }
         }
     }
@@ -241,7 +243,7 @@ impl Volume {
         kept
     }
 
-    /// As [`Services::fetch`], counted.
+    /// As [`Services::fetch`], counted and noted.
     pub(super) async fn fetch(
         &self,
         chunk: ChunkIndex,
@@ -251,13 +253,11 @@ impl Volume {
         let started = Instant::now();
         let fetched = self.services.fetch(&self.export_id, chunk, source, stream).await;
         self.meter.fetched(started, fetched.as_ref().ok().map(Bytes::len));
-        fetched.map_err(|e| match e {
-            FetchError::Unavailable(text) => VolumeError::Unavailable(text),
-            FetchError::Corrupt(text) => {
-                self.fills.corrupt.fetch_add(1, Ordering::Relaxed);
-                VolumeError::Unavailable(text)
-            }
-        })
+        self.note_fetch(chunk, source, &fetched);
+        if matches!(fetched, Err(FetchError::Damaged(_))) {
+            self.fills.corrupt.fetch_add(1, Ordering::Relaxed);
+        }
+        fetched.map_err(VolumeError::from)
     }
 }
 
@@ -283,10 +283,33 @@ async fn until<T>(
 /// Why a chunk is not there.
 #[derive(Debug, Clone)]
 pub(super) enum FetchError {
-    /// The store did not answer.
+    /// The store did not answer, or refused.
     Unavailable(Arc<str>),
-    /// What it answered is not what was published.
-    Corrupt(Arc<str>),
+    /// What it has is not what was published.
+    Damaged(Arc<str>),
+}
+
+impl FetchError {
+    fn of(export_id: &ExportId, chunk: ChunkIndex, error: &StoreError) -> Self {
+        let text = format!("export {export_id}: chunk {chunk} could not be fetched: {error}");
+        if let StoreError::NotFound { .. } | StoreError::Short { .. } = error {
+            let text = format!("{text}: the object is damaged; restore it from a copy of the bucket");
+            tracing::error!("{text}");
+            Self::Damaged(text.into())
+        } else {
+            tracing::warn!("{text}");
+            Self::Unavailable(text.into())
+        }
+    }
+}
+
+impl From<FetchError> for VolumeError {
+    fn from(error: FetchError) -> Self {
+        match error {
+            FetchError::Unavailable(text) => Self::Unavailable(text),
+            FetchError::Damaged(text) => Self::Damaged(text),
+        }
+    }
 }
 
 impl Services {
@@ -313,11 +336,7 @@ impl Services {
     ) -> Result<Bytes, FetchError> {
         let for_client = stream.as_ref().is_some_and(Stream::is_for_client);
         for attempt in [1, 2] {
-            let bytes = source.get(&self.store).await.map_err(|e| {
-                let text = format!("export {export_id}: chunk {chunk} could not be fetched: {e}");
-                tracing::warn!("{text}");
-                FetchError::Unavailable(text.into())
-            })?;
+            let bytes = source.get(&self.store).await.map_err(|e| FetchError::of(export_id, chunk, &e))?;
             drop(stream.take());
             let Some(hash) = source.hash else { return Ok(bytes) };
             let checked = bytes.clone();
@@ -335,7 +354,7 @@ impl Services {
             "export {export_id}: chunk {chunk} in {} at {} does not match the manifest's BLAKE3: the object is damaged; restore it from a copy of the bucket",
             source.key, source.range
         );
-        Err(FetchError::Corrupt(text.into()))
+        Err(FetchError::Damaged(text.into()))
     }
 }
 

@@ -244,7 +244,7 @@ impl Image {
         };
         self.services.fetch(&self.export_id, chunk, &source, None).await.map_err(|e| match e {
             FetchError::Unavailable(text) => ExportError::StoreUnavailable(text),
-            FetchError::Corrupt(text) => ExportError::Damaged(text),
+            FetchError::Damaged(text) => ExportError::Damaged(text),
         })
     }
 }

@@ -16,6 +16,7 @@ mod at_once;
 mod budget;
 mod change;
 mod export;
+pub mod faults;
 mod fill;
 pub mod image;
 mod meter;
@@ -50,6 +51,7 @@ use ahead::ReadAhead;
 pub use budget::DEFAULT_PUBLISH_BYTES;
 use budget::{FillBudget, PublishBudget};
 pub use change::Change;
+use faults::Faults;
 use fill::Fills;
 use meter::Meter;
 pub use meter::RequestKind;
@@ -79,10 +81,13 @@ pub enum VolumeError {
     /// The local disk is full; nothing is lost and it works again once space is back.
     #[error("no space left for the cache of export {0}: free some under --cache-root and repeat")]
     NoSpace(ExportId),
-    /// A missing chunk could not be had from the store in time, or what came was not what was published.
+    /// A missing chunk could not be had from the store in time.
     #[error("{0}")]
     Unavailable(Arc<str>),
-    /// The local disk failed for good, or a file of the cache could not be made, opened or replaced: an operator must act.
+    /// A missing chunk is not in the store as it was published: its object is gone, too short, or has other bytes.
+    #[error("{0}")]
+    Damaged(Arc<str>),
+    /// The local disk failed, or a file of the cache could not be made, opened or replaced: an operator must act.
     #[error("{0}")]
     Failed(Arc<str>),
     /// The export was unloaded or the server is stopping.
@@ -184,6 +189,7 @@ pub struct Volume {
     /// The generation of the head when the export was opened here, reset or published, whichever was last.
     head_seen: Mutex<Generation>,
     fills: Fills,
+    faults: Faults,
     ahead: ReadAhead,
     order: Order,
     meter: Meter,
@@ -219,7 +225,8 @@ impl Volume {
     /// The bytes of a range.
     ///
     /// # Errors
-    /// [`VolumeError::Unavailable`] if a missing chunk cannot be had, or the disk does not read.
+    /// [`VolumeError::Unavailable`] and [`VolumeError::Damaged`] if a missing chunk cannot be had, [`VolumeError::Failed`] if
+    /// the disk does not read.
     pub async fn read(self: &Arc<Self>, range: ByteRange) -> Result<Bytes, VolumeError> {
         let _open = self.enter(range).await?;
         self.read_ahead(range);
@@ -460,15 +467,17 @@ impl Volume {
     }
 
     fn cache_error(&self, error: CacheError) -> VolumeError {
-        match error {
+        let error = match error {
             CacheError::NoSpace(_) => VolumeError::NoSpace(self.export_id.clone()),
-            CacheError::Failed(why) => VolumeError::Failed(why),
+            CacheError::Failed(why) => return VolumeError::Failed(why),
             other => {
                 let text = format!("export {}: {other}", self.export_id);
                 tracing::error!("{text}");
-                VolumeError::Unavailable(text.into())
+                VolumeError::Failed(text.into())
             }
-        }
+        };
+        self.note_disk_error(&error);
+        error
     }
 
     /// Returns once the volume is being closed.

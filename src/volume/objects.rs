@@ -14,9 +14,10 @@ use crate::units::{ExportId, Geometry, SnapshotId};
 impl From<StoreError> for ExportError {
     fn from(e: StoreError) -> Self {
         match e {
-            StoreError::Body { .. } | StoreError::TooLarge { .. } | StoreError::NotFound { .. } => {
-                Self::Damaged(e.to_string().into())
-            }
+            StoreError::Body { .. }
+            | StoreError::TooLarge { .. }
+            | StoreError::Short { .. }
+            | StoreError::NotFound { .. } => Self::Damaged(e.to_string().into()),
             StoreError::Conflict { .. } | StoreError::Unavailable { .. } | StoreError::Refused { .. } => {
                 Self::StoreUnavailable(e.to_string().into())
             }

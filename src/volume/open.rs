@@ -8,6 +8,7 @@ use std::sync::atomic::Ordering;
 use parking_lot::{Mutex, RwLock};
 
 use super::ahead::ReadAhead;
+use super::faults::Faults;
 use super::fill::Fills;
 use super::meter::Meter;
 use super::order::Order;
@@ -105,6 +106,7 @@ impl Volume {
             image: Arc::new(RwLock::new(Arc::new(image))),
             head_seen: Mutex::new(head_base.generation),
             fills: Fills::default(),
+            faults: Faults::default(),
             ahead: ReadAhead::default(),
             order: Order::default(),
             meter: Meter::default(),
@@ -188,6 +190,7 @@ impl Volume {
             read_only: self.read_only,
             resident_chunks,
             dirty_chunks,
+            damaged_chunks: self.damaged_chunks(),
             corrupt_fetches: self.fills.corrupt.load(Ordering::Relaxed),
             snapshot_generation: self.cache.base().generation,
             remote_head_generation: *self.head_seen.lock(),
@@ -196,6 +199,7 @@ impl Volume {
             progress: self.progress(),
             store_outage: self.services.store.outage(),
             failed: self.cache.failure().map(|why| why.to_string()),
+            faults: self.faults(),
         }
     }
 }

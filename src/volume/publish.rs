@@ -96,6 +96,7 @@ impl Volume {
         async {
             let result = self.publish(kind).await;
             self.meter.published(kind, started, &result);
+            self.note_publish(&result);
             match &result {
                 Ok(Published { created: true, generation, snapshot_id: Some(snapshot) }) => {
                     let seconds = started.elapsed().as_secs_f64();

@@ -172,6 +172,7 @@ impl Volume {
         let reset = move |cache: &Cache| cache.reset(base, || *holder.write() = image);
         cache::blocking(&self.cache, reset).await.map_err(|e| self.cache_error(e))?;
         *self.head_seen.lock() = base.generation;
+        self.faults.forget_local();
         Ok(())
     }
 

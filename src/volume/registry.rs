@@ -13,6 +13,7 @@ use futures_util::stream::{self, StreamExt};
 use parking_lot::{Mutex, RwLock};
 
 use super::export::Export;
+use super::faults::Fault;
 use super::open::local_error;
 use super::snapshots::Line;
 use super::{Outage, PublishProgress, Services, Volume, VolumeError};
@@ -37,6 +38,8 @@ pub struct ExportSummary {
     pub current_snapshot_id: Option<SnapshotId>,
     /// Why the export cannot be served, if it cannot.
     pub failed: Option<String>,
+    /// What is wrong with it otherwise, the worst first.
+    pub faults: Vec<Fault>,
 }
 
 /// What is going on with one export right now.
@@ -81,7 +84,9 @@ pub struct ExportStatus {
     pub resident_chunks: u64,
     /// Chunks that the next snapshot publishes.
     pub dirty_chunks: u64,
-    /// Chunks whose bytes in the store were not what was published, twice in a row, since the export was opened.
+    /// Chunks that are known not to be in the store as they were published.
+    pub damaged_chunks: u64,
+    /// How often a fetch found a chunk to be so, since the export was opened.
     pub corrupt_fetches: u64,
     /// The generation the cache builds on.
     pub snapshot_generation: Generation,
@@ -97,6 +102,8 @@ pub struct ExportStatus {
     pub store_outage: Option<Outage>,
     /// Why the export takes no more writes, if a local disk error stopped it.
     pub failed: Option<String>,
+    /// What is wrong with it otherwise, the worst first.
+    pub faults: Vec<Fault>,
 }
 
 /// What a publish left behind.
@@ -267,6 +274,7 @@ impl Registry {
                 export_id: id.clone(),
                 geometry: volume.as_ref().map_or(geometry, |v| Some(v.geometry())),
                 current_snapshot_id: volume.as_ref().map_or(current, |v| v.expected_head()),
+                faults: volume.as_ref().map_or_else(|| export.faults(), |v| v.faults()),
                 failed: match volume {
                     Some(volume) => volume.cache.failure().map(|why| why.to_string()),
                     None => head.err(),

@@ -50,6 +50,8 @@ pub(super) enum Fault {
     Changed,
     /// The object is larger than the caller's cap.
     TooLarge { max_bytes: u64 },
+    /// The object ends before what was asked of it does.
+    Short(String),
     /// The request makes no sense here, and why.
     Forbidden(String),
     /// The disk said no.
@@ -131,7 +133,7 @@ impl Folder {
     pub(super) fn read_range(&self, key: &Key, range: ByteRange) -> Result<Bytes, Fault> {
         let (file, metadata) = open_object(&self.path(key)?)?;
         if range.end() > metadata.len() {
-            return Err(Fault::Forbidden(format!("the object ends at byte {}, before {range} does", metadata.len())));
+            return Err(Fault::Short(format!("it ends at byte {}, before {range} does", metadata.len())));
         }
         read_exactly(&file, range.offset(), range.len())
     }

@@ -91,6 +91,8 @@ impl Rejection {
             (404, Conditional::No) if self.says_absent() => StoreError::NotFound { key: key() },
             // Who lends credentials says so while he starts or is being renewed.
             (404 | 410, _) => request.unavailable(self.clone()),
+            // A range that begins behind the end of the object.
+            (416, Conditional::No) => request.short(self.clone()),
             (304 | 409 | 412, Conditional::Yes) => StoreError::Conflict { key: key() },
             (501 | 505, _) => request.refused(self.clone()),
             // Two writers of one key at the same instant: S3 asks to come again.
@@ -120,7 +122,8 @@ pub(super) fn judge(error: object_store::Error, request: Request<'_>, conditiona
             E::NotFound { .. } | E::AlreadyExists { .. } | E::Precondition { .. } | E::NotModified { .. },
             Conditional::Yes,
         ) => StoreError::Conflict { key: key() },
-        // Memory is never busy: its general errors are bad requests, such as a range behind the end.
+        // Memory is never busy: its general errors are bad requests; for reads, a range behind the end.
+        (E::Generic { store: "InMemory", .. }, _) if request.operation == "get" => request.short(error),
         (E::Generic { store: "InMemory", .. }, _) => request.refused(error),
         // No answer of the store in the chain: the connection, or an answer that makes no sense.
         (E::Generic { .. } | E::JoinError { .. }, _) => request.unavailable(error),
@@ -193,7 +196,7 @@ mod tests {
         Rejection { host: "store.example".into(), to_head: false, status, code, message }
     }
 
-    /// One letter per meaning: Not found, Conflict, Unavailable, Refused.
+    /// One letter per meaning: Not found, Conflict, Unavailable, Refused, Short.
     fn letter(rejection: Rejection, conditional: Conditional) -> char {
         let key = "exports/vm/volume.json".parse().unwrap();
         // Wrapped as the crate wraps it: an HTTP error somewhere in the chain.
@@ -204,6 +207,7 @@ mod tests {
             StoreError::Conflict { .. } => 'C',
             StoreError::Unavailable { .. } => 'U',
             StoreError::Refused { .. } => 'R',
+            StoreError::Short { .. } => 'S',
             other => panic!("{other}"),
         }
     }
@@ -230,7 +234,7 @@ mod tests {
             (409, "ConditionalRequestConflict", 'U', 'C'),
             (410, "", 'U', 'U'),
             (412, "PreconditionFailed", 'R', 'C'),
-            (416, "InvalidRange", 'R', 'R'),
+            (416, "InvalidRange", 'S', 'R'),
             (429, "", 'U', 'U'),
             (500, "InternalError", 'U', 'U'),
             (501, "NotImplemented", 'R', 'R'),

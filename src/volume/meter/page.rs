@@ -9,12 +9,13 @@ use std::sync::atomic::Ordering;
 use super::{PUBLISH_KINDS, PublishEnding, RequestKind};
 use crate::metrics::{Kind, Page};
 use crate::volume::Volume;
+use crate::volume::faults::Cause;
 use crate::volume::registry::Registry;
 
 /// A number that every open export has: what it is, its name, its help, and where it is read.
 type Reading = (Kind, &'static str, &'static str, fn(&Volume) -> u64);
 
-const READINGS: [Reading; 12] = [
+const READINGS: [Reading; 13] = [
     (Kind::Gauge, "nbd_server_export_image_bytes", "Size of the image.", |v| v.geometry.image_size()),
     (Kind::Gauge, "nbd_server_export_resident_bytes", "Data in the local cache, in whole chunks.", |v| {
         v.bytes_of(v.cache.counts().0)
@@ -51,8 +52,14 @@ const READINGS: [Reading; 12] = [
     (
         Kind::Counter,
         "nbd_server_export_corrupt_fetches_total",
-        "Chunks whose bytes in the store were not what was published, twice in a row.",
+        "Fetches of chunks that are not in the store as they were published.",
         |v| v.fills.corrupt.load(Ordering::Relaxed),
+    ),
+    (
+        Kind::Gauge,
+        "nbd_server_export_damaged_chunks",
+        "Chunks that are known not to be in the store as they were published.",
+        Volume::damaged_chunks,
     ),
 ];
 
@@ -61,8 +68,17 @@ impl Registry {
     pub fn describe(&self, page: &mut Page) {
         let help = "Whether the export can be served.";
         let mut up = page.family(Kind::Gauge, "nbd_server_export_up", help);
-        for export in self.list() {
+        let exports = self.list();
+        for export in &exports {
             up.sample(&[("export", export.export_id.as_str())], u8::from(export.failed.is_none()));
+        }
+        let help = "Whether something is wrong with the export that its clients meet, by cause.";
+        let mut degraded = page.family(Kind::Gauge, "nbd_server_export_degraded", help);
+        for export in &exports {
+            for cause in Cause::ALL {
+                let labels = [("export", export.export_id.as_str()), ("cause", cause.as_str())];
+                degraded.sample(&labels, u8::from(export.faults.iter().any(|fault| fault.cause == cause)));
+            }
         }
         let volumes = self.open_volumes();
         for (kind, name, help, value) in READINGS {
