@@ -106,7 +106,7 @@ async fn an_export_is_created_listed_described_and_unloaded() {
     assert_eq!((created.status, created.header("content-type")), (201, Some("application/json")));
     let expected = json!({
         "export_id": "vm-2", "image_size": 10_485_761, "chunk_size": 65536, "chunk_count": 161,
-        "read_only": false, "resident_chunks": 0, "dirty_chunks": 0, "damaged_chunks": 0, "corrupt_fetches": 0, "snapshot_generation": 0, "remote_head_generation": 0,
+        "read_only": false, "resident_chunks": 0, "dirty_chunks": 0, "damaged_chunks": 0, "corrupt_fetches": 0, "snapshot_generation": 0, "remote_head_generation": 0, "remote_head_snapshot_id": null,
         "current_snapshot_id": null, "operation_state": "idle", "store": {"reachable": true}, "state": "ready",
     });
     assert_eq!(created.json(), expected);

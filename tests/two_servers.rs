@@ -61,7 +61,11 @@ fn of_two_servers_on_one_bucket_exactly_one_publishes_and_the_other_keeps_its_da
 
         // Nothing of the loser's is gone, also after a restart; it just cannot be published.
         let (loser, disk) = (&mut servers[1 - winner], &mut disks[1 - winner]);
-        let dirty = status(loser)["dirty_chunks"].clone();
+        let lost = status(loser);
+        assert_eq!((&lost["state"], &lost["faults"][0]["cause"]), (&json!("degraded"), &json!("conflict")), "{lost}");
+        assert_eq!(lost["remote_head_snapshot_id"], won["snapshot_id"], "{lost}");
+        assert_eq!(lost["remote_head_generation"], won["generation"], "{lost}");
+        let dirty = lost["dirty_chunks"].clone();
         assert!(dirty.as_u64().unwrap() >= 4, "{dirty}");
         if round % 2 == 0 {
             loser.stop();

@@ -598,6 +598,59 @@ async fn of_two_servers_that_publish_one_export_one_wins_and_the_other_keeps_its
 }
 
 #[tokio::test]
+async fn a_conflict_shows_with_the_head_that_was_found_until_a_reset() {
+    let mut site = Site::new();
+    let first = publish_eight(&mut site).await;
+    let (a, b) = (site.start("a").await, site.start("b").await);
+    write(&b.volume(&id("disk")).await.unwrap(), 0, 0xbb, 10).await;
+    write(&a.volume(&id("disk")).await.unwrap(), 0, 0xaa, 10).await;
+    a.snapshot(&id("disk")).await.unwrap();
+    write(&a.volume(&id("disk")).await.unwrap(), 0, 0xab, 10).await;
+    let newest = a.snapshot(&id("disk")).await.unwrap().snapshot_id;
+    let generations = async |registry: &Arc<Registry>| {
+        let status = status(registry, "disk").await;
+        (status.snapshot_generation.0, status.remote_head_generation.map(|g| g.0), status.remote_head_snapshot_id)
+    };
+    assert_eq!(generations(&b).await, (1, Some(1), Some(first)));
+    assert_eq!(causes(&b).await, []);
+    b.snapshot(&id("disk")).await.unwrap_err();
+    assert_eq!(generations(&b).await, (1, Some(3), newest));
+    assert_eq!(causes(&b).await, [Cause::Conflict]);
+
+    // Its manifest, which has the generation, cannot be read.
+    b.close().await;
+    let b = site.start("b").await;
+    site.store.judge(move |op, key| {
+        let of_newest = op == "get" && key.as_str().contains(&newest.unwrap().to_string());
+        if of_newest { Fate::Failed } else { Fate::Served }
+    });
+    b.snapshot(&id("disk")).await.unwrap_err();
+    site.store.serve_all();
+    b.snapshot(&id("disk")).await.unwrap_err();
+    assert_eq!(generations(&b).await, (1, Some(3), newest));
+    let seen = causes(&b).await;
+    assert_eq!(seen, [Cause::Conflict], "also after a restart");
+    b.reset(&id("disk")).await.unwrap();
+    assert_eq!(generations(&b).await, (3, Some(3), newest));
+    assert_eq!(causes(&b).await, []);
+}
+
+#[tokio::test]
+async fn a_listing_of_snapshots_tells_the_status_of_a_newer_head() {
+    let mut site = Site::new();
+    publish_eight(&mut site).await;
+    let (a, b) = (site.start("a").await, site.start("b").await);
+    image(&b, "disk").await;
+    write(&a.volume(&id("disk")).await.unwrap(), 0, 0xaa, 10).await;
+    let newer = a.snapshot(&id("disk")).await.unwrap().snapshot_id;
+    assert_eq!(status(&b, "disk").await.remote_head_generation.unwrap().0, 1);
+    b.snapshots(&id("disk")).await.unwrap();
+    let told = status(&b, "disk").await;
+    assert_eq!((told.remote_head_generation.unwrap().0, told.remote_head_snapshot_id), (2, newer));
+    assert_eq!((told.snapshot_generation.0, causes(&b).await), (1, vec![]), "nothing of its own is in the way");
+}
+
+#[tokio::test]
 async fn a_server_without_changes_follows_the_head_at_its_next_start() {
     let mut site = Site::new();
     publish_eight(&mut site).await;

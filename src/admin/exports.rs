@@ -376,8 +376,12 @@ struct Status {
     corrupt_fetches: u64,
     #[schema(value_type = u64)]
     snapshot_generation: Generation,
-    #[schema(value_type = u64)]
-    remote_head_generation: Generation,
+    /// That of the head in the store, as it was last read; null if only its snapshot could be.
+    #[schema(value_type = Option<u64>)]
+    remote_head_generation: Option<Generation>,
+    /// The head in the store, as it was last read.
+    #[schema(value_type = Option<String>, pattern = "^[0-9a-f]{32}$")]
+    remote_head_snapshot_id: Option<SnapshotId>,
     #[schema(value_type = Option<String>, pattern = "^[0-9a-f]{32}$")]
     current_snapshot_id: Option<SnapshotId>,
     /// idle, snapshotting, compacting, resetting or closing.
@@ -407,6 +411,7 @@ impl From<ExportStatus> for Status {
             corrupt_fetches: export.corrupt_fetches,
             snapshot_generation: export.snapshot_generation,
             remote_head_generation: export.remote_head_generation,
+            remote_head_snapshot_id: export.remote_head_snapshot_id,
             current_snapshot_id: export.current_snapshot_id,
             operation_state: export.operation.as_str(),
             progress: export

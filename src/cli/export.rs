@@ -220,6 +220,17 @@ fn operation(export: &Value) -> String {
     }
 }
 
+/// The generation of the head in the store; with its snapshot, if that is not the one here.
+fn remote_head(export: &Value) -> String {
+    let generation = export["remote_head_generation"].as_u64().map_or("unknown".to_owned(), |known| known.to_string());
+    let snapshot = snapshot_or_none(export, "remote_head_snapshot_id");
+    if snapshot == snapshot_or_none(export, "current_snapshot_id") {
+        generation
+    } else {
+        format!("{generation}: snapshot {snapshot}")
+    }
+}
+
 fn status(export: &Value) -> String {
     let chunk = number(export, "chunk_size");
     let image = number(export, "image_size");
@@ -242,7 +253,7 @@ fn status(export: &Value) -> String {
         ("resident", chunks("resident_chunks")),
         ("dirty", chunks("dirty_chunks")),
         ("snapshot", snapshot_or_none(export, "current_snapshot_id")),
-        ("generation", format!("{}, in the store {}", export["snapshot_generation"], export["remote_head_generation"])),
+        ("generation", format!("{}, in the store {}", export["snapshot_generation"], remote_head(export))),
         ("damaged chunks", number(export, "damaged_chunks").to_string()),
     ];
     let store = &export["store"];

@@ -6,6 +6,7 @@
 //! - Fetches that failed in an outage of the store are one fault, until the store answers.
 //! - An error of the local disk is a fault until the cache is reset or opened again; a full disk until there is
 //!   room again.
+//! - A head that another server moved is one until changes here can be published again ([`super::seen`]).
 //! - A publish that failed is a fault until one succeeds, or a reset drops what it was about.
 //!
 //! Memory: up to [`MAX_CHUNK_FAULTS`] chunks of an export are noted. What is beyond them is counted by the meter alone, and
@@ -56,11 +57,10 @@ impl Cause {
         }
     }
 
-    /// Why a request or a publish failed; `None` if nothing is wrong with the export.
+    /// Why a publish failed; `None` if nothing is wrong with the export, or that is noted where it is found.
     fn of(error: &ExportError) -> Option<Self> {
         match error {
             ExportError::Damaged(_) | ExportError::Volume(VolumeError::Damaged(_)) => Some(Self::Damaged),
-            ExportError::Conflict { .. } => Some(Self::Conflict),
             ExportError::Volume(VolumeError::Failed(_)) => Some(Self::Failed),
             ExportError::Volume(VolumeError::NoSpace(_)) => Some(Self::NoSpace),
             ExportError::StoreUnavailable(_) | ExportError::Volume(VolumeError::Unavailable(_)) => {
@@ -122,11 +122,16 @@ pub(super) struct Faults {
 }
 
 /// Takes note of a fault where one of its kind has its place.
-pub(super) fn note(slot: &Mutex<Option<Fault>>, found: Fault) {
-    match &mut *slot.lock() {
+pub(super) fn put(slot: &mut Option<Fault>, found: Fault) {
+    match slot {
         Some(fault) => fault.renew(found),
         none => *none = Some(found),
     }
+}
+
+/// As [`put`], where the place is shared.
+pub(super) fn note(slot: &Mutex<Option<Fault>>, found: Fault) {
+    put(&mut slot.lock(), found);
 }
 
 impl Faults {
@@ -161,6 +166,7 @@ impl Volume {
         }
         let slots = [&self.faults.outage, &self.faults.disk, &self.faults.full, &self.faults.publish];
         let mut faults: Vec<_> = slots.into_iter().filter_map(|slot| slot.lock().clone()).collect();
+        faults.extend(self.seen_head().conflict);
         self.drop_healed_chunks();
         faults.extend(self.faults.chunks.lock().values().map(|(_, fault)| fault.clone()));
         faults.sort_by_key(|fault| fault.cause);
@@ -208,9 +214,13 @@ impl Volume {
     }
 
     /// Takes note of what a publish came to.
-    pub(super) fn note_publish<T>(&self, result: &Result<T, ExportError>) {
+    pub(super) async fn note_publish<T>(self: &Arc<Self>, result: &Result<T, ExportError>) {
         match result {
             Ok(_) => *self.faults.publish.lock() = None,
+            Err(ExportError::Conflict { .. }) => {
+                *self.faults.publish.lock() = None;
+                self.learn_generation().await;
+            }
             Err(e) => {
                 if let Some(cause) = Cause::of(e) {
                     note(&self.faults.publish, Fault::new(cause, self.services.clock.now(), e.to_string().into()));

@@ -27,6 +27,7 @@ mod progress;
 mod publish;
 mod recover;
 pub mod registry;
+mod seen;
 pub mod snapshots;
 
 use std::pin::pin;
@@ -46,7 +47,7 @@ use crate::store::SharedStore;
 pub use crate::store::health::Outage;
 use crate::store::keys::{ExportKeys, ExportRoot};
 use crate::store::retry::{Patience, RetryPolicy};
-use crate::units::{ByteRange, ChunkIndex, ExportId, Generation, Geometry};
+use crate::units::{ByteRange, ChunkIndex, ExportId, Geometry};
 use ahead::ReadAhead;
 pub use budget::DEFAULT_PUBLISH_BYTES;
 use budget::{FillBudget, PublishBudget};
@@ -58,6 +59,7 @@ pub use meter::RequestKind;
 use order::Order;
 pub use progress::PublishProgress;
 use registry::Operation;
+use seen::SeenHead;
 
 /// How many missing chunks one request fetches at a time.
 const FETCHES_PER_REQUEST: usize = 16;
@@ -186,8 +188,8 @@ pub struct Volume {
     cache: Arc<Cache>,
     /// The published image that missing and clean chunks stand for.
     image: Arc<RwLock<Arc<Manifest>>>,
-    /// The generation of the head when the export was opened here, reset or published, whichever was last.
-    head_seen: Mutex<Generation>,
+    /// The head in the store, as it was last read.
+    seen: Mutex<SeenHead>,
     fills: Fills,
     faults: Faults,
     ahead: ReadAhead,

@@ -13,6 +13,7 @@ use super::fill::Fills;
 use super::meter::Meter;
 use super::order::Order;
 use super::registry::{ExportError, ExportStatus, Operation};
+use super::seen::SeenHead;
 use super::{Services, Volume, VolumeError};
 use crate::cache::journal::{self, JOURNAL_FILE};
 use crate::cache::{self, Base, CacheError, open::Opening};
@@ -104,7 +105,7 @@ impl Volume {
             services,
             cache: Arc::new(cache),
             image: Arc::new(RwLock::new(Arc::new(image))),
-            head_seen: Mutex::new(head_base.generation),
+            seen: Mutex::new(SeenHead::of(head_base)),
             fills: Fills::default(),
             faults: Faults::default(),
             ahead: ReadAhead::default(),
@@ -142,6 +143,7 @@ impl Volume {
             conflict @ ExportError::Conflict { .. } => tracing::warn!("{conflict}"),
             another => return Err(another),
         }
+        self.learn_generation().await;
         Ok(())
     }
 
@@ -155,17 +157,19 @@ impl Volume {
         head.geometry != self.geometry || began_anew(head, self.cache.base())
     }
 
-    /// Why nothing that builds on what the cache stands on may be published over a head.
+    /// Why nothing that builds on what the cache stands on may be published over a head; the conflict is noted.
     pub(super) fn conflict(&self, head: &Head) -> ExportError {
         if self.is_of_another_export(head) {
             return another_export(&self.keys, self.cache.dir());
         }
         let name = |id: Option<SnapshotId>| id.map_or_else(|| "none".to_owned(), |id| id.to_string());
-        ExportError::Conflict {
+        let conflict = ExportError::Conflict {
             export_id: self.export_id.clone(),
             expected: name(self.expected_head()),
             found: name(head.current),
-        }
+        };
+        self.note_foreign_head(head, &conflict);
+        conflict
     }
 
     /// Keeps the seed of a clone that was never published beside its cache.
@@ -184,6 +188,7 @@ impl Volume {
     /// Everything about the export that can be said without asking the store.
     pub(super) fn status(&self) -> ExportStatus {
         let (resident_chunks, dirty_chunks) = self.cache.counts();
+        let seen = self.seen_head();
         ExportStatus {
             export_id: self.export_id.clone(),
             geometry: self.geometry,
@@ -193,7 +198,8 @@ impl Volume {
             damaged_chunks: self.damaged_chunks(),
             corrupt_fetches: self.fills.corrupt.load(Ordering::Relaxed),
             snapshot_generation: self.cache.base().generation,
-            remote_head_generation: *self.head_seen.lock(),
+            remote_head_generation: seen.generation,
+            remote_head_snapshot_id: seen.snapshot,
             current_snapshot_id: self.expected_head(),
             operation: *self.operation.lock(),
             progress: self.progress(),

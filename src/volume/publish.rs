@@ -96,7 +96,7 @@ impl Volume {
         async {
             let result = self.publish(kind).await;
             self.meter.published(kind, started, &result);
-            self.note_publish(&result);
+            self.note_publish(&result).await;
             match &result {
                 Ok(Published { created: true, generation, snapshot_id: Some(snapshot) }) => {
                     let seconds = started.elapsed().as_secs_f64();
@@ -427,7 +427,11 @@ impl Volume {
             ExportError::Damaged(text.into())
         };
         let stored = self.services.read_head(&self.export_id).await?.ok_or_else(gone)?;
-        if self.builds_on(&stored.head) { Ok(stored) } else { Err(self.conflict(&stored.head)) }
+        if !self.builds_on(&stored.head) {
+            return Err(self.conflict(&stored.head));
+        }
+        self.note_own_head();
+        Ok(stored)
     }
 
     /// Moves the head to the new snapshot, or says why not. An unclear answer is settled by reading the head (S6), the last
@@ -474,7 +478,7 @@ impl Volume {
             self.drop_journal().await?;
         }
         self.commit(base, manifest).await?;
-        *self.head_seen.lock() = journal.generation;
+        self.note_own_head();
         self.drop_journal().await?;
         Ok(current)
     }

@@ -171,7 +171,7 @@ impl Volume {
         let holder = Arc::clone(&self.image);
         let reset = move |cache: &Cache| cache.reset(base, || *holder.write() = image);
         cache::blocking(&self.cache, reset).await.map_err(|e| self.cache_error(e))?;
-        *self.head_seen.lock() = base.generation;
+        self.note_own_head();
         self.faults.forget_local();
         Ok(())
     }

@@ -90,8 +90,10 @@ pub struct ExportStatus {
     pub corrupt_fetches: u64,
     /// The generation the cache builds on.
     pub snapshot_generation: Generation,
-    /// The generation of the head when the export was opened here, reset or published, whichever was last.
-    pub remote_head_generation: Generation,
+    /// The generation of the head in the store, as it was last read; `None` if only its snapshot could be.
+    pub remote_head_generation: Option<Generation>,
+    /// The head in the store, as it was last read.
+    pub remote_head_snapshot_id: Option<SnapshotId>,
     /// The snapshot the cache builds on.
     pub current_snapshot_id: Option<SnapshotId>,
     /// What is going on.
@@ -424,8 +426,12 @@ impl Registry {
     /// # Errors
     /// [`ExportError::NotFound`]; whatever keeps its head or a manifest from being read.
     pub async fn snapshots(&self, id: &ExportId) -> Result<Line, ExportError> {
-        self.export(id)?;
-        self.services.snapshots(id).await
+        let export = self.export(id)?;
+        let line = self.services.snapshots(id).await?;
+        if let (Some(volume), Some(newest)) = (export.volume(), line.snapshots.first()) {
+            volume.note_listed(newest.id, newest.generation);
+        }
+        Ok(line)
     }
 
     /// Publishes what is dirty.
