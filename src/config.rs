@@ -19,10 +19,10 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
-use crate::admin::MAX_PATH_BYTES;
 use crate::cli;
 use crate::nbd::ListenAddr;
 use crate::nbd::tls::TlsConfig;
+use crate::net::MAX_PATH_BYTES;
 use crate::store::keys::{ExportRoot, MAX_KEY_BYTES};
 use crate::store::remote::{RemoteConfig, RemoteKind};
 use crate::units::{DEFAULT_CHUNK_BYTES, Geometry, MAX_EXPORT_ID_BYTES, size};

@@ -3,7 +3,6 @@
 //! The folders show the way a request takes, from the top down; imports run downward only.
 //! `docs/architecture.md` draws the house.
 
-pub mod accept;
 pub mod admin;
 pub mod background;
 pub mod cache;
@@ -14,6 +13,7 @@ pub mod disk;
 pub mod manifest;
 pub mod metrics;
 pub mod nbd;
+pub mod net;
 pub mod sabotage;
 pub mod server;
 pub mod slices;

@@ -27,7 +27,7 @@ const FLOORS: &[(&str, u8)] = &[
     ("sync", 0),
     ("slices", 0),
     ("background", 0),
-    ("accept", 0),
+    ("net", 0),
 ];
 
 /// What a module must not see even where it stands above it: the front ends talk to volumes alone, and `volume` is the

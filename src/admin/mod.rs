@@ -31,13 +31,13 @@ use tokio::net::UnixStream;
 use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinSet;
 
-use crate::accept::Failures;
 use crate::metrics::Page;
+use crate::net::Failures;
 use crate::volume::registry::Registry;
 pub use health::{Health, StoreFailure, StoreHealth};
 use problem::{Code, Problem};
 pub use scrape::{MAX_SCRAPES, ScrapeError, Scrapes};
-pub use socket::{BindError, Group, MAX_PATH_BYTES, Socket};
+pub use socket::{BindError, Group, Socket};
 pub use status::{ExportCounts, ServerStatus};
 use timed::TimedWrites;
 

@@ -22,8 +22,8 @@ use utoipa_axum::routes;
 
 use super::timed::TimedWrites;
 use super::{Api, Limits, Watch, attend, http, stopped};
-use crate::accept::Failures;
 use crate::metrics::Page;
+use crate::net::Failures;
 
 /// How many collectors are served at once; the next ones are closed.
 pub const MAX_SCRAPES: usize = 16;

@@ -6,14 +6,13 @@
 
 use std::fs;
 use std::io;
-use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt, lchown};
+use std::os::unix::fs::{MetadataExt, PermissionsExt, lchown};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{Mode, fchmod};
-use tokio::net::{UnixListener, UnixSocket, UnixStream};
+use tokio::net::UnixListener;
 
-/// The longest path of a Unix socket, in bytes: the kernel keeps 108, one of them for the final NUL.
-pub const MAX_PATH_BYTES: usize = 107;
+use crate::net::{self, BoundSocket, MAX_PATH_BYTES, SocketFile};
+
 /// How many clients may wait to be accepted.
 const BACKLOG: u32 = 128;
 /// For the owner alone.
@@ -122,83 +121,30 @@ impl Socket {
     /// # Errors
     /// [`BindError`]; nothing is left behind then.
     pub async fn bind(path: &Path, group: Option<&Group>) -> Result<Self, BindError> {
-        if path.as_os_str().len() > MAX_PATH_BYTES {
-            return Err(BindError::TooLong(path.to_owned()));
-        }
         let io = |source| BindError::Io { path: path.to_owned(), source };
-        make_way(path).await?;
-        let socket = UnixSocket::new_stream().map_err(io)?;
-        // The kernel gives the file the mode its socket has at bind, so it never exists with a wider one.
-        fchmod(&socket, Mode::from_raw_mode(SOCKET_MODE)).map_err(|e| io(e.into()))?;
-        socket.bind(path).map_err(io)?;
-        let file = SocketFile::of(path).map_err(io)?;
+        let bound = BoundSocket::bind(path, Some(SOCKET_MODE)).await.map_err(|error| match error {
+            net::BindError::Live => BindError::Live(path.to_owned()),
+            net::BindError::NotASocket => BindError::NoSocket(path.to_owned()),
+            net::BindError::TooLong => BindError::TooLong(path.to_owned()),
+            net::BindError::Io(source) => io(source),
+        })?;
         if let Some(group) = group {
             group.give(path, GROUP_SOCKET_MODE)?;
             group.warn_if_kept_out(path);
         }
-        let listener = socket.listen(BACKLOG).map_err(io)?;
+        let (listener, file) = bound.listen(BACKLOG).map_err(io)?;
         Ok(Self { listener, file })
     }
 
     /// Where it listens.
     #[must_use]
     pub fn path(&self) -> &Path {
-        &self.file.path
-    }
-}
-
-/// Removes a socket that nobody serves. Two servers that do this at the same moment could remove each other's; those
-/// that share a configuration are kept apart by the lock on their cache root.
-async fn make_way(path: &Path) -> Result<(), BindError> {
-    let io = |source| BindError::Io { path: path.to_owned(), source };
-    match fs::symlink_metadata(path) {
-        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
-        Err(e) => return Err(io(e)),
-        Ok(found) if !found.file_type().is_socket() => return Err(BindError::NoSocket(path.to_owned())),
-        Ok(_) => {}
-    }
-    match UnixStream::connect(path).await {
-        Err(e) if e.kind() == io::ErrorKind::ConnectionRefused => fs::remove_file(path).map_err(io),
-        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
-        // A full backlog is a server too.
-        Ok(_) => Err(BindError::Live(path.to_owned())),
-        Err(e) if e.kind() == io::ErrorKind::WouldBlock => Err(BindError::Live(path.to_owned())),
-        Err(e) => Err(io(e)),
-    }
-}
-
-/// The file of a bound socket, recognised by its inode.
-#[derive(Debug)]
-struct SocketFile {
-    path: PathBuf,
-    inode: (u64, u64),
-}
-
-impl SocketFile {
-    fn of(path: &Path) -> io::Result<Self> {
-        Ok(Self { path: path.to_owned(), inode: inode(path)? })
-    }
-}
-
-fn inode(path: &Path) -> io::Result<(u64, u64)> {
-    let found = fs::symlink_metadata(path)?;
-    Ok((found.dev(), found.ino()))
-}
-
-impl Drop for SocketFile {
-    fn drop(&mut self) {
-        if inode(&self.path).is_ok_and(|found| found == self.inode)
-            && let Err(e) = fs::remove_file(&self.path)
-        {
-            tracing::warn!("the admin socket {} could not be removed: {e}", self.path.display());
-        }
+        self.file.path()
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::net::UnixListener as StdListener;
-
     use super::*;
 
     fn mode(path: &Path) -> u32 {
@@ -216,46 +162,17 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_stale_socket_is_replaced_and_a_live_one_is_not() {
+    async fn a_refused_path_is_named_with_its_flag() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("admin.sock");
-        drop(StdListener::bind(&path).unwrap());
-        assert!(path.exists(), "std leaves the file behind as a crash does");
-        let first = Socket::bind(&path, None).await.unwrap();
+        let _first = Socket::bind(&path, None).await.unwrap();
         let refused = Socket::bind(&path, None).await.unwrap_err();
         assert!(matches!(refused, BindError::Live(_)), "{refused}");
         assert!(refused.to_string().contains(path.to_str().unwrap()));
-        assert!(UnixStream::connect(&path).await.is_ok(), "the refused one did no harm");
-        drop(first);
-    }
-
-    #[tokio::test]
-    async fn a_file_that_is_no_socket_is_left_alone() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("notes.txt");
-        fs::write(&path, "mine").unwrap();
-        assert!(matches!(Socket::bind(&path, None).await, Err(BindError::NoSocket(_))));
-        assert_eq!(fs::read_to_string(&path).unwrap(), "mine");
-    }
-
-    #[tokio::test]
-    async fn the_longest_path_binds_and_one_byte_more_is_refused() {
-        let dir = tempfile::tempdir().unwrap();
-        let fill = MAX_PATH_BYTES - dir.path().as_os_str().len() - 1;
-        Socket::bind(&dir.path().join("s".repeat(fill)), None).await.unwrap();
-        let refused = Socket::bind(&dir.path().join("s".repeat(fill + 1)), None).await.unwrap_err();
+        let refused = Socket::bind(&dir.path().join("s".repeat(MAX_PATH_BYTES)), None).await.unwrap_err();
         assert!(matches!(refused, BindError::TooLong(_)), "{refused}");
-        assert!(refused.to_string().contains("108 bytes"), "{refused}");
-    }
-
-    #[tokio::test]
-    async fn a_socket_that_took_the_place_of_ours_is_not_removed() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("admin.sock");
-        let socket = Socket::bind(&path, None).await.unwrap();
-        fs::rename(&path, dir.path().join("aside")).unwrap();
-        fs::write(&path, "another's").unwrap();
-        drop(socket);
-        assert!(path.exists());
+        let notes = dir.path().join("notes.txt");
+        fs::write(&notes, "mine").unwrap();
+        assert!(matches!(Socket::bind(&notes, None).await, Err(BindError::NoSocket(_))));
     }
 }

@@ -1,8 +1,6 @@
 //! Where clients come in: TCP and Unix sockets, bound here or passed in by whoever started the program.
 //!
-//! Promises: a socket file that a crash left behind is replaced; one that a live server answers on, or a file that is no
-//! socket, is left alone and named in the error; our own file is gone when the listener is, and that of a
-//! socket that was passed in is not ours.
+//! Promises: what [`net`](crate::net) promises of a socket's file; the file of a socket that was passed in is not ours.
 
 use std::fmt;
 use std::io;
@@ -12,7 +10,9 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use rustix::net::sockopt;
-use tokio::net::{TcpListener, TcpSocket, TcpStream, UnixListener, UnixSocket, UnixStream};
+use tokio::net::{TcpListener, TcpSocket, TcpStream, UnixListener};
+
+use crate::net::{BindError, BoundSocket, MAX_PATH_BYTES, SocketFile};
 
 /// The port that NBD has been assigned.
 pub const DEFAULT_PORT: u16 = 10809;
@@ -39,6 +39,13 @@ pub enum ListenError {
     /// A file that is no socket is in the way.
     #[error("{0:?} exists and is not a socket: remove it, or choose another path with --listen")]
     NotASocket(PathBuf),
+    /// The kernel cannot address it.
+    #[error(
+        "--listen unix:{path} has {bytes} bytes, more than the {MAX_PATH_BYTES} of a Unix socket: choose a shorter path",
+        path = .0.display(),
+        bytes = .0.as_os_str().len()
+    )]
+    TooLong(PathBuf),
     /// The system refused.
     #[error("cannot listen on {addr}: {source}")]
     Io {
@@ -112,17 +119,6 @@ enum Socket {
     },
 }
 
-/// Our socket's file; removed with the listener.
-#[derive(Debug)]
-struct SocketFile(PathBuf);
-
-impl Drop for SocketFile {
-    fn drop(&mut self) {
-        // Somebody else removed it: nothing is left to do.
-        let _ = std::fs::remove_file(&self.0);
-    }
-}
-
 /// A client, just connected.
 #[derive(Debug)]
 pub(super) struct Client {
@@ -160,11 +156,9 @@ impl Listener {
                 Ok(Self { socket: Socket::Tcp(listener), addr: ListenAddr::Tcp(bound.to_string()) })
             }
             ListenAddr::Unix(path) => {
-                make_way(path, addr).await?;
-                let socket = UnixSocket::new_stream().and_then(|socket| socket.bind(path).map(|()| socket));
-                let listener = socket.and_then(|socket| socket.listen(BACKLOG));
-                let listener = listener.map_err(|source| bind_error(addr, source))?;
-                let file = SocketFile(path.clone());
+                let refused = |error| socket_error(addr, path, error);
+                let bound = BoundSocket::bind(path, None).await.map_err(refused)?;
+                let (listener, file) = bound.listen(BACKLOG).map_err(|source| bind_error(addr, source))?;
                 Ok(Self { socket: Socket::Unix { listener, _file: Some(file) }, addr: addr.clone() })
             }
         }
@@ -224,29 +218,19 @@ fn notice_silence(stream: &TcpStream) -> rustix::io::Result<()> {
     sockopt::set_tcp_keepcnt(stream, PROBES)
 }
 
+fn socket_error(addr: &ListenAddr, path: &Path, error: BindError) -> ListenError {
+    match error {
+        BindError::Live => ListenError::Taken(addr.clone()),
+        BindError::NotASocket => ListenError::NotASocket(path.to_owned()),
+        BindError::TooLong => ListenError::TooLong(path.to_owned()),
+        BindError::Io(source) => bind_error(addr, source),
+    }
+}
+
 fn bind_error(addr: &ListenAddr, source: io::Error) -> ListenError {
     match source.kind() {
         io::ErrorKind::AddrInUse => ListenError::Taken(addr.clone()),
         _ => ListenError::Io { addr: addr.clone(), source },
-    }
-}
-
-/// Removes a socket file that nobody listens on.
-async fn make_way(path: &Path, addr: &ListenAddr) -> Result<(), ListenError> {
-    use std::os::unix::fs::FileTypeExt;
-
-    match std::fs::symlink_metadata(path) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-        Err(source) => return Err(ListenError::Io { addr: addr.clone(), source }),
-        Ok(found) if !found.file_type().is_socket() => return Err(ListenError::NotASocket(path.to_owned())),
-        Ok(_) => {}
-    }
-    match UnixStream::connect(path).await {
-        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
-            std::fs::remove_file(path).map_err(|source| ListenError::Io { addr: addr.clone(), source })
-        }
-        // It answered, or it is there and too busy to (EAGAIN): a live server.
-        _ => Err(ListenError::Taken(addr.clone())),
     }
 }
 
@@ -284,19 +268,22 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_stale_socket_file_is_replaced_and_a_live_one_is_not() {
+    async fn a_unix_socket_s_file_is_replaced_when_stale_and_never_when_a_successor_s() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("nbd.sock");
         let addr = ListenAddr::Unix(path.clone());
-        // What a crash leaves: the file without its listener.
         drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
-        assert!(path.exists());
         let live = Listener::bind(&addr).await.unwrap();
         assert!(matches!(Listener::bind(&addr).await, Err(ListenError::Taken(_))));
+        std::fs::remove_file(&path).unwrap();
+        let successor = Listener::bind(&addr).await.unwrap();
         drop(live);
-        assert!(!path.exists(), "its own file goes with it");
+        assert!(path.exists());
+        drop(successor);
+        assert!(!path.exists());
         std::fs::write(&path, "precious").unwrap();
         assert!(matches!(Listener::bind(&addr).await, Err(ListenError::NotASocket(_))));
-        assert_eq!(std::fs::read(&path).unwrap(), b"precious");
+        let long = Listener::bind(&ListenAddr::Unix("/s".repeat(60).into())).await.unwrap_err().to_string();
+        assert!(long.contains("120 bytes"), "{long}");
     }
 }

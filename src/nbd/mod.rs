@@ -44,8 +44,8 @@ pub use self::listen::{DEFAULT_PORT, ListenAddr, ListenError, Listener, PassedSo
 use self::pool::Pool;
 use self::readers::{Reader, Readers};
 use self::tls::Tls;
-use crate::accept::Failures;
 use crate::metrics::{Counter, Kind, Page};
+use crate::net::Failures;
 use crate::volume::registry::Registry;
 
 /// How long a closing connection waits for the client to read what was sent and close its side.
