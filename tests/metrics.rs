@@ -52,6 +52,28 @@ fn attach(server: &TestServer) -> Raw {
 }
 
 #[test]
+fn a_write_with_fua_counts_as_one_write_whether_it_waits_or_not() {
+    const FUA: u16 = 1;
+    let mut server = TestServer::start(&[], &[]);
+    let mut client = attached(&server);
+    let count = |operation: &str| {
+        let labels = [r#"export="vm""#, &format!("operation={operation:?}"), r#"outcome="ok""#];
+        Page::of(&server).get("nbd_server_export_requests_total", &labels)
+    };
+    // The marks of 16 new chunks have to wait; a few bytes of a dirty one need not.
+    for (nth, data) in [vec![7; 16 * CHUNK], vec![8; 512], vec![9; CHUNK]].iter().enumerate() {
+        assert_eq!(client.call(FUA, 1, 0, data.len() as u64, data).errno, 0);
+        assert_eq!((count("write"), count("flush")), ((nth + 1) as f64, 0.0));
+    }
+    let duration = "nbd_server_export_request_duration_seconds_count";
+    let page = Page::of(&server);
+    assert_eq!(page.get(duration, &[r#"export="vm""#, r#"operation="write""#]), 3.0);
+    let bytes = page.get("nbd_server_export_request_bytes_total", &[r#"export="vm""#, r#"operation="write""#]);
+    assert_eq!(bytes, (17 * CHUNK + 512) as f64);
+    server.stop();
+}
+
+#[test]
 fn a_scrape_counts_what_clients_did() {
     let mut server = TestServer::start(&[], &[]);
     let mut client = attached(&server);

@@ -25,8 +25,10 @@ pub(super) struct Task {
     pub(super) command: Command,
     /// FUA: durable before the reply.
     pub(super) durable: bool,
-    /// The payload of a WRITE, as long as its range.
+    /// The payload of a WRITE, as long as its range, unless it was `written`.
     pub(super) payload: Bytes,
+    /// When the payload of a WRITE was written, if it was; only the sync for FUA is left to do.
+    pub(super) written: Option<Instant>,
     /// The contexts a BLOCK_STATUS asks for, at least one.
     pub(super) contexts: Vec<Context>,
 }
@@ -34,14 +36,14 @@ pub(super) struct Task {
 impl Task {
     /// A command alone.
     pub(super) fn of(command: Command) -> Self {
-        Self { command, durable: false, payload: Bytes::new(), contexts: Vec::new() }
+        Self { command, durable: false, payload: Bytes::new(), written: None, contexts: Vec::new() }
     }
 }
 
 /// Takes a task up; `answer` gets its outcome, on whatever thread it comes about. A change has its place in the order of
 /// arrivals when this returns.
 pub(super) fn serve(volume: &Arc<Volume>, task: Task, answer: impl FnOnce(Outcome) + Send + 'static) {
-    let answer = counted(volume, &task.command, answer);
+    let answer = counted(volume, &task, answer);
     let change = match task.command {
         // "Zero length: success, nothing done."
         Command::Trim { range } | Command::WriteZeroes { range, .. } if !range.is_empty() => Some(volume.change(range)),
@@ -56,6 +58,9 @@ pub(super) fn serve(volume: &Arc<Volume>, task: Task, answer: impl FnOnce(Outcom
 
 fn write(volume: &Arc<Volume>, range: ByteRange, task: Task, answer: impl FnOnce(Outcome) + Send + 'static) {
     let done = |written: Result<(), VolumeError>| answer(outcome(written.map(|()| Outcome::Done), true));
+    if task.written.is_some() {
+        return volume.flush_then(done);
+    }
     let flushed = task.durable.then(|| Arc::clone(volume));
     volume.change(range).write_then(task.payload, |written| match (written, flushed) {
         // FUA covers this command; the flush covers it and more.
@@ -64,13 +69,15 @@ fn write(volume: &Arc<Volume>, range: ByteRange, task: Task, answer: impl FnOnce
     });
 }
 
-/// The answer, and before it what the volume counts of it.
+/// The answer, and before it what the volume counts of it: the request of the client, however it is carried out. The sync
+/// that FUA asks for is a part of it and no FLUSH.
 fn counted(
     volume: &Arc<Volume>,
-    command: &Command,
+    task: &Task,
     answer: impl FnOnce(Outcome) + Send + 'static,
 ) -> impl FnOnce(Outcome) + Send + 'static {
-    let (counted_as, started, volume) = (counted_as(command), Instant::now(), Arc::clone(volume));
+    let started = task.written.unwrap_or_else(Instant::now);
+    let (counted_as, volume) = (counted_as(&task.command), Arc::clone(volume));
     move |outcome| {
         if let Some((kind, bytes)) = counted_as {
             volume.observe(kind, bytes, started.elapsed(), !matches!(outcome, Outcome::Failed { .. }));

@@ -10,6 +10,7 @@ use std::future::{Future, poll_fn};
 use std::pin::pin;
 use std::sync::Arc;
 use std::task::Poll;
+use std::time::Instant;
 
 use bytes::{Bytes, BytesMut};
 use tokio::io::{AsyncRead, AsyncWrite};
@@ -268,23 +269,23 @@ impl<R: AsyncRead + Unpin> Connection<'_, R> {
         });
     }
 
-    /// Receives the payload of a WRITE and writes it, if that need not wait; else returns it.
-    async fn write_at_once(&mut self, range: ByteRange) -> Result<Option<Bytes>, Gone> {
+    /// Receives the payload of a WRITE and writes it, if that need not wait.
+    async fn write_at_once(&mut self, range: ByteRange, durable: bool) -> Result<Written, Gone> {
         let len = usize::try_from(range.len()).unwrap_or(usize::MAX);
         if len == 0 || len > AT_ONCE_BYTES {
-            return self.inbox.payload(len).await.map(Some);
+            return self.inbox.payload(len).await.map(Written::Not);
         }
         if len > DIRECT_PAYLOAD_BYTES {
             let mut payload = self.shared.pool.lease(len);
             self.inbox.payload_into(&mut payload).await?;
-            let written = self.volume.write_at_once(range.offset(), &payload);
-            return Ok((!written).then(|| payload.freeze()));
+            let written = write_now(&self.volume, range, &payload, durable);
+            return Ok(written.unwrap_or_else(|| Written::Not(payload.freeze())));
         }
         let payload = self.inbox.gather(len).await?;
-        let written = self.volume.write_at_once(range.offset(), payload);
-        let left = (!written).then(|| Bytes::copy_from_slice(payload));
+        let written = write_now(&self.volume, range, payload, durable);
+        let written = written.unwrap_or_else(|| Written::Not(Bytes::copy_from_slice(payload)));
         self.inbox.take(len);
-        Ok(left)
+        Ok(written)
     }
 
     /// Adds to a command what goes with it, or does it, if it is a WRITE that need not wait.
@@ -297,10 +298,10 @@ impl<R: AsyncRead + Unpin> Connection<'_, R> {
         let durable = request.flags & cflag::FUA != 0;
         let mut task = Task { durable, ..Task::of(command) };
         match command {
-            Command::Write { range } => match self.write_at_once(range).await? {
-                Some(payload) => task.payload = payload,
-                None if durable => task.command = Command::Flush,
-                None => return Ok(Received::Done),
+            Command::Write { range } => match self.write_at_once(range, durable).await? {
+                Written::Not(payload) => task.payload = payload,
+                Written::Unsynced(begun) => task.written = Some(begun),
+                Written::Done => return Ok(Received::Done),
             },
             Command::BlockStatus { .. } => task.contexts.clone_from(&self.attachment.contexts),
             Command::BlockStatusPayload { .. } if payload_bytes > MAX_BLOCK_STATUS_PAYLOAD_BYTES => {
@@ -331,6 +332,24 @@ impl<R: AsyncRead + Unpin> Connection<'_, R> {
         }
         tracing::debug!("export {}: a connection ends: {end}", self.volume.export_id());
     }
+}
+
+/// What became of a WRITE as it was received.
+enum Written {
+    /// It has to wait; its payload.
+    Not(Bytes),
+    /// It is in the cache since this moment, and FUA wants it on the disk.
+    Unsynced(Instant),
+    /// It is done and counted.
+    Done,
+}
+
+/// Writes, if that need not wait.
+fn write_now(volume: &Volume, range: ByteRange, data: &[u8], durable: bool) -> Option<Written> {
+    if durable {
+        return volume.write_part_at_once(range.offset(), data).map(Written::Unsynced);
+    }
+    volume.write_at_once(range.offset(), data).then_some(Written::Done)
 }
 
 /// What became of a command as it was received.

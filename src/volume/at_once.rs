@@ -30,14 +30,18 @@ impl Volume {
     /// Writes `data` at `offset`; `false` if that would have to wait, or would fail, in which case any part of it may
     /// have been written.
     pub fn write_at_once(&self, offset: u64, data: &[u8]) -> bool {
-        let Some(range) = ByteRange::new(offset, data.len() as u64) else { return false };
-        let Some(_open) = self.enter_to_write_at_once(range) else { return false };
-        let Some(_turn) = self.order.turn_at_once(range) else { return false };
+        let Some(started) = self.write_part_at_once(offset, data) else { return false };
+        self.observe(RequestKind::Write, data.len() as u64, started.elapsed(), true);
+        true
+    }
+
+    /// The same for a request that is not done with it: returns when the write began, so that the caller can count the
+    /// request once it is done.
+    pub fn write_part_at_once(&self, offset: u64, data: &[u8]) -> Option<Instant> {
+        let range = ByteRange::new(offset, data.len() as u64)?;
+        let _open = self.enter_to_write_at_once(range)?;
+        let _turn = self.order.turn_at_once(range)?;
         let started = Instant::now();
-        let done = self.cache.write_at_once(range, data);
-        if done {
-            self.observe(RequestKind::Write, range.len(), started.elapsed(), true);
-        }
-        done
+        self.cache.write_at_once(range, data).then_some(started)
     }
 }

@@ -99,7 +99,7 @@ impl Registry {
 
 fn requests(page: &mut Page, volumes: &[Arc<Volume>]) {
     let all = || volumes.iter().flat_map(|volume| RequestKind::ALL.map(|kind| (volume, kind)));
-    let help = "Requests of clients that were answered.";
+    let help = "Requests of clients that were answered; the sync of a FUA is a part of its request.";
     let mut family = page.family(Kind::Counter, "nbd_server_export_requests_total", help);
     for (volume, kind) in all() {
         let meter = &volume.meter.requests[kind as usize];
