@@ -4,6 +4,7 @@
 
 mod common;
 
+use std::fs;
 use std::path::Path;
 use std::process::Command;
 
@@ -89,6 +90,60 @@ fn of_two_servers_on_one_bucket_exactly_one_publishes_and_the_other_keeps_its_da
     }
     let elsewhere = TestServer::on_s3(&moto.endpoint(), "disks", &[]);
     Attached::new(&elsewhere, "disk", published).check_all();
+}
+
+/// What the newest manifest of an export says.
+fn manifest(root: &Path, server: &TestServer, export: &str) -> String {
+    let path = format!("/v1/exports/{export}/status");
+    let snapshot = server.ok("GET", &path, Value::Null)["current_snapshot_id"].as_str().unwrap().to_owned();
+    fs::read_to_string(root.join(export).join("snapshots").join(snapshot).join("manifest.json")).unwrap()
+}
+
+#[test]
+fn a_store_that_is_moved_to_another_prefix_is_whole_there_and_goes_on_from_there() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut images: Vec<(String, Vec<u8>)> = Vec::new();
+    let mut last = None;
+    // Beside the old prefix, below and above it, and back.
+    for (round, root) in (0u64..).zip(["exports", "team/exports", "team", "team/team", "exports"]) {
+        let folder = dir.path().join(root);
+        if let Some(last) = last {
+            fs::rename(last, dir.path().join("moving")).unwrap();
+            let _ = fs::remove_dir(dir.path().join("team"));
+            fs::create_dir_all(folder.parent().unwrap()).unwrap();
+            fs::rename(dir.path().join("moving"), &folder).unwrap();
+        }
+        last = Some(folder.clone());
+        let store = ["--storage-backend", "local", "--local-root", dir.path().to_str().unwrap(), "--export-root", root];
+        let mut server = TestServer::start(&[&store[..], &["--chunk-size", "64KiB"]].concat(), &[]);
+        for listed in server.ok("GET", "/v1/exports", Value::Null).as_array().unwrap() {
+            assert_eq!(listed["state"], "ready", "{listed}");
+        }
+        let name = format!("disk-{round}");
+        let image = match images.last() {
+            None => {
+                server.ok("POST", "/v1/exports/create", json!({"export_id": name, "size": SIZE}));
+                vec![0; SIZE]
+            }
+            Some((source, image)) => {
+                server.ok("POST", "/v1/exports/clone", json!({"export_id": name, "source_export_id": source}));
+                image.clone()
+            }
+        };
+        images.push((name, image));
+        let at = usize::try_from(round).unwrap() * 100_000;
+        for (name, image) in &mut images {
+            let mut disk = Attached::new(&server, name, image.clone());
+            disk.check_all();
+            disk.write(at, &bytes(round, 80_000));
+            server.ok("POST", &format!("/v1/exports/{name}/snapshot"), Value::Null);
+            image.clone_from(&disk.image);
+            let written = manifest(&folder, &server, name);
+            let paths = written.lines().filter(|line| line.contains("\"path\"")).collect::<Vec<_>>();
+            assert!(paths.iter().all(|line| line.contains(&format!("\"path\": \"{root}/disk-"))), "{paths:?}");
+        }
+        server.stop();
+    }
 }
 
 /// A `serve` on a bucket, in a directory of its own.

@@ -1204,8 +1204,9 @@ async fn a_cache_of_another_geometry_is_refused_and_left_alone() {
     assert!(refused.contains("image size is 32768") && refused.contains("65536"), "{refused}");
 }
 
-/// An export as older tools left it: a flat base image, no head, only `refs/current.json`.
-async fn legacy_export(site: &Site) {
+/// An export as older tools left it: a flat base image, no head, only `refs/current.json`. The keys in its files are of the
+/// prefix that it was written under.
+async fn legacy_export(site: &Site, written_under: &str) {
     let put = async |key: &str, bytes: Vec<u8>| {
         site.store.put(&key.parse().unwrap(), bytes.into(), Condition::Always).await.unwrap();
     };
@@ -1217,21 +1218,27 @@ async fn legacy_export(site: &Site) {
     let manifest = format!(
         r#"{{"version":2,"export_id":"old","generation":5,"image_size":16384,"chunk_size":4096,"chunk_count":4,
         "created_at":"2024-01-01T00:00:00Z","base_ref":"base",
-        "refs":[{{"id":"base","path":"exports/old/snapshots/00000000000000000000000000000001/base.blob"}},
-                {{"id":"d","path":"exports/old/snapshots/00000000000000000000000000000002/delta.blob"}}],
+        "refs":[{{"id":"base","path":"{written_under}/old/snapshots/00000000000000000000000000000001/base.blob"}},
+                {{"id":"d","path":"{written_under}/old/snapshots/00000000000000000000000000000002/delta.blob"}}],
         "entries":[{{"index":1,"ref":"d","offset":0,"len":4096,"blake3":"{hash}"}}]}}"#
     );
-    let key = "exports/old/snapshots/00000000000000000000000000000002/manifest.json";
-    put(key, manifest.into_bytes()).await;
-    let current =
-        format!(r#"{{"generation":5,"snapshot_id":"00000000000000000000000000000002","manifest_key":"{key}"}}"#);
+    let key = "old/snapshots/00000000000000000000000000000002/manifest.json";
+    put(&format!("exports/{key}"), manifest.into_bytes()).await;
+    let snapshot = "00000000000000000000000000000002";
+    let current = format!(r#"{{"generation":5,"snapshot_id":"{snapshot}","manifest_key":"{written_under}/{key}"}}"#);
     put("exports/old/refs/current.json", current.into_bytes()).await;
 }
 
 #[tokio::test]
 async fn an_export_of_older_tools_is_adopted_and_its_next_publish_covers_every_byte_by_a_hash() {
+    for written_under in ["exports", "older/root", "exports/older"] {
+        adopts_and_covers_every_byte(written_under).await;
+    }
+}
+
+async fn adopts_and_covers_every_byte(written_under: &str) {
     let mut site = Site::new();
-    legacy_export(&site).await;
+    legacy_export(&site, written_under).await;
     let registry = site.start("a").await;
     assert!(registry.list().is_empty());
     let status = registry.open(id("old"), false).await.unwrap();

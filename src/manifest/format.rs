@@ -181,7 +181,7 @@ fn decode_fields(
     let (mut blobs, mut by_path) = (Vec::with_capacity(raw.refs.len()), HashMap::with_capacity(raw.refs.len()));
     let mut positions = HashMap::with_capacity(raw.refs.len());
     for (i, blob) in raw.refs.iter().enumerate() {
-        let key = root.parse_inside(&blob.path).map_err(|e| format!("refs[{i}].path: {e}"))?;
+        let key = root.resolve(&blob.path).map_err(|e| format!("refs[{i}].path: {e}"))?;
         // Two ids for one blob are one blob: overlaps are looked for in the object, not under a name.
         let position = *by_path.entry(key.clone()).or_insert_with(|| {
             blobs.push(key);

@@ -98,14 +98,32 @@ impl ExportRoot {
         self.0.join(&format!(".probe/{name}"))
     }
 
-    /// A key found in a manifest: any object under this root, and nothing outside it.
+    /// The object under this root that a key in a file means, wherever the file was written.
+    ///
+    /// A key that ends as those of the layout do, in `<export_id>/snapshots/<snapshot_id>/<file>`, is that object of this
+    /// root: a store that was copied to another prefix is whole there, and uses nothing of what it was copied from. Any
+    /// other key is meant to the letter.
     ///
     /// # Errors
-    /// [`KeyError`] if the text is no key or leads outside.
-    pub fn parse_inside(&self, text: &str) -> Result<Key, KeyError> {
+    /// [`KeyError`] if the text is no key, or a key of no object under this root.
+    pub fn resolve(&self, text: &str) -> Result<Key, KeyError> {
         let key: Key = text.parse()?;
+        if let Some(moved) = self.of_layout(&key) {
+            return Ok(moved);
+        }
         let inside = key.0.strip_prefix(self.0.as_str()).is_some_and(|rest| rest.starts_with('/'));
         if inside { Ok(key) } else { Err(KeyError::OutsideRoot { key: key.0, root: self.0.0.clone() }) }
+    }
+
+    fn of_layout(&self, key: &Key) -> Option<Key> {
+        let mut from_the_end = key.0.rsplit('/');
+        let mut segment = || from_the_end.next();
+        let (file, snapshot, folder, export) = (segment()?, segment()?, segment()?, segment()?);
+        let (snapshot, export) = (snapshot.parse().ok()?, export.parse().ok()?);
+        let keys = (folder == "snapshots").then(|| self.export(&export))?;
+        [keys.manifest(snapshot), keys.delta(snapshot), keys.base(snapshot)]
+            .into_iter()
+            .find(|key| key.0.rsplit('/').next() == Some(file))
     }
 }
 
@@ -230,22 +248,58 @@ mod tests {
             keys.base(snapshot),
             root.probe("name"),
         ] {
-            assert_eq!(root.parse_inside(key.as_str()), Ok(key));
+            assert_eq!(root.resolve(key.as_str()), Ok(key));
         }
     }
 
     #[test]
     fn a_key_outside_the_root_is_somebody_elses() {
         let root = root("exports");
-        assert!(root.parse_inside("exports/other-vm/snapshots/1/base.blob").is_ok());
+        assert!(root.resolve("exports/other-vm/snapshots/1/base.blob").is_ok());
         for outside in ["exports", "exports-2/vm/volume.json", "elsewhere/exports/vm", "export", "secrets"] {
-            let error = root.parse_inside(outside).unwrap_err();
+            let error = root.resolve(outside).unwrap_err();
             assert!(matches!(error, KeyError::OutsideRoot { .. }), "{outside}: {error}");
             assert!(error.to_string().contains(outside) && error.to_string().contains("exports"), "{error}");
         }
         for malformed in ["exports/../secrets", "/exports/vm", "exports//vm", "exports/vm/"] {
-            assert!(matches!(root.parse_inside(malformed), Err(KeyError::Malformed(_))), "{malformed}");
+            assert!(matches!(root.resolve(malformed), Err(KeyError::Malformed(_))), "{malformed}");
         }
+    }
+
+    #[test]
+    fn a_key_of_the_layout_is_that_object_of_this_root_whatever_root_it_was_written_under() {
+        let tail = "vm-1/snapshots/0190c2a0a1b27c3d8e4f5a6b7c8d9e0f";
+        for file in ["delta.blob", "base.blob", "manifest.json"] {
+            for old in ["exports", "a/exports", "restored", "restored/exports", "restored/snapshots", "~!@#$%^&*()"] {
+                let found = root("restored").resolve(&format!("{old}/{tail}/{file}"));
+                assert_eq!(found.unwrap().as_str(), format!("restored/{tail}/{file}"), "{old}");
+            }
+        }
+        // An export may have the name of the folder.
+        let odd = "exports/snapshots/snapshots/0190c2a0a1b27c3d8e4f5a6b7c8d9e0f/base.blob";
+        assert_eq!(root("b").resolve(odd).unwrap().as_str(), odd.replacen("exports", "b", 1));
+    }
+
+    #[test]
+    fn a_key_that_only_resembles_the_layout_is_meant_to_the_letter() {
+        let snapshot = "0190c2a0a1b27c3d8e4f5a6b7c8d9e0f";
+        for tail in [
+            format!("vm-1/snapshots/{snapshot}/other.blob"),
+            format!("vm-1/snapshots/{snapshot}/delta.blob/x"),
+            format!("vm-1/snapshots/{}/delta.blob", &snapshot[1..]),
+            format!("vm-1/Snapshots/{snapshot}/delta.blob"),
+            format!("-vm/snapshots/{snapshot}/delta.blob"),
+            format!("v..m/snapshots/{snapshot}/delta.blob"),
+            format!("{}/snapshots/{snapshot}/delta.blob", "x".repeat(crate::units::MAX_EXPORT_ID_BYTES + 1)),
+            "vm-1/flat.img".to_owned(),
+        ] {
+            let inside = format!("restored/{tail}");
+            assert_eq!(root("restored").resolve(&inside).unwrap().as_str(), inside);
+            let outside = root("restored").resolve(&format!("exports/{tail}"));
+            assert!(matches!(outside, Err(KeyError::OutsideRoot { .. })), "{outside:?}");
+        }
+        let dotted = format!("exports/../vm-1/snapshots/{snapshot}/delta.blob");
+        assert!(matches!(root("restored").resolve(&dotted), Err(KeyError::Malformed(_))));
     }
 
     #[test]

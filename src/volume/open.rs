@@ -62,7 +62,7 @@ impl Services {
         };
         let current = CurrentRef::decode(&object.bytes, &keys.current_ref()).map_err(ExportError::damaged)?;
         let manifest = keys.manifest(current.snapshot_id);
-        if current.manifest_key != manifest.as_str() {
+        if self.root.resolve(&current.manifest_key).as_ref() != Ok(&manifest) {
             let text = format!("{}: manifest_key is not {manifest}, where its snapshot's must be", keys.current_ref());
             return Err(ExportError::Damaged(text.into()));
         }
