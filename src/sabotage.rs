@@ -46,6 +46,9 @@ pub enum Rule {
     SkipCutSync,
     DropJournalBeforeMarks,
     TakeUnclearForFailed,
+    BelieveSwapAnswer,
+    SwapFromNewestHead,
+    RemoveAtIntent,
     RetryConditionalPut,
     DeleteBeforeFence,
     OverwriteForeignHead,
@@ -55,7 +58,7 @@ pub enum Rule {
 
 /// All rules by the names under which they are chosen.
 #[cfg(feature = "sabotage")]
-const NAMES: [(&str, Rule); 42] = [
+const NAMES: [(&str, Rule); 45] = [
     ("skip-mark", Rule::SkipMark),
     ("mark-before-whole-overwrite", Rule::MarkBeforeWholeOverwrite),
     ("bytes-before-mark", Rule::BytesBeforeMark),
@@ -93,6 +96,9 @@ const NAMES: [(&str, Rule); 42] = [
     ("skip-cut-sync", Rule::SkipCutSync),
     ("drop-journal-before-marks", Rule::DropJournalBeforeMarks),
     ("take-unclear-for-failed", Rule::TakeUnclearForFailed),
+    ("believe-swap-answer", Rule::BelieveSwapAnswer),
+    ("swap-from-newest-head", Rule::SwapFromNewestHead),
+    ("remove-at-intent", Rule::RemoveAtIntent),
     ("retry-conditional-put", Rule::RetryConditionalPut),
     ("delete-before-fence", Rule::DeleteBeforeFence),
     ("overwrite-foreign-head", Rule::OverwriteForeignHead),

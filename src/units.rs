@@ -301,45 +301,79 @@ impl SnapshotId {
     }
 }
 
-impl FromStr for SnapshotId {
-    type Err = UnitError;
+/// 128 random bits that tell one thing from all others of its kind: an export from a later one of the same name, a cache
+/// root from its copies, a run of a server from other runs.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct RandomId([u8; 16]);
 
-    fn from_str(text: &str) -> Result<Self, UnitError> {
-        let refused = || UnitError::SnapshotId(text.chars().take(64).collect());
-        let lower_hex = |c: u8| matches!(c, b'0'..=b'9' | b'a'..=b'f');
-        if text.len() != 32 || !text.bytes().all(lower_hex) {
-            return Err(refused());
+impl RandomId {
+    /// A new id, unique across servers.
+    #[must_use]
+    pub fn generate() -> Self {
+        Self(rand::random())
+    }
+
+    /// The id as its 16 bytes, most significant first.
+    #[must_use]
+    pub fn to_bytes(self) -> [u8; 16] {
+        self.0
+    }
+
+    /// The id of 16 bytes, most significant first; `None` if all are 0, which no id has.
+    #[must_use]
+    pub fn from_bytes(bytes: [u8; 16]) -> Option<Self> {
+        (bytes != [0; 16]).then_some(Self(bytes))
+    }
+}
+
+/// The text form of an id of 128 bits: 32 lower-case hex digits, in JSON too. `$refused` makes the error of another text.
+macro_rules! hex_id {
+    ($name:ident, $error:ty, $refused:expr) => {
+        impl FromStr for $name {
+            type Err = $error;
+
+            fn from_str(text: &str) -> Result<Self, $error> {
+                let refused = || $refused(text.chars().take(64).collect());
+                let lower_hex = |c: u8| matches!(c, b'0'..=b'9' | b'a'..=b'f');
+                if text.len() != 32 || !text.bytes().all(lower_hex) {
+                    return Err(refused());
+                }
+                let value = u128::from_str_radix(text, 16).map_err(|_| refused())?;
+                Ok(Self(value.to_be_bytes()))
+            }
         }
-        let value = u128::from_str_radix(text, 16).map_err(|_| refused())?;
-        Ok(Self(value.to_be_bytes()))
-    }
+
+        impl TryFrom<String> for $name {
+            type Error = $error;
+
+            fn try_from(text: String) -> Result<Self, $error> {
+                text.parse()
+            }
+        }
+
+        impl From<$name> for String {
+            fn from(id: $name) -> Self {
+                id.to_string()
+            }
+        }
+
+        impl fmt::Display for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                write!(f, "{:032x}", u128::from_be_bytes(self.0))
+            }
+        }
+
+        impl fmt::Debug for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                fmt::Display::fmt(self, f)
+            }
+        }
+    };
 }
 
-impl TryFrom<String> for SnapshotId {
-    type Error = UnitError;
-
-    fn try_from(text: String) -> Result<Self, UnitError> {
-        text.parse()
-    }
-}
-
-impl From<SnapshotId> for String {
-    fn from(id: SnapshotId) -> Self {
-        id.to_string()
-    }
-}
-
-impl fmt::Display for SnapshotId {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{:032x}", u128::from_be_bytes(self.0))
-    }
-}
-
-impl fmt::Debug for SnapshotId {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        fmt::Display::fmt(self, f)
-    }
-}
+hex_id!(SnapshotId, UnitError, UnitError::SnapshotId);
+hex_id!(RandomId, String, |text: String| format!("id {text:?} is not 32 lower-case hex digits"));
 
 #[cfg(test)]
 mod tests {

@@ -5,7 +5,7 @@
 
 use nbd_server::cache::journal::{Journal, Kind, Phase};
 use nbd_server::manifest::format::{self, FormatError};
-use nbd_server::manifest::head::{CloneSeed, CurrentRef, Head};
+use nbd_server::manifest::head::{CloneSeed, CurrentRef, Head, Writer};
 use nbd_server::manifest::{Manifest, Source};
 use nbd_server::store::Key;
 use nbd_server::store::keys::ExportRoot;
@@ -16,11 +16,13 @@ use serde_json::Value;
 const MANIFEST: &str = include_str!("golden/manifest-v2.json");
 const MANIFEST_BASE: &str = include_str!("golden/manifest-v2-base_ref.json");
 const HEAD: &str = include_str!("golden/volume.json");
+const HEAD_WRITTEN_BY: &str = include_str!("golden/volume-written-by.json");
 const HEAD_CLONE: &str = include_str!("golden/volume-clone.json");
 const HEAD_OTHERS: &str = include_str!("golden/volume-other-fields.json");
 const CURRENT: &str = include_str!("golden/current.json");
 const SEED: &str = include_str!("golden/clone.seed.json");
 const JOURNAL: &str = include_str!("golden/snapshot.journal.json");
+const JOURNAL_V1: &str = include_str!("golden/snapshot.journal-v1.json");
 
 fn id(text: &str) -> ExportId {
     text.parse().expect("an export id")
@@ -80,9 +82,21 @@ fn a_manifest_of_an_older_tool_opens_with_its_base() {
 fn a_head_is_written_as_older_tools_read_it() {
     let geometry = Geometry::new(1 << 30, 4 << 20).unwrap();
     let text = |head: &Head| String::from_utf8(head.encode()).unwrap();
-    let published = Head::new(id("vm-1"), geometry, None).published(snapshot("55")).nudged();
+    let published = Head::new(id("vm-1"), geometry, None).published(snapshot("55")).bumped();
     assert_eq!(text(&published), HEAD);
     assert_eq!(read_head(HEAD.as_bytes(), "vm-1").unwrap(), published);
+    // A head that a server of today created and published.
+    let writer = Writer {
+        cache_root_id: "00112233445566778899aabbccddeeff".parse().unwrap(),
+        session_id: "fedcba9876543210fedcba9876543210".parse().unwrap(),
+    };
+    let mut today = published.written_by(writer);
+    today.incarnation = Some("0123456789abcdef0123456789abcdef".parse().unwrap());
+    assert_eq!(text(&today), HEAD_WRITTEN_BY);
+    assert_eq!(read_head(HEAD_WRITTEN_BY.as_bytes(), "vm-1").unwrap(), today);
+    assert_eq!(today.writer(), Some(writer));
+    let by_an_older_server = today.published(snapshot("66"));
+    assert_eq!(by_an_older_server.writer(), None, "the note is of the snapshot before");
     let seed = CloneSeed { source_export_id: id("vm-1"), source_snapshot_id: snapshot("55") };
     let clone = Head::new(id("vm-2"), geometry, Some(seed));
     assert_eq!(text(&clone), HEAD_CLONE);
@@ -122,9 +136,13 @@ fn the_small_files_are_written_as_their_golden_copies() {
         generation: Generation(2),
         manifest_key: format!("{folder}/manifest.json"),
         blob_key: format!("{folder}/delta.blob"),
+        incarnation: Some("0123456789abcdef0123456789abcdef".parse().unwrap()),
+        session_id: Some("fedcba9876543210fedcba9876543210".parse().unwrap()),
     };
     assert_eq!(String::from_utf8(journal.encode()).unwrap(), JOURNAL);
     assert_eq!(Journal::decode(JOURNAL.as_bytes(), &id("vm-1")).unwrap(), journal);
+    let of_an_older_server = Journal { incarnation: None, session_id: None, ..journal };
+    assert_eq!(Journal::decode(JOURNAL_V1.as_bytes(), &id("vm-1")).unwrap(), of_an_older_server);
 }
 
 #[test]
@@ -284,7 +302,7 @@ fn a_number_of_another_tool_keeps_all_its_digits() {
         HEAD.replace("\"revision\": 1,", fields).replace("\"revision\": 1\n", &fields[..fields.len() - 1]);
     assert_ne!(written_by_others, HEAD);
     let rewritten =
-        String::from_utf8(read_head(written_by_others.as_bytes(), "vm-1").unwrap().nudged().encode()).unwrap();
+        String::from_utf8(read_head(written_by_others.as_bytes(), "vm-1").unwrap().bumped().encode()).unwrap();
     assert!(rewritten.contains("123456789012345678901234567890") && rewritten.contains("0.30000000000000004"));
 }
 

@@ -381,7 +381,9 @@ async fn an_import_that_the_store_fails_at_any_call_is_whole_or_not_there() {
             let imported = import(&site, "vm").await;
             site.store.serve_all();
             let head = site.store.inner.get(&"exports/vm/volume.json".parse().unwrap(), 4096).await.is_ok();
-            assert_eq!(imported.is_ok(), head, "{fate:?} at {fatal}: {imported:?}");
+            // One whose head could not be read back is there all the same, and its error says that this is not known.
+            let unknown = imported.as_ref().is_err_and(|e| e.to_string().contains("is not known"));
+            assert!(imported.is_ok() == head || head && unknown, "{fate:?} at {fatal}: {imported:?}");
             if head {
                 is_whole(&mut site, "vm").await;
             } else {

@@ -21,7 +21,7 @@ use serde_json::{Value, json};
 
 const MANIFEST: &str = include_str!("golden/manifest-v2.json");
 const MANIFEST_BASE: &str = include_str!("golden/manifest-v2-base_ref.json");
-const HEAD: &str = include_str!("golden/volume.json");
+const HEAD: &str = include_str!("golden/volume-written-by.json");
 const HEAD_CLONE: &str = include_str!("golden/volume-clone.json");
 const CURRENT: &str = include_str!("golden/current.json");
 const SEED: &str = include_str!("golden/clone.seed.json");
@@ -57,16 +57,19 @@ const KINDS: [(&str, Decode); 7] = [
 ];
 
 /// The fields that may be absent, and are then as if `null`.
-const OPTIONAL: [&str; 7] = [
+const OPTIONAL: [&str; 8] = [
     "parent_snapshot_id",
     "created_at",
     "base_ref",
     "current_snapshot_id",
     "clone_seed",
     "revision",
-    // Its checksum says when it was taken away.
-    "parent",
+    "incarnation",
+    "written_by",
 ];
+
+/// The optional fields of the journal: its checksum says when one was taken away.
+const OPTIONAL_IN_JOURNAL: [&str; 3] = ["parent", "incarnation", "session_id"];
 
 fn pointers(value: &Value, at: &str, out: &mut Vec<String>) {
     let children: Vec<(String, &Value)> = match value {
@@ -113,14 +116,15 @@ fn a_field_of_another_type_is_refused_by_name() {
                 *changed.pointer_mut(&pointer).unwrap() = wrong.clone();
                 let what = format!("{pointer} = {wrong}");
                 let result = decode(changed.to_string().as_bytes());
-                let absent = wrong.is_null() && OPTIONAL.contains(&field.as_str()) && field != "parent";
+                let checksummed = golden == JOURNAL && OPTIONAL_IN_JOURNAL.contains(&field.as_str());
+                let absent = wrong.is_null() && !checksummed && OPTIONAL.contains(&field.as_str());
                 // For people, or for other readers: any text is one.
                 let free =
                     wrong.is_string() && there.is_string() && ["created_at", "manifest_key"].contains(&field.as_str());
                 if absent || (free && golden != JOURNAL) {
                     assert_eq!(result, Ok(()), "{what}");
                 } else if golden == JOURNAL && field.ends_with("_key") && wrong.is_string()
-                    || golden == JOURNAL && field == "parent" && wrong.is_null()
+                    || checksummed && wrong.is_null()
                 {
                     assert_refused(result, "checksum", &what);
                 } else if ["id", "base_ref"].contains(&field.as_str()) && wrong.is_string() {
@@ -144,10 +148,12 @@ fn a_field_that_is_missing_is_refused_by_name_unless_it_is_optional() {
             let Some(Value::Object(map)) = less.pointer_mut(parent) else { continue };
             map.remove(name);
             let result = decode(less.to_string().as_bytes());
-            match (OPTIONAL.contains(&field.as_str()), field.as_str()) {
-                (true, "parent") => assert_refused(result, "checksum", &pointer),
-                (true, _) => assert_eq!(result, Ok(()), "{pointer}"),
-                (false, _) => assert_refused(result, &field, &pointer),
+            if golden == JOURNAL && OPTIONAL_IN_JOURNAL.contains(&field.as_str()) {
+                assert_refused(result, "checksum", &pointer);
+            } else if OPTIONAL.contains(&field.as_str()) {
+                assert_eq!(result, Ok(()), "{pointer}");
+            } else {
+                assert_refused(result, &field, &pointer);
             }
         }
     }
@@ -263,6 +269,7 @@ fn good_meta() -> Vec<u8> {
         export_id: id("vm-1"),
         geometry: Geometry::new(u64::from(CHUNKS) * 4096, 4096).unwrap(),
         base: Base { snapshot: Some(SnapshotId::from_bytes([1; 16])), generation: Generation(3) },
+        incarnation: None,
         boot_id: BOOT,
         first_seq: 10,
     };

@@ -211,3 +211,56 @@ fn a_swap_given_up_on_never_lands_on_deleted_blobs() {
         });
     }
 }
+
+/// What of a publish's cache folder a server over a copy of it may do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum CopyStarts {
+    /// At the moment of the copy, while the original uploads.
+    AtOnce,
+    /// Once the original has published.
+    Afterwards,
+}
+
+/// A copy of A's cache is taken at every call that A makes while it publishes (a backup, a clone of its machine), and a
+/// server starts over it. Whatever it finds of A's publish, nothing that a head names is ever removed (S7).
+#[test]
+fn a_server_over_a_copied_cache_removes_nothing_that_a_head_names() {
+    for starts in [CopyStarts::AtOnce, CopyStarts::Afterwards] {
+        for at in 0.. {
+            let calls = runtime().block_on(async {
+                let hosts = Hosts::new().await;
+                let calls = Arc::new(AtomicUsize::new(0));
+                let (seen, sim, store) = (Arc::clone(&calls), Arc::clone(&hosts.sim), hosts.stores[1].clone());
+                hosts.stores[0].meanwhile(move |_, _| {
+                    if seen.fetch_add(1, Ordering::Relaxed) != at {
+                        return None;
+                    }
+                    sim.copy_folder(CACHES[0], "/a.copy");
+                    let (sim, store) = (Arc::clone(&sim), store.clone());
+                    (starts == CopyStarts::AtOnce).then(|| -> std::pin::Pin<Box<dyn Future<Output = ()> + Send>> {
+                        Box::pin(async move { drop(start(&sim, &store, "/a.copy").await.unwrap()) })
+                    })
+                });
+                let outcome = hosts.servers[0].snapshot(&id("disk")).await;
+                hosts.stores[0].meanwhile(|_, _| None);
+                if starts == CopyStarts::Afterwards {
+                    outcome.as_ref().unwrap();
+                }
+                let copy = start(&hosts.sim, &hosts.stores[1], "/a.copy").await.unwrap();
+                let there = hosts.published().await;
+                let expected = if outcome.is_ok() { [0xaa, 1] } else { [1, 1] };
+                assert_eq!(there, expected, "{starts:?}, call {at}: {outcome:?}");
+                // Either goes on by the usual rules, and what is published stays whole.
+                let again = hosts.servers[0].snapshot(&id("disk")).await.unwrap();
+                assert_eq!(hosts.published().await, [0xaa, 1], "{starts:?}, call {at}: {again:?}");
+                let _ = copy.snapshot(&id("disk")).await;
+                assert_eq!(hosts.published().await, [0xaa, 1], "{starts:?}, call {at}");
+                calls.load(Ordering::Relaxed)
+            });
+            if calls <= at {
+                assert!(at > 4, "only {at} calls");
+                break;
+            }
+        }
+    }
+}

@@ -1030,7 +1030,8 @@ async fn an_older_export_without_a_head_is_not_created_over() {
 #[tokio::test]
 async fn nothing_is_published_over_an_export_that_was_created_anew_meanwhile() {
     let other_sizes = Geometry::new(8 * CHUNK, 2 * CHUNK).unwrap();
-    for (published, geometry) in [(true, geometry(8)), (false, other_sizes), (true, other_sizes)] {
+    for (published, geometry) in [(true, geometry(8)), (false, geometry(8)), (false, other_sizes), (true, other_sizes)]
+    {
         let mut site = Site::new();
         let here = site.start("here").await;
         let volume = create(&here, "disk", 8).await;
@@ -1303,4 +1304,105 @@ async fn a_read_after_a_reset_gets_the_new_image_although_a_fetch_of_the_old_one
     tokio::task::yield_now().await;
     fetch.send(true).unwrap();
     assert_eq!([old.await.unwrap()[0], new.await.unwrap()[0]], [1, 2]);
+}
+
+#[tokio::test]
+async fn a_swap_that_the_store_only_claims_to_have_made_is_no_publish() {
+    let mut site = Site::new();
+    let registry = site.start("here").await;
+    let volume = create(&registry, "disk", 8).await;
+    write(&volume, 0, 1, CHUNK).await;
+    site.store.judge(
+        |op, key| {
+            if op == "put" && key.as_str().ends_with("volume.json") { Fate::Pretended } else { Fate::Served }
+        },
+    );
+    let refused = registry.snapshot(&id("disk")).await.unwrap_err();
+    assert!(refused.to_string().contains("answered that it had written the object"), "{refused}");
+    assert_eq!(status(&registry, "disk").await.dirty_chunks, 1, "a chunk is clean once the head was read back");
+    let refused = registry.create(id("other"), geometry(8)).await.unwrap_err();
+    assert!(refused.to_string().contains("answered that it had written the object"), "{refused}");
+    site.store.serve_all();
+    assert!(registry.snapshot(&id("disk")).await.unwrap().created);
+    assert_eq!(image(&site.elsewhere().await, "disk").await[0], 1);
+}
+
+#[tokio::test]
+async fn a_snapshot_that_names_a_lost_blob_is_not_published_and_a_compaction_repairs_it() {
+    for lost in ["gone", "short"] {
+        let mut site = Site::new();
+        let registry = site.start("here").await;
+        let volume = create(&registry, "disk", 8).await;
+        write(&volume, 0, 1, CHUNK).await;
+        let first = registry.snapshot(&id("disk")).await.unwrap().snapshot_id.unwrap();
+        write(&volume, CHUNK, 2, CHUNK).await;
+        let blob = root().export(&id("disk")).delta(first);
+        if lost == "gone" {
+            site.store.delete(&blob).await.unwrap();
+        } else {
+            site.store.put(&blob, vec![1; 10].into(), Condition::Always).await.unwrap();
+        }
+        let refused = registry.snapshot(&id("disk")).await.unwrap_err();
+        assert!(matches!(refused, ExportError::Damaged(_)) && refused.to_string().contains(blob.as_str()), "{refused}");
+        assert_eq!(status(&registry, "disk").await.dirty_chunks, 1);
+        assert_eq!(status(&registry, "disk").await.current_snapshot_id, Some(first));
+        assert!(registry.compact(&id("disk")).await.unwrap().created, "every chunk of the blob is in the cache");
+        let all = image(&site.elsewhere().await, "disk").await;
+        assert_eq!([all[0], all[CHUNK as usize]], [1, 2]);
+    }
+}
+
+/// What the store holds of an export, and the same once more a publish later.
+async fn roll_back_after_a_publish(site: &mut Site) {
+    publish_eight(site).await;
+    let head = root().export(&id("disk")).head();
+    let older = site.store.get(&head, 1 << 20).await.unwrap().bytes;
+    let registry = site.start("here").await;
+    write(&registry.volume(&id("disk")).await.unwrap(), 0, 0xaa, CHUNK).await;
+    registry.snapshot(&id("disk")).await.unwrap();
+    registry.close().await;
+    site.store.put(&head, older, Condition::Always).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_cache_is_not_dropped_for_a_head_that_was_rolled_back() {
+    let mut site = Site::new();
+    roll_back_after_a_publish(&mut site).await;
+    // The store alone, then the same once another server has published a line of its own there.
+    for published_since in [false, true] {
+        if published_since {
+            let other = site.start("other").await;
+            for byte in 1..4 {
+                write(&other.volume(&id("disk")).await.unwrap(), CHUNK, byte, CHUNK).await;
+                other.snapshot(&id("disk")).await.unwrap();
+            }
+        }
+        let raw = site.cache_root("here").join("disk/cache.raw");
+        let refused = site.start("here").await.volume(&id("disk")).await.unwrap_err();
+        let text = refused.to_string();
+        assert!(matches!(refused, ExportError::Damaged(_)) && text.contains("rolled back"), "{text}");
+        assert!(text.contains(raw.parent().unwrap().to_str().unwrap()), "{text}");
+        assert_eq!(std::fs::read(&raw).unwrap()[0], 0xaa, "what was published last is in the cache alone");
+    }
+}
+
+#[tokio::test]
+async fn an_older_copy_of_a_cache_with_changes_is_refused_and_says_what_to_do() {
+    let mut site = Site::new();
+    let registry = site.start("here").await;
+    let volume = create(&registry, "disk", 8).await;
+    write(&volume, 0, 1, CHUNK).await;
+    volume.flush().await.unwrap();
+    let (here, copy) = (site.cache_root("here").join("disk"), site.cache_root("here.copy").join("disk"));
+    std::fs::create_dir(&copy).unwrap();
+    for file in std::fs::read_dir(&here).unwrap() {
+        let file = file.unwrap();
+        std::fs::copy(file.path(), copy.join(file.file_name())).unwrap();
+    }
+    let published = registry.snapshot(&id("disk")).await.unwrap().snapshot_id.unwrap();
+    let refused = site.start("here.copy").await.volume(&id("disk")).await.unwrap_err();
+    let text = refused.to_string();
+    assert!(matches!(refused, ExportError::Damaged(_)) && text.contains("copy or an older state"), "{text}");
+    assert!(text.contains(&published.to_string()) && text.contains("move the folder away"), "{text}");
+    assert_eq!(image(&site.elsewhere().await, "disk").await[0], 1);
 }

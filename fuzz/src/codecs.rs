@@ -169,7 +169,7 @@ pub fn head(data: &[u8]) {
     match Head::decode(data, &id, &key()) {
         Ok(found) => {
             assert_eq!(Head::decode(&found.encode(), &id, &key()).as_ref(), Ok(&found));
-            assert_ne!(found.nudged().encode(), found.encode(), "a nudge changes nothing");
+            assert_ne!(found.bumped().encode(), found.encode(), "a bump changes nothing");
         }
         Err(error) => check_error(&error, key().as_str()),
     }

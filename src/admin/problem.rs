@@ -235,7 +235,7 @@ impl From<ExportError> for Problem {
             ExportError::NothingPublished(_) => Code::NothingPublished,
             ExportError::Busy(..) => Code::Busy,
             ExportError::Cancelled(_) => Code::Cancelled,
-            ExportError::Conflict { .. } => Code::Conflict,
+            ExportError::Conflict { .. } | ExportError::HeadRewritten { .. } => Code::Conflict,
             ExportError::StoreUnavailable(_) => Code::StoreUnavailable,
             ExportError::Damaged(_) => Code::Damaged,
         };
@@ -249,6 +249,7 @@ mod tests {
 
     use super::*;
     use crate::units::{ByteRange, ExportId};
+    use crate::volume::registry::HeadWriter;
 
     fn vm() -> ExportId {
         "vm".parse().unwrap()
@@ -269,7 +270,12 @@ mod tests {
     fn registry_errors_keep_their_text_and_get_the_status_a_client_acts_on() {
         let closed = VolumeError::Closed(vm());
         let range = ByteRange::new(1, 2).unwrap();
-        let conflict = ExportError::Conflict { export_id: vm(), expected: "aa".into(), found: "bb".into() };
+        let conflict = ExportError::Conflict {
+            export_id: vm(),
+            expected: "aa".into(),
+            found: "bb".into(),
+            moved_by: HeadWriter::AnotherServer,
+        };
         for (error, status, code) in [
             (ExportError::Unit(UnitError::ChunkSize(3)), 400, "invalid-chunk-size"),
             (UnitError::TooManyChunks { image_size: 9, chunk_size: 1, chunks: 9 }.into(), 400, "invalid-chunk-size"),

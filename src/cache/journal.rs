@@ -10,14 +10,15 @@ use serde::{Deserialize, Serialize};
 
 use crate::disk::{self, Disk};
 use crate::manifest::format::from_json;
-use crate::units::{ExportId, Generation, SnapshotId};
+use crate::units::{ExportId, Generation, RandomId, SnapshotId};
 
 /// The file's name in the export's cache folder.
 pub const JOURNAL_FILE: &str = "snapshot.journal.json";
 /// Where it is written before it takes its place.
 pub const JOURNAL_STAGING: &str = "snapshot.journal.json.tmp";
 const MAX_JOURNAL_BYTES: u64 = 64 << 10;
-const VERSION: u64 = 1;
+/// Version 1 had neither `incarnation` nor `session_id`.
+const VERSION: u64 = 2;
 
 /// How far a publish came. What each means for recovery is told in `volume/recover.rs`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -71,6 +72,13 @@ pub struct Journal {
     pub manifest_key: String,
     /// Its blob, for whoever reads the file.
     pub blob_key: String,
+    /// Tells the export from one of the same name that was deleted before; `None` in journals of older servers, and for
+    /// exports that they created.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub incarnation: Option<RandomId>,
+    /// The run of the server that publishes; `None` in journals of older servers.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub session_id: Option<RandomId>,
 }
 
 /// Why a journal cannot be used.
@@ -80,7 +88,7 @@ pub enum JournalError {
     #[error("it is damaged ({0})")]
     Damaged(String),
     /// Written by a newer server.
-    #[error("its version is {0}, this server knows {VERSION}: use the server that wrote it")]
+    #[error("its version is {0}, this server knows 1 to {VERSION}: use the server that wrote it")]
     Version(u64),
     /// It belongs to another export.
     #[error("its export_id is {0}, which is another export")]
@@ -115,7 +123,7 @@ impl Journal {
     pub fn decode(bytes: &[u8], export_id: &ExportId) -> Result<Self, JournalError> {
         // The version first: another one may have other fields.
         let version = from_json::<Versioned>(bytes).map_err(JournalError::Damaged)?.version;
-        if version != VERSION {
+        if !(1..=VERSION).contains(&version) {
             return Err(JournalError::Version(version));
         }
         let file: File = from_json(bytes).map_err(JournalError::Damaged)?;
@@ -172,6 +180,8 @@ mod tests {
             generation: Generation(1),
             manifest_key: "m".into(),
             blob_key: "b".into(),
+            incarnation: None,
+            session_id: Some(RandomId::generate()),
         }
     }
 
@@ -197,7 +207,7 @@ mod tests {
         assert!(
             matches!(Journal::decode(&journal().encode(), &other), Err(JournalError::OtherExport(id)) if id.as_str() == "disk")
         );
-        let newer = String::from_utf8(journal().encode()).unwrap().replace("\"version\": 1", "\"version\": 2");
-        assert_eq!(Journal::decode(newer.as_bytes(), &"disk".parse().unwrap()), Err(JournalError::Version(2)));
+        let newer = String::from_utf8(journal().encode()).unwrap().replace("\"version\": 2", "\"version\": 3");
+        assert_eq!(Journal::decode(newer.as_bytes(), &"disk".parse().unwrap()), Err(JournalError::Version(3)));
     }
 }

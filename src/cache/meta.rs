@@ -17,7 +17,7 @@
 
 use super::states::{ChunkState, Content};
 use crate::sabotage::{Rule, breaks};
-use crate::units::{ChunkIndex, ExportId, Generation, Geometry, SnapshotId};
+use crate::units::{ChunkIndex, ExportId, Generation, Geometry, RandomId, SnapshotId};
 
 /// The fixed size of the header, in bytes.
 pub const HEADER_BYTES: usize = 4096;
@@ -29,6 +29,7 @@ const MAGIC: &[u8; 8] = b"NBDCACHE";
 const VERSION: u32 = 1;
 const HASH_AT: usize = HEADER_BYTES - 32;
 const ID_AT: usize = 128;
+const INCARNATION_AT: usize = 256;
 /// No log comes near it; so counting on from a number in a file never overflows.
 const MAX_SEQ: u64 = 1 << 62;
 
@@ -71,6 +72,8 @@ pub struct Header {
     pub geometry: Geometry,
     /// The snapshot the states are relative to.
     pub base: Base,
+    /// The incarnation of the export; `None` if its head has none, or an older server wrote the file.
+    pub incarnation: Option<RandomId>,
     /// The boot in which the file was written.
     pub boot_id: [u8; 16],
     /// The number of the first record.
@@ -165,6 +168,12 @@ fn u32_at(bytes: &[u8], at: usize) -> u32 {
     u32::from_le_bytes(word)
 }
 
+fn id_at(bytes: &[u8], at: usize) -> [u8; 16] {
+    let mut id = [0; 16];
+    id.copy_from_slice(&bytes[at..at + 16]);
+    id
+}
+
 /// A checkpoint as bytes: header and runs, and the epoch its records carry.
 #[must_use]
 pub fn encode_checkpoint(header: &Header, states: &[ChunkState]) -> (Vec<u8>, u64) {
@@ -188,6 +197,8 @@ pub fn encode_checkpoint(header: &Header, states: &[ChunkState]) -> (Vec<u8>, u6
     let id = header.export_id.as_str().as_bytes();
     bytes[120..128].copy_from_slice(&(id.len() as u64).to_le_bytes());
     bytes[ID_AT..ID_AT + id.len()].copy_from_slice(id);
+    let incarnation = header.incarnation.map_or([0; 16], RandomId::to_bytes);
+    bytes[INCARNATION_AT..INCARNATION_AT + 16].copy_from_slice(&incarnation);
     let hash = blake3::hash(&bytes[..HASH_AT]);
     bytes[HASH_AT..].copy_from_slice(hash.as_bytes());
     bytes.extend_from_slice(&runs);
@@ -263,10 +274,7 @@ fn decode_header(bytes: &[u8]) -> Result<(Header, usize, [u8; 32], u64), MetaErr
     }
     let geometry =
         Geometry::new(u64_at(bytes, 16), u64_at(bytes, 24)).map_err(|e| damaged(&format!("its header ({e})")))?;
-    let mut snapshot = [0; 16];
-    snapshot.copy_from_slice(&bytes[40..56]);
-    let mut boot_id = [0; 16];
-    boot_id.copy_from_slice(&bytes[56..72]);
+    let (snapshot, boot_id) = (id_at(bytes, 40), id_at(bytes, 56));
     let mut runs_hash = [0; 32];
     runs_hash.copy_from_slice(&bytes[88..120]);
     let id_len = usize::try_from(u64_at(bytes, 120)).unwrap_or(usize::MAX);
@@ -285,7 +293,8 @@ fn decode_header(bytes: &[u8]) -> Result<(Header, usize, [u8; 32], u64), MetaErr
         let text = format!("the base in its header (generation {} without a snapshot)", base.generation);
         return Err(damaged(&text));
     }
-    let header = Header { export_id, geometry, base, boot_id, first_seq };
+    let incarnation = RandomId::from_bytes(id_at(bytes, INCARNATION_AT));
+    let header = Header { export_id, geometry, base, incarnation, boot_id, first_seq };
     let runs_len = usize::try_from(u64_at(bytes, 80)).map_err(|_| damaged("the length of its chunk states"))?;
     Ok((header, runs_len, runs_hash, epoch_of(hash.as_bytes())))
 }

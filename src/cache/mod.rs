@@ -11,7 +11,7 @@
 //!
 //! Locks, always taken in this order: *checkpointing*, *filling*, the *gate* (shared by every client's read and every
 //! transition, exclusive for the cut, the commit and the reset), a chunk's *stripe* (around each transition), *creating aside*, *aside*,
-//! *syncing*, the *log*, the *base*. None is held across anything but local I/O. The methods block, and [`blocking`] is the one crossing from async
+//! *syncing*, the *log*, the *base*, the *incarnation*. None is held across anything but local I/O. The methods block, and [`blocking`] is the one crossing from async
 //! code; but for those of `at_once`, which async code may call as it is.
 
 pub mod aside;
@@ -33,7 +33,7 @@ use crate::background::Background;
 use crate::disk::{Disk, DiskFile};
 use crate::sabotage::{Rule, breaks};
 use crate::sync::{AtomicBool, AtomicU64, Mutex, MutexGuard, OnceLock, RwLock};
-use crate::units::{ByteRange, ChunkIndex, ExportId, Geometry};
+use crate::units::{ByteRange, ChunkIndex, ExportId, Geometry, RandomId};
 use aside::{Aside, AsideMemory};
 use at_once::Pace;
 use flush::FlushBarrier;
@@ -144,6 +144,8 @@ pub struct Cache {
     log_is_ours: AtomicBool,
     /// Who only watches asks for it, and so shall not wait for the disk, as one does for the log: it is held to copy it.
     base: Mutex<Base>,
+    /// Which of the exports that ever had this name.
+    incarnation: Mutex<Option<RandomId>>,
     flush: FlushBarrier,
     syncing: Mutex<()>,
     pace: Pace,
@@ -188,6 +190,18 @@ impl Cache {
     #[must_use]
     pub fn base(&self) -> Base {
         *self.base.lock()
+    }
+
+    /// Which of the exports that ever had this name the cache belongs to, as its head says; `None` if that is not known.
+    #[must_use]
+    pub fn incarnation(&self) -> Option<RandomId> {
+        *self.incarnation.lock()
+    }
+
+    /// Notes the incarnation, where the cache of an older server has none; the next checkpoint makes it durable.
+    pub fn note_incarnation(&self, incarnation: Option<RandomId>) {
+        let mut noted = self.incarnation.lock();
+        *noted = noted.or(incarnation);
     }
 
     /// A chunk's state now.
@@ -505,7 +519,7 @@ impl Cache {
 
     fn header(&self, base: Base, first_seq: u64) -> Header {
         let (export_id, geometry, boot_id) = (self.export_id.clone(), self.geometry, self.boot_id);
-        Header { export_id, geometry, base, boot_id, first_seq }
+        Header { export_id, geometry, base, incarnation: self.incarnation(), boot_id, first_seq }
     }
 
     /// The states of all chunks, put into `room`, which is empty.

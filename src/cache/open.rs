@@ -17,7 +17,7 @@ use super::{Base, Cache, CacheError, LogFile, RAW_FILE, STRIPES, disk_error};
 use crate::disk::{self, Disk, DiskFile};
 use crate::sabotage::{Rule, breaks};
 use crate::sync::{AtomicBool, AtomicU64, Mutex, OnceLock, Ordering, RwLock};
-use crate::units::{ByteRange, ExportId, Geometry};
+use crate::units::{ByteRange, ExportId, Geometry, RandomId};
 
 /// Where the note of a clone's seed is written before it takes its place.
 const SEED_STAGING: &str = "clone.seed.json.tmp";
@@ -38,6 +38,8 @@ pub struct Opening {
     pub geometry: Geometry,
     /// The published snapshot that a new cache starts from.
     pub base: Base,
+    /// The incarnation that a new cache belongs to.
+    pub incarnation: Option<RandomId>,
     /// What the server has for blocks that writers set aside for publishes.
     pub aside_memory: Arc<AsideMemory>,
 }
@@ -123,7 +125,7 @@ impl Opening {
         let trusted_boot = if failed && !breaks(Rule::ForgetFailedSync) { NO_BOOT } else { boot_id };
         let found = meta::decode(&bytes, trusted_boot).map_err(|e| self.damaged(META_FILE, e))?;
         self.check_identity(&found.header)?;
-        self.base = found.header.base;
+        (self.base, self.incarnation) = (found.header.base, found.header.incarnation);
 
         let raw = self.disk.open(&self.dir.join(RAW_FILE)).map_err(|e| self.error("open", RAW_FILE, e))?;
         let raw_len = raw.len().map_err(|e| self.error("read", RAW_FILE, e))?;
@@ -195,8 +197,8 @@ impl Opening {
     }
 
     fn header(&self, boot_id: [u8; 16], first_seq: u64) -> Header {
-        let (export_id, geometry, base) = (self.export_id.clone(), self.geometry, self.base);
-        Header { export_id, geometry, base, boot_id, first_seq }
+        let (export_id, geometry) = (self.export_id.clone(), self.geometry);
+        Header { export_id, geometry, base: self.base, incarnation: self.incarnation, boot_id, first_seq }
     }
 
     fn into_cache(self, boot_id: [u8; 16], raw: Arc<dyn DiskFile>, states: &[ChunkState], file: LogFile) -> Cache {
@@ -214,6 +216,7 @@ impl Opening {
             log_is_ours: AtomicBool::new(matches!(file, LogFile::Open(_))),
             log: Mutex::new(file),
             base: Mutex::new(self.base),
+            incarnation: Mutex::new(self.incarnation),
             flush: FlushBarrier::default(),
             syncing: Mutex::new(()),
             pace: Pace::default(),
@@ -351,12 +354,12 @@ impl Cache {
         }
     }
 
-    /// Drops everything: every chunk is missing, and `base` is what they stand for. Durable on return (L9). `swap` runs
-    /// once it is, while no reader or writer is under way.
+    /// Drops everything: every chunk is missing, and `base` of an incarnation is what they stand for. Durable on return (L9).
+    /// `swap` runs once it is, while no reader or writer is under way.
     ///
     /// # Errors
     /// [`CacheError`]; a failure before the checkpoint is in place changes nothing.
-    pub fn reset(&self, base: Base, swap: impl FnOnce()) -> Result<(), CacheError> {
+    pub fn reset(&self, base: Base, incarnation: Option<RandomId>, swap: impl FnOnce()) -> Result<(), CacheError> {
         let _one_at_a_time = self.checkpointing.lock();
         self.ensure_log_is_ours()?;
         let _alone = self.gate.write();
@@ -368,11 +371,12 @@ impl Cache {
         }
         let LogFile::Open(file) = &mut *self.log.lock() else { return Ok(()) };
         let absent = vec![ChunkState::new(Content::Absent); self.geometry.chunk_count() as usize];
-        let header = self.header(base, file.begin_carry());
+        let header = Header { incarnation, ..self.header(base, file.begin_carry()) };
         let staged = log::stage(&*self.disk, &self.dir, &header, &absent);
         let staged = staged.inspect_err(|_| file.end_carry()).map_err(|e| self.error("write", META_FILE, e))?;
         file.replace(staged, &*self.disk, &self.dir).map_err(|e| self.latch("renewal of cache.meta", &e))?;
         *self.base.lock() = base;
+        *self.incarnation.lock() = incarnation;
         swap();
         for (chunk, _) in self.states.iter() {
             self.states.set(chunk, ChunkState::new(Content::Absent));

@@ -7,7 +7,7 @@ use serde_json::value::RawValue;
 
 use super::format::{FormatError, Versioned, from_json, geometry_of, shown};
 use crate::store::Key;
-use crate::units::{ExportId, Generation, Geometry, SnapshotId};
+use crate::units::{ExportId, Generation, Geometry, RandomId, SnapshotId};
 
 /// The most bytes such a file may have.
 pub const MAX_HEAD_BYTES: u64 = 1 << 20;
@@ -51,10 +51,32 @@ pub struct Head {
     pub current: Option<SnapshotId>,
     /// What the image is while nothing was published; `None` for zeros.
     pub seed: Option<CloneSeed>,
+    /// Tells this export from one of the same name that was deleted before; `None` in heads of older servers.
+    pub incarnation: Option<RandomId>,
     /// Counts the times the file was rewritten only to change its version.
     revision: u64,
+    written_by: Option<WrittenBy>,
     /// Fields of other tools, kept as they are.
     others: BTreeMap<String, Other>,
+}
+
+/// A run of a server over a cache root.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Writer {
+    /// The cache root.
+    pub cache_root_id: RandomId,
+    /// The run of the server.
+    pub session_id: RandomId,
+}
+
+/// The server that last wrote a head, and what the head named then. Servers that do not know this field keep it as it is
+/// when they publish: it counts only as long as the head names the same snapshot.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+struct WrittenBy {
+    cache_root_id: RandomId,
+    session_id: RandomId,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    current_snapshot_id: Option<SnapshotId>,
 }
 
 /// A value of another tool, as it was written: taken apart and put together again a long number would be another one.
@@ -69,13 +91,24 @@ impl PartialEq for Other {
 }
 
 /// The fields of [`RawHead`] that are ours.
-const OWN_FIELDS: [&str; 7] =
-    ["version", "export_id", "image_size", "chunk_size", "current_snapshot_id", "clone_seed", "revision"];
+const OWN_FIELDS: [&str; 9] = [
+    "version",
+    "export_id",
+    "incarnation",
+    "image_size",
+    "chunk_size",
+    "current_snapshot_id",
+    "clone_seed",
+    "revision",
+    "written_by",
+];
 
 #[derive(Serialize, Deserialize)]
 struct RawHead {
     version: u64,
     export_id: String,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    incarnation: Option<RandomId>,
     image_size: u64,
     chunk_size: u64,
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -84,6 +117,8 @@ struct RawHead {
     clone_seed: Option<CloneSeed>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     revision: Option<u64>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    written_by: Option<WrittenBy>,
     #[serde(flatten, skip_deserializing)]
     others: BTreeMap<String, Other>,
 }
@@ -92,7 +127,14 @@ impl Head {
     /// The head of an export that was never published.
     #[must_use]
     pub fn new(export_id: ExportId, geometry: Geometry, seed: Option<CloneSeed>) -> Self {
-        Self { export_id, geometry, current: None, seed, revision: 0, others: BTreeMap::new() }
+        let (incarnation, written_by, others) = (None, None, BTreeMap::new());
+        Self { export_id, geometry, current: None, seed, incarnation, revision: 0, written_by, others }
+    }
+
+    /// The head of an export that is created now: unlike every other, whatever its name and content.
+    #[must_use]
+    pub fn created(export_id: ExportId, geometry: Geometry, seed: Option<CloneSeed>) -> Self {
+        Self { incarnation: Some(RandomId::generate()), ..Self::new(export_id, geometry, seed) }
     }
 
     /// The head once `snapshot` is published. A clone's seed goes: the manifest is complete.
@@ -103,8 +145,22 @@ impl Head {
 
     /// The same head in other bytes, and so under another version in the store, whatever that derives versions from.
     #[must_use]
-    pub fn nudged(&self) -> Self {
+    pub fn bumped(&self) -> Self {
         Self { revision: self.revision.wrapping_add(1), ..self.clone() }
+    }
+
+    /// The head with a note of the server that is about to write it.
+    #[must_use]
+    pub fn written_by(self, writer: Writer) -> Self {
+        let Writer { cache_root_id, session_id } = writer;
+        Self { written_by: Some(WrittenBy { cache_root_id, session_id, current_snapshot_id: self.current }), ..self }
+    }
+
+    /// The server that wrote this head, if it is known.
+    #[must_use]
+    pub fn writer(&self) -> Option<Writer> {
+        let by = self.written_by.as_ref().filter(|by| by.current_snapshot_id == self.current)?;
+        Some(Writer { cache_root_id: by.cache_root_id, session_id: by.session_id })
     }
 
     /// The file's bytes.
@@ -113,11 +169,13 @@ impl Head {
         to_json(&RawHead {
             version: VERSION,
             export_id: self.export_id.to_string(),
+            incarnation: self.incarnation,
             image_size: self.geometry.image_size(),
             chunk_size: self.geometry.chunk_size(),
             current_snapshot_id: self.current,
             clone_seed: self.seed.clone(),
             revision: Some(self.revision).filter(|revision| *revision != 0),
+            written_by: self.written_by.clone(),
             others: self.others.clone(),
         })
     }
@@ -148,7 +206,9 @@ impl Head {
             geometry,
             current: raw.current_snapshot_id,
             seed: raw.clone_seed,
+            incarnation: raw.incarnation,
             revision: raw.revision.unwrap_or(0),
+            written_by: raw.written_by,
             others,
         })
     }

@@ -197,6 +197,17 @@ impl Manifest {
         Some(&self.entries[at])
     }
 
+    /// The blobs that entries name, each with the length in bytes that it must have at least.
+    #[must_use]
+    pub fn blob_lengths(&self) -> Vec<(&Key, u64)> {
+        let mut lengths: Vec<_> = self.blobs.iter().map(|key| (key, 0)).collect();
+        for entry in &self.entries {
+            let (_, needed) = &mut lengths[entry.blob as usize];
+            *needed = entry.offset.saturating_add(self.geometry.chunk_range(entry.chunk).len()).max(*needed);
+        }
+        lengths
+    }
+
     /// What `refs/current.json` says of this snapshot.
     #[must_use]
     pub fn current_ref(&self, snapshot_id: SnapshotId, manifest_key: &Key) -> CurrentRef {

@@ -20,12 +20,13 @@ use parking_lot::Mutex;
 
 use super::Services;
 use super::fill::{FetchError, Remote};
+use super::head::{Swap, SwapError};
 use super::publish::hashed;
 use super::registry::{ExportError, Published};
 use crate::manifest::head::{Head, MAX_HEAD_BYTES};
 use crate::manifest::{Change, Manifest};
 use crate::store::parts::upload_floor;
-use crate::store::{BoxError, Condition, Key, StoreError};
+use crate::store::{BoxError, Key, StoreError};
 use crate::units::{ChunkIndex, ExportId, Geometry, SnapshotId};
 
 /// The chunks of an image in ascending order; those left out are zeros.
@@ -71,8 +72,8 @@ impl Services {
                 return Err(e);
             }
         };
-        let head = Head::new(id.clone(), geometry, None).published(snapshot);
-        self.create_head(&head, snapshot, &objects).await?;
+        let head = Head::created(id.clone(), geometry, None).published(snapshot);
+        self.create_imported(&head, &objects).await?;
         let current = manifest.current_ref(snapshot, &objects[1]);
         if let Err(e) = self.write_current_ref(id, &current).await {
             tracing::warn!(export = %id, "refs/current.json was not written, the next publish will: {e}");
@@ -148,36 +149,17 @@ impl Services {
         Ok(manifest)
     }
 
-    /// Creates the head. An unclear answer is settled by reading it; while it may still land, its objects stay.
-    async fn create_head(&self, head: &Head, snapshot: SnapshotId, objects: &[Key; 2]) -> Result<(), ExportError> {
-        let id = &head.export_id;
-        let (mut patience, mut unclear) = (self.patience(), false);
-        loop {
-            let given_up = match self.write_head(head, Condition::IfAbsent).await {
-                Ok(()) => return Ok(()),
-                Err(e @ (StoreError::Conflict { .. } | StoreError::Unavailable { .. })) => {
-                    unclear |= matches!(e, StoreError::Unavailable { .. });
-                    patience.pause_after(e).await.err()
-                }
-                Err(e) => {
-                    if !unclear {
-                        self.discard(objects).await;
-                    }
-                    return Err(e.into());
-                }
-            };
-            match (self.read_head(id).await?, given_up) {
-                (Some(stored), _) if stored.head.current == Some(snapshot) => return Ok(()),
-                (Some(_), _) => {
-                    if !unclear {
-                        self.discard(objects).await;
-                    }
-                    return Err(ExportError::Exists(id.clone()));
-                }
-                (None, Some(failure)) => return Err(failure.into()),
-                (None, None) => {}
-            }
+    /// Creates the head of an imported image. While it may still land, its objects stay.
+    async fn create_imported(&self, head: &Head, objects: &[Key; 2]) -> Result<(), ExportError> {
+        let (error, may_land) = match self.create_head(head).await {
+            Ok(Swap::Landed) => return Ok(()),
+            Ok(Swap::Lost { answered, .. }) => (ExportError::Exists(head.export_id.clone()), !answered),
+            Err(SwapError { error, may_land, .. }) => (error, may_land),
+        };
+        if !may_land {
+            self.discard(objects).await;
         }
+        Err(error)
     }
 
     async fn discard(&self, objects: &[Key]) {

@@ -58,7 +58,7 @@ impl PublishEnding {
         match result {
             Ok(Published { created: true, .. }) => Self::Published,
             Ok(_) => Self::NothingDirty,
-            Err(ExportError::Conflict { .. }) => Self::Conflict,
+            Err(ExportError::Conflict { .. } | ExportError::HeadRewritten { .. }) => Self::Conflict,
             Err(_) => Self::Failed,
         }
     }

@@ -18,6 +18,7 @@ mod change;
 mod export;
 pub mod faults;
 mod fill;
+mod head;
 pub mod image;
 mod meter;
 mod objects;
@@ -47,13 +48,14 @@ use crate::store::SharedStore;
 pub use crate::store::health::Outage;
 use crate::store::keys::{ExportKeys, ExportRoot};
 use crate::store::retry::{Patience, RetryPolicy};
-use crate::units::{ByteRange, ChunkIndex, ExportId, Geometry};
+use crate::units::{ByteRange, ChunkIndex, ExportId, Geometry, RandomId};
 use ahead::ReadAhead;
 pub use budget::DEFAULT_PUBLISH_BYTES;
 use budget::{FillBudget, PublishBudget};
 pub use change::Change;
 use faults::Faults;
 use fill::Fills;
+use head::Identity;
 use meter::Meter;
 pub use meter::RequestKind;
 use order::Order;
@@ -135,6 +137,8 @@ pub struct Services {
     pub clock: Arc<dyn Clock>,
     /// How long the store retries; and so, and at the same pace, is a head written again that it did not take.
     policy: RetryPolicy,
+    /// This run of the server, as heads and journals name it.
+    identity: Identity,
     /// Where publishes work.
     pub(crate) background: Background,
     /// Bounds the memory of chunks on their way from the store.
@@ -150,13 +154,20 @@ impl Services {
         let fill_budget = FillBudget::new(Arc::clone(&clock));
         let publish_budget = PublishBudget::new(DEFAULT_PUBLISH_BYTES);
         let (policy, background) = (RetryPolicy::default(), Background::default());
-        Self { store, root, disk, clock, policy, background, fill_budget, publish_budget }
+        let identity = Identity::of(RandomId::generate());
+        Self { store, root, disk, clock, policy, identity, background, fill_budget, publish_budget }
     }
 
     /// The same with the patience that the store has.
     #[must_use]
     pub fn with_patience(self, patience: RetryPolicy) -> Self {
         Self { policy: patience, ..self }
+    }
+
+    /// The same as a run over the cache root of that id.
+    #[must_use]
+    pub fn with_cache_root(self, id: RandomId) -> Self {
+        Self { identity: Identity::of(id), ..self }
     }
 
     /// The same with another bound on the memory of publishes, in bytes.

@@ -1,14 +1,14 @@
-//! The small objects of an export: its head, its manifests, the copy of the head. Reads are capped and checked,
+//! The small objects of an export beside its head: its manifests, and the copy of the head. Reads are capped and checked,
 //! and every error names the object.
 
 use bytes::Bytes;
-use futures_util::stream::{self, StreamExt};
+use futures_util::stream::{self, StreamExt, TryStreamExt};
 
 use super::Services;
 use super::registry::ExportError;
-use crate::manifest::head::{CurrentRef, Head, MAX_HEAD_BYTES};
+use crate::manifest::head::CurrentRef;
 use crate::manifest::{Manifest, format};
-use crate::store::{Condition, Key, StoreError, Version};
+use crate::store::{Condition, Key, StoreError};
 use crate::units::{ExportId, Geometry, SnapshotId};
 
 impl From<StoreError> for ExportError {
@@ -25,34 +25,10 @@ impl From<StoreError> for ExportError {
     }
 }
 
-/// A head as it stands in the store, with what a swap needs to replace just that one.
-#[derive(Debug, Clone)]
-pub(super) struct StoredHead {
-    pub head: Head,
-    pub version: Version,
-}
+/// How many blobs are looked at at a time before a snapshot that names them is published.
+const BLOBS_CHECKED_AT_A_TIME: usize = 16;
 
 impl Services {
-    /// `volume.json`, or `None` if there is no such export.
-    pub(super) async fn read_head(&self, id: &ExportId) -> Result<Option<StoredHead>, ExportError> {
-        let key = self.root.export(id).head();
-        match self.store.get(&key, MAX_HEAD_BYTES).await {
-            Ok(object) => {
-                let head =
-                    Head::decode(&object.bytes, id, &key).map_err(|e| ExportError::Damaged(e.to_string().into()))?;
-                Ok(Some(StoredHead { head, version: object.version }))
-            }
-            Err(StoreError::NotFound { .. }) => Ok(None),
-            Err(e) => Err(e.into()),
-        }
-    }
-
-    /// Writes `volume.json` if the condition holds. An error other than a refusal leaves open whether it landed.
-    pub(super) async fn write_head(&self, head: &Head, condition: Condition) -> Result<(), StoreError> {
-        let key = self.root.export(&head.export_id).head();
-        self.store.put(&key, head.encode().into(), condition).await.map(drop)
-    }
-
     /// The manifest of a snapshot that is known to be published.
     pub(super) async fn read_manifest(
         &self,
@@ -108,6 +84,29 @@ impl Services {
         let bytes: Bytes = crate::cache::blocking_io(move || format::encode(&manifest)).await.into();
         let len = bytes.len() as u64;
         self.store.upload(key, len, stream::iter([Ok(bytes)]).boxed()).await
+    }
+
+    /// Finds out that the blobs of earlier snapshots which a manifest names are there, whole: all but `uploaded`, which its
+    /// upload vouches for.
+    pub(super) async fn check_blobs(&self, manifest: &Manifest, uploaded: &Key) -> Result<(), ExportError> {
+        let named = manifest.blob_lengths().into_iter().filter(|(key, _)| *key != uploaded);
+        let earlier: Vec<_> = named.map(|(key, needed)| (key.clone(), needed)).collect();
+        let checks = stream::iter(earlier).map(|(key, needed)| self.check_blob(key, needed));
+        checks.buffer_unordered(BLOBS_CHECKED_AT_A_TIME).try_collect().await
+    }
+
+    async fn check_blob(&self, key: Key, needed: u64) -> Result<(), ExportError> {
+        let wrong = match self.store.len(&key).await {
+            Ok(len) if len >= needed => return Ok(()),
+            Ok(len) => format!("has {len} bytes instead of at least {needed}"),
+            Err(StoreError::NotFound { .. }) => "is gone from the store".to_owned(),
+            Err(e) => return Err(e.into()),
+        };
+        let text = format!(
+            "{key}, which the image needs, {wrong}: nothing was published. Restore the object from a copy of the bucket; or \
+             compact the export, which works if the cache holds every chunk that is in it"
+        );
+        Err(ExportError::Damaged(text.into()))
     }
 
     /// Writes `refs/current.json`, the copy of the head for readers of the older direct mode.

@@ -8,11 +8,13 @@ use std::sync::atomic::Ordering;
 use parking_lot::{Mutex, RwLock};
 
 use super::ahead::ReadAhead;
+use super::ancestry::Ancestry;
 use super::faults::Faults;
 use super::fill::Fills;
+use super::head::Swap;
 use super::meter::Meter;
 use super::order::Order;
-use super::registry::{ExportError, ExportStatus, Operation};
+use super::registry::{ExportError, ExportStatus, HeadWriter, Operation};
 use super::seen::SeenHead;
 use super::{Services, Volume, VolumeError};
 use crate::cache::journal::{self, JOURNAL_FILE};
@@ -20,9 +22,9 @@ use crate::cache::{self, Base, CacheError, open::Opening};
 use crate::disk::{self, Disk};
 use crate::manifest::Manifest;
 use crate::manifest::head::{CLONE_SEED_FILE, CloneSeed, CurrentRef, Head, MAX_HEAD_BYTES};
+use crate::store::StoreError;
 use crate::store::keys::ExportKeys;
-use crate::store::{Condition, StoreError};
-use crate::units::{ExportId, Generation, SnapshotId};
+use crate::units::{ExportId, Generation, RandomId, SnapshotId};
 
 impl Services {
     /// The image that a head stands for, and what a cache of it is relative to.
@@ -48,6 +50,7 @@ impl Services {
             export_id: head.export_id.clone(),
             geometry: head.geometry,
             base,
+            incarnation: head.incarnation,
             aside_memory: Arc::clone(self.publish_budget.aside()),
         }
     }
@@ -67,12 +70,12 @@ impl Services {
             return Err(ExportError::Damaged(text.into()));
         }
         let geometry = self.read_geometry(id, current.snapshot_id).await?;
-        let head = Head::new(id.clone(), geometry, None).published(current.snapshot_id);
-        match self.write_head(&head, Condition::IfAbsent).await {
-            // Somebody else adopted it first: theirs is the head.
-            Ok(()) | Err(StoreError::Conflict { .. }) => Ok(self.read_head(id).await?.map(|stored| stored.head)),
-            Err(e) => Err(e.into()),
-        }
+        let head = Head::created(id.clone(), geometry, None).published(current.snapshot_id);
+        Ok(Some(match self.create_head(&head).await? {
+            Swap::Landed => head,
+            // Another server adopted it first.
+            Swap::Lost { found, .. } => found.head,
+        }))
     }
 }
 
@@ -88,15 +91,20 @@ impl Volume {
         let opening = services.opening(dir.clone(), head, head_base);
         let opened = cache::blocking_io(move || opening.open()).await;
         let cache = opened.map_err(|e| local_error(&head.export_id, e))?;
-        let base = cache.base();
-        let (keys, dirty, another) = (services.root.export(&head.export_id), cache.is_dirty(), began_anew(head, base));
+        let (base, dirty) = (cache.base(), cache.is_dirty());
+        let keys = services.root.export(&head.export_id);
+        let another = created_anew(head, cache.incarnation(), base);
         if another && dirty {
             return Err(another_export(&keys, &dir));
         }
         // With nothing of its own in it, the cache need not stand where the head was once: that may not even be there any more.
         let follows = another || (base != head_base && !dirty && !services.left_a_journal(head, &dir).await?);
+        if follows && !another {
+            services.refuse_older_head(head, base, &dir).await?;
+        }
         let stands_on_head = base == head_base || follows;
         let image = if stands_on_head { head_image } else { services.image_of(head, base, &dir).await? };
+        cache.note_incarnation(head.incarnation);
         let volume = Arc::new(Self {
             export_id: head.export_id.clone(),
             geometry: head.geometry,
@@ -117,7 +125,7 @@ impl Volume {
             operation: Mutex::new(Operation::Idle),
         });
         if follows {
-            volume.drop_local(head_base, volume.image()).await?;
+            volume.drop_local(head_base, head.incarnation, volume.image()).await?;
         }
         if another {
             // Whatever was being published of the one before.
@@ -136,8 +144,12 @@ impl Volume {
             return self.note_seed(&head).await;
         }
         if !self.cache.is_dirty() {
+            self.services.refuse_older_head(&head, self.cache.base(), self.cache.dir()).await?;
             tracing::info!(export = %self.export_id, "another server published since; its snapshot is served from now on");
             return self.stand_on(&head).await;
+        }
+        if self.services.identity.shares_cache_root_with(&head) {
+            return Err(copied_cache(&self.keys, &head, self.cache.dir()));
         }
         match self.conflict(&head) {
             conflict @ ExportError::Conflict { .. } => tracing::warn!("{conflict}"),
@@ -154,7 +166,7 @@ impl Volume {
 
     /// Whether a head is certainly that of an export which was created under this one's name after this one had been deleted.
     pub(super) fn is_of_another_export(&self, head: &Head) -> bool {
-        head.geometry != self.geometry || began_anew(head, self.cache.base())
+        head.geometry != self.geometry || created_anew(head, self.cache.incarnation(), self.cache.base())
     }
 
     /// Why nothing that builds on what the cache stands on may be published over a head; the conflict is noted.
@@ -162,12 +174,18 @@ impl Volume {
         if self.is_of_another_export(head) {
             return another_export(&self.keys, self.cache.dir());
         }
-        let name = |id: Option<SnapshotId>| id.map_or_else(|| "none".to_owned(), |id| id.to_string());
-        let conflict = ExportError::Conflict {
-            export_id: self.export_id.clone(),
-            expected: name(self.expected_head()),
-            found: name(head.current),
+        let export_id = self.export_id.clone();
+        let moved_by = if self.services.identity.shares_cache_root_with(head) {
+            HeadWriter::CopyOfThisCacheRoot
+        } else {
+            HeadWriter::AnotherServer
         };
+        if head.current == self.expected_head() {
+            return ExportError::HeadRewritten { export_id, moved_by };
+        }
+        let name = |id: Option<SnapshotId>| id.map_or_else(|| "none".to_owned(), |id| id.to_string());
+        let (expected, found) = (name(self.expected_head()), name(head.current));
+        let conflict = ExportError::Conflict { export_id, expected, found, moved_by };
         self.note_foreign_head(head, &conflict);
         conflict
     }
@@ -211,6 +229,27 @@ impl Volume {
 }
 
 impl Services {
+    /// Refuses to drop what a cache holds for a head that the snapshot under it did not lead to: the head was rolled back, and
+    /// the cache may be the only copy of what came after.
+    async fn refuse_older_head(&self, head: &Head, base: Base, dir: &Path) -> Result<(), ExportError> {
+        let Base { snapshot: Some(snapshot), generation } = base else { return Ok(()) };
+        if generation == Generation(0) {
+            return Ok(());
+        }
+        let (id, geometry) = (&head.export_id, head.geometry);
+        if self.ancestry(id, geometry, head.current, (snapshot, generation)).await? != Ancestry::Foreign {
+            return Ok(());
+        }
+        let (key, dir) = (self.root.export(id).head(), dir.display());
+        let current = head.current.map_or_else(|| "no snapshot".to_owned(), |id| format!("snapshot {id}"));
+        let text = format!(
+            "{key} names {current}, to which snapshot {snapshot} (generation {generation}) did not lead, on which the cache in \
+             {dir} stands: the object was rolled back, and the cache may be the only copy of what came after. Restore the \
+             object; or, to serve what it names, unload the export, move the folder away and open it again"
+        );
+        Err(ExportError::Damaged(text.into()))
+    }
+
     /// Whether a publish was interrupted that is not settled.
     async fn left_a_journal(&self, head: &Head, dir: &Path) -> Result<bool, ExportError> {
         Ok(self.file_io(&head.export_id, "read", dir, JOURNAL_FILE, journal::load).await?.is_some())
@@ -259,10 +298,19 @@ impl Services {
     }
 }
 
-/// Whether an export was created after the one that a cache stood on at `base`.
-fn began_anew(head: &Head, base: Base) -> bool {
-    // A head that names a snapshot never goes back to naming none; until then it names what the export began as.
-    head.current.is_none() && base != beginning(head)
+/// Whether two incarnations are known and not the same.
+pub(super) fn differ(a: Option<RandomId>, b: Option<RandomId>) -> bool {
+    a.zip(b).is_some_and(|(a, b)| a != b)
+}
+
+/// Whether a head is that of an export which was created after the one of a cache, an incarnation that stands on `base`.
+fn created_anew(head: &Head, incarnation: Option<RandomId>, base: Base) -> bool {
+    match incarnation.zip(head.incarnation) {
+        Some((ours, theirs)) => ours != theirs,
+        // Told apart by what they begin as: a head that names a snapshot never goes back to naming none, and until then it names
+        // what the export began as.
+        None => head.current.is_none() && base != beginning(head),
+    }
 }
 
 fn another_export(keys: &ExportKeys, dir: &Path) -> ExportError {
@@ -270,6 +318,17 @@ fn another_export(keys: &ExportKeys, dir: &Path) -> ExportError {
     let text = format!(
         "{key} is of another export than the cache in {dir}: it was deleted in the store, and created anew. To serve the one \
          in the store unload the export, move the folder away and open it again; what was not published is in the folder alone"
+    );
+    ExportError::Damaged(text.into())
+}
+
+fn copied_cache(keys: &ExportKeys, head: &Head, dir: &Path) -> ExportError {
+    let (key, dir) = (keys.head(), dir.display());
+    let current = head.current.map_or_else(|| "none".to_owned(), |id| id.to_string());
+    let text = format!(
+        "{dir} is a copy or an older state of the cache that published snapshot {current}, which {key} names: it holds \
+         changes, and does not know that snapshot. To serve what is in the store unload the export, move the folder away and \
+         open it again; the changes are in the folder alone"
     );
     ExportError::Damaged(text.into())
 }

@@ -2,10 +2,11 @@
 //!
 //! The order, and what a crash after each step finds (`recover.rs` acts on it):
 //! 1. *cut* – nothing yet: the dirty set is dirty as before.
-//! 2. journal INTENT, durable – objects may be in the store that nobody names: they are removed.
+//! 2. journal INTENT, durable – objects may be in the store that no head names: they are removed, once no head can come
+//!    to name them. The folder with this journal may be a copy whose original goes on, so the head tells that, too.
 //! 3. blob, then manifest – the same.
 //! 4. the cut's record synced, journal PREPARED, durable – the swap may have landed, or still may: the head tells.
-//! 5. swap of `volume.json` – the moment of truth.
+//! 5. swap of `volume.json`, from the version read before step 1, and read back – the moment of truth.
 //! 6. journal COMMITTED, then the clean marks – the marks are redone.
 //! 7. journal removed, then `refs/current.json` – a copy that lags behind while it cannot be written.
 //!
@@ -24,7 +25,7 @@ use tracing::Instrument;
 use super::ancestry::Ancestry;
 use super::budget::{BACKGROUND_FETCHES, Held};
 use super::fill::Remote;
-use super::objects::StoredHead;
+use super::head::{StoredHead, Swap};
 use super::progress::Publishing;
 use super::registry::{ExportError, Operation, Published};
 use super::{Volume, VolumeError};
@@ -37,7 +38,7 @@ use crate::manifest::{Change, Manifest};
 use crate::sabotage::{Rule, breaks};
 use crate::slices::slices;
 use crate::store::parts::upload_floor;
-use crate::store::{BoxError, Condition, StoreError};
+use crate::store::{BoxError, StoreError};
 use crate::units::{ChunkIndex, SnapshotId};
 
 /// How many chunks of a publish are on their way to the upload at a time: as many as fetches that nobody waits for.
@@ -123,11 +124,12 @@ impl Volume {
         if kind == Kind::Snapshot && !self.cache.is_dirty() {
             return Ok(self.nothing_to_publish());
         }
-        // Before anything is uploaded: a head that moved makes all of it useless.
-        self.check_head().await?;
+        // Before anything is uploaded: a head that moved makes all of it useless. This very head is what the swap replaces, so
+        // that moving it makes a publish fail, whoever moves it (S7).
+        let head = self.check_head().await?;
         let cut = cache::blocking(&self.cache, Cache::cut).await.map_err(|e| self.cache_error(e))?;
         let journal = self.intent(kind);
-        let result = self.publish_cut(&journal, cut, &publishing.publishing).await;
+        let result = self.publish_cut(&head, &journal, cut, &publishing.publishing).await;
         match result {
             Ok(()) => Ok(published(&journal)),
             Err(e) => {
@@ -167,11 +169,14 @@ impl Volume {
                 Kind::Snapshot => self.keys.delta(snapshot_id).to_string(),
                 Kind::Compact => self.keys.base(snapshot_id).to_string(),
             },
+            incarnation: self.cache.incarnation(),
+            session_id: Some(self.services.identity.writer().session_id),
         }
     }
 
     async fn publish_cut(
         self: &Arc<Self>,
+        head: &StoredHead,
         intent: &Journal,
         cut: Vec<CutChunk>,
         publishing: &Arc<Publishing>,
@@ -186,9 +191,12 @@ impl Volume {
                 Kind::Compact => self.upload_base(intent, &image, cut, publishing).await?,
             };
             if breaks(Rule::SwapBeforeManifest) {
-                self.swap_head(intent).await?;
+                self.move_head(head, intent).await?;
             }
-            self.services.write_manifest(&self.keys.manifest(intent.snapshot_id), manifest.clone()).await?;
+            let key = self.keys.manifest(intent.snapshot_id);
+            let written = async { Ok(self.services.write_manifest(&key, manifest.clone()).await?) };
+            // The head must not name an image of which a part is gone.
+            future::try_join(written, self.services.check_blobs(&manifest, &self.blob_key(intent))).await?;
             Ok::<_, ExportError>(manifest)
         };
         // Most of what must be on the disk before the swap goes there beside the upload.
@@ -205,7 +213,7 @@ impl Volume {
         if !breaks(Rule::SkipPrepared) {
             self.write_journal(intent, Phase::Prepared).await?;
         }
-        self.swap_head(intent).await?;
+        self.move_head(head, intent).await?;
         match self.finish(intent, manifest).await {
             Ok(current) => self.write_current_ref(&current).await,
             // It is published all the same: what is left to do here is done by the next publish or start, if not now.
@@ -419,14 +427,7 @@ impl Volume {
 
     /// Refuses to publish over a head that is not the one we build on (S8).
     async fn check_head(&self) -> Result<StoredHead, ExportError> {
-        let gone = || {
-            let text = format!(
-                "{} is gone: the export was deleted in the store; restore it or unload the export",
-                self.keys.head()
-            );
-            ExportError::Damaged(text.into())
-        };
-        let stored = self.services.read_head(&self.export_id).await?.ok_or_else(gone)?;
+        let stored = self.stored_head().await?;
         if !self.builds_on(&stored.head) {
             return Err(self.conflict(&stored.head));
         }
@@ -434,34 +435,27 @@ impl Volume {
         Ok(stored)
     }
 
-    /// Moves the head to the new snapshot, or says why not. An unclear answer is settled by reading the head (S6), the last
-    /// one too; while it stays the one we build on, the swap is tried again.
-    async fn swap_head(&self, journal: &Journal) -> Result<(), ExportError> {
-        let (mut patience, mut given_up) = (self.services.patience(), None);
-        loop {
-            let stored = match self.landed(journal).await? {
-                (Ancestry::Published, _) => return Ok(()),
-                (_, stored) if self.builds_on(&stored.head) => stored,
-                (_, stored) if breaks(Rule::OverwriteForeignHead) => stored,
-                (_, stored) => return Err(self.conflict(&stored.head)),
-            };
-            if let Some(failure) = given_up {
-                return Err(ExportError::from(failure));
+    /// Moves the head that the publish began at to the new snapshot, or says why not.
+    async fn move_head(&self, head: &StoredHead, journal: &Journal) -> Result<(), ExportError> {
+        let newest;
+        let from = if breaks(Rule::SwapFromNewestHead) {
+            newest = self.stored_head().await?;
+            &newest
+        } else {
+            head
+        };
+        let next = from.head.clone().published(journal.snapshot_id).written_by(self.services.identity.writer());
+        match self.services.swap_head(from, &next).await? {
+            Swap::Landed => Ok(()),
+            Swap::Lost { found, .. } if breaks(Rule::OverwriteForeignHead) => {
+                let next = found.head.clone().published(journal.snapshot_id);
+                self.services.swap_head(&found, &next).await.map(drop).map_err(Into::into)
             }
-            let next = stored.head.published(journal.snapshot_id);
-            let unconditional = breaks(Rule::SwapUnconditionally);
-            let condition = if unconditional { Condition::Always } else { Condition::IfVersion(stored.version) };
-            match self.services.write_head(&next, condition).await {
-                Ok(()) => return Ok(()),
-                Err(e) if breaks(Rule::TakeUnclearForFailed) => {
-                    self.write_journal(journal, Phase::Intent).await?;
-                    return Err(e.into());
-                }
-                Err(e @ (StoreError::Conflict { .. } | StoreError::Unavailable { .. })) => {
-                    given_up = patience.pause_after(e).await.err();
-                }
-                Err(e) => return Err(e.into()),
-            }
+            // Another server may have built upon our snapshot already.
+            Swap::Lost { found, .. } => match self.landed(journal, &found).await? {
+                Ancestry::Published => Ok(()),
+                Ancestry::Foreign | Ancestry::Unknown => Err(self.conflict(&found.head)),
+            },
         }
     }
 

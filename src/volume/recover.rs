@@ -1,10 +1,10 @@
 //! What a start, or the next publish, does with what an interrupted publish left.
 //!
 //! The journal's phase decides; every step may be repeated, since recovery may itself be interrupted:
-//! - INTENT: no swap was ever sent. Remove the objects; all that was dirty still is.
-//! - PREPARED: a swap may have landed. If the head is ours, or was built upon ours: finish. If not: move the head's
-//!   version by a swap of our own, so that a delayed one can only fail (S7); then remove the objects. If the line of
-//!   the head cannot be followed, the objects stay: a leak is no loss.
+//! - INTENT, PREPARED: a swap may have landed, or still may. At INTENT none was sent when the journal was written; but the
+//!   folder may be a copy of one whose server went on. If the head is ours, or was built upon ours: finish. If not: move
+//!   the head's version by a swap of our own, so that any other can only fail (S7); then remove the objects. If the line
+//!   of the head cannot be followed, the objects stay: a leak is no loss.
 //! - COMMITTED: finish.
 
 use std::io;
@@ -12,7 +12,8 @@ use std::path::Path;
 use std::sync::Arc;
 
 use super::ancestry::Ancestry;
-use super::objects::StoredHead;
+use super::head::{StoredHead, Swap, head_is_gone};
+use super::open::differ;
 use super::registry::ExportError;
 use super::{Volume, VolumeError};
 use crate::cache::journal::{self, Journal, Phase};
@@ -21,7 +22,7 @@ use crate::disk::Disk;
 use crate::manifest::Manifest;
 use crate::manifest::head::{CLONE_SEED_FILE, Head};
 use crate::sabotage::{Rule, breaks};
-use crate::store::{Condition, StoreError};
+use crate::units::RandomId;
 
 impl Volume {
     /// Finishes or rolls back an interrupted publish, if there is one.
@@ -37,24 +38,29 @@ impl Volume {
             export = %self.export_id, snapshot = %journal.snapshot_id, phase = ?journal.phase,
             "settling an interrupted publish"
         );
-        match journal.phase {
-            Phase::Intent => self.roll_back(&journal, true).await,
-            Phase::Committed => self.finish_interrupted(&journal).await,
-            Phase::Prepared => match self.landed(&journal).await? {
-                (Ancestry::Published, _) => self.finish_interrupted(&journal).await,
-                (ancestry, stored) => match self.fence(&journal, ancestry, stored).await? {
-                    Ancestry::Published => self.finish_interrupted(&journal).await,
-                    Ancestry::Foreign => self.roll_back(&journal, true).await,
-                    Ancestry::Unknown => {
-                        tracing::warn!(
-                            export = %self.export_id, snapshot = %journal.snapshot_id,
-                            "whether the snapshot was published cannot be told from the manifests: its objects are kept"
-                        );
-                        self.roll_back(&journal, false).await
-                    }
-                },
-            },
+        if journal.phase == Phase::Committed {
+            return self.finish_interrupted(&journal).await;
         }
+        if journal.phase == Phase::Intent && self.is_ours(&journal) {
+            // We sent no swap. Until the cut ends, every write to it copies what will never be read, and the store may be away.
+            cache::blocking(&self.cache, Cache::uncut).await.map_err(|e| self.cache_error(e))?;
+        }
+        match self.outcome(&journal).await? {
+            Ancestry::Published => self.finish_interrupted(&journal).await,
+            Ancestry::Foreign => self.roll_back(&journal, true).await,
+            Ancestry::Unknown => {
+                tracing::warn!(
+                    export = %self.export_id, snapshot = %journal.snapshot_id,
+                    "whether the snapshot was published cannot be told from the manifests: its objects are kept"
+                );
+                self.roll_back(&journal, false).await
+            }
+        }
+    }
+
+    /// Whether this run of the server wrote the journal: then no other run ever sends its swap.
+    fn is_ours(&self, journal: &Journal) -> bool {
+        journal.session_id == Some(self.services.identity.writer().session_id)
     }
 
     /// As [`settle_journal`](Self::settle_journal), for a publish that failed perhaps before it had a journal.
@@ -64,51 +70,35 @@ impl Volume {
         Ok(cache::blocking(&self.cache, Cache::uncut).await.map_err(|e| self.cache_error(e))?)
     }
 
-    /// Whether the journal's snapshot became the head or was built upon, and the head as it stands.
-    pub(super) async fn landed(&self, journal: &Journal) -> Result<(Ancestry, StoredHead), ExportError> {
-        let stored = self.stored_head().await?;
-        if self.is_of_another_export(&stored.head) {
-            return Ok((Ancestry::Unknown, stored));
+    /// Whether the journal's snapshot became `stored` or was built upon.
+    pub(super) async fn landed(&self, journal: &Journal, stored: &StoredHead) -> Result<Ancestry, ExportError> {
+        if self.is_of_another_export(&stored.head) || differ(journal.incarnation, stored.head.incarnation) {
+            return Ok(Ancestry::Unknown);
         }
         let ours = (journal.snapshot_id, journal.generation);
         let head = stored.head.current;
         if head == journal.parent {
-            return Ok((Ancestry::Foreign, stored));
+            return Ok(Ancestry::Foreign);
         }
-        Ok((self.services.ancestry(&self.export_id, self.geometry, head, ours).await?, stored))
+        self.services.ancestry(&self.export_id, self.geometry, head, ours).await
     }
 
-    /// Makes sure that a swap still on its way can only fail, and says whether it landed before that after all.
-    async fn fence(
-        &self,
-        journal: &Journal,
-        mut ancestry: Ancestry,
-        mut stored: StoredHead,
-    ) -> Result<Ancestry, ExportError> {
-        let (mut patience, mut given_up) = (self.services.patience(), None);
-        loop {
-            if breaks(Rule::DeleteBeforeFence) {
-                return Ok(Ancestry::Foreign);
-            }
-            if stored.head.current != journal.parent || ancestry == Ancestry::Unknown {
-                // The head moved on without us: the version that the swap was bound to is gone for good.
-                return Ok(ancestry);
-            }
-            if let Some(failure) = given_up {
-                return Err(ExportError::from(failure));
-            }
-            let nudged = stored.head.nudged();
-            match self.services.write_head(&nudged, Condition::IfVersion(stored.version)).await {
-                Ok(()) => return Ok(Ancestry::Foreign),
-                Err(e @ (StoreError::Conflict { .. } | StoreError::Unavailable { .. })) => {
-                    given_up = patience.pause_after(e).await.err();
-                }
-                Err(e) => return Err(e.into()),
-            }
-            match self.landed(journal).await? {
-                (Ancestry::Published, _) => return Ok(Ancestry::Published),
-                now => (ancestry, stored) = now,
-            }
+    /// What became of the journal's swap; unless that is unknown, it is final: a swap that is still on its way, from here or
+    /// from a server of which this cache is a copy, can only fail (S7).
+    async fn outcome(&self, journal: &Journal) -> Result<Ancestry, ExportError> {
+        if breaks(Rule::TakeUnclearForFailed) || (breaks(Rule::RemoveAtIntent) && journal.phase == Phase::Intent) {
+            return Ok(Ancestry::Foreign);
+        }
+        let stored = self.stored_head().await?;
+        let ancestry = self.landed(journal, &stored).await?;
+        if ancestry != Ancestry::Foreign || stored.head.current != journal.parent || breaks(Rule::DeleteBeforeFence) {
+            return Ok(ancestry);
+        }
+        // The head is still the one that the swap replaces.
+        let moved = stored.head.bumped().written_by(self.services.identity.writer());
+        match self.services.swap_head(&stored, &moved).await? {
+            Swap::Landed => Ok(Ancestry::Foreign),
+            Swap::Lost { found, .. } => self.landed(journal, &found).await,
         }
     }
 
@@ -163,13 +153,18 @@ impl Volume {
         let (base, manifest) = self.services.published_image(head).await?;
         // Before anybody can write: what is written then builds on it.
         self.note_seed(head).await?;
-        Ok(self.drop_local(base, Arc::new(manifest)).await?)
+        Ok(self.drop_local(base, head.incarnation, Arc::new(manifest)).await?)
     }
 
     /// Forgets the cache's content; what is missing is that of an image.
-    pub(super) async fn drop_local(&self, base: Base, image: Arc<Manifest>) -> Result<(), VolumeError> {
+    pub(super) async fn drop_local(
+        &self,
+        base: Base,
+        incarnation: Option<RandomId>,
+        image: Arc<Manifest>,
+    ) -> Result<(), VolumeError> {
         let holder = Arc::clone(&self.image);
-        let reset = move |cache: &Cache| cache.reset(base, || *holder.write() = image);
+        let reset = move |cache: &Cache| cache.reset(base, incarnation, || *holder.write() = image);
         cache::blocking(&self.cache, reset).await.map_err(|e| self.cache_error(e))?;
         self.note_own_head();
         self.faults.forget_local();
@@ -196,7 +191,6 @@ impl Volume {
 
     /// The head as it stands in the store.
     pub(super) async fn stored_head(&self) -> Result<StoredHead, ExportError> {
-        let gone = || ExportError::Damaged(format!("{} is gone from the store", self.keys.head()).into());
-        self.services.read_head(&self.export_id).await?.ok_or_else(gone)
+        self.services.read_head(&self.export_id).await?.ok_or_else(|| head_is_gone(&self.keys.head()))
     }
 }

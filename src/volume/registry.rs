@@ -14,6 +14,7 @@ use parking_lot::{Mutex, RwLock};
 
 use super::export::Export;
 use super::faults::Fault;
+use super::head::Swap;
 use super::open::local_error;
 use super::snapshots::Line;
 use super::{Outage, PublishProgress, Services, Volume, VolumeError};
@@ -21,7 +22,6 @@ use crate::background;
 use crate::cache::journal::{JOURNAL_FILE, Kind};
 use crate::cache::{self, Base, open as cache_files};
 use crate::manifest::head::{CloneSeed, Head};
-use crate::store::{Condition, StoreError};
 use crate::units::{ExportId, Generation, Geometry, SnapshotId, UnitError};
 
 /// How many exports are looked at or closed at a time.
@@ -148,7 +148,7 @@ pub enum ExportError {
     Busy(ExportId, &'static str),
     /// Another server moved the head: both images are intact, this one's changes are still dirty.
     #[error(
-        "export {export_id}: the head in the store is snapshot {found}, not {expected} on which this server builds: another server published it. Nothing was overwritten and the dirty data here is kept; clone snapshot {found} elsewhere to look at it, or drop the local changes with cache/reset"
+        "export {export_id}: the head in the store is snapshot {found}, not {expected} on which this server builds: {moved_by} published it. Nothing was overwritten and the dirty data here is kept; clone snapshot {found} elsewhere to look at it, or drop the local changes with cache/reset"
     )]
     Conflict {
         /// The export.
@@ -157,6 +157,18 @@ pub enum ExportError {
         expected: String,
         /// The snapshot the store has, or "none".
         found: String,
+        /// The server that published it.
+        moved_by: HeadWriter,
+    },
+    /// The head was rewritten while a publish uploaded, though it names the same snapshot; nothing was published.
+    #[error(
+        "export {export_id}: {moved_by} rewrote the head in the store while the snapshot was uploaded, so it was not published. The dirty data here is kept: repeat the call once no other server uses this export"
+    )]
+    HeadRewritten {
+        /// The export.
+        export_id: ExportId,
+        /// The server that rewrote it.
+        moved_by: HeadWriter,
     },
     /// The store did not answer in time.
     #[error("{0}")]
@@ -167,6 +179,24 @@ pub enum ExportError {
     /// Local reads, writes or syncs fail.
     #[error(transparent)]
     Volume(#[from] VolumeError),
+}
+
+/// The server that wrote a head which is not the one expected.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum HeadWriter {
+    /// One over a cache root of its own.
+    AnotherServer,
+    /// One over a cache root of the same id as this server's: either is a copy.
+    CopyOfThisCacheRoot,
+}
+
+impl std::fmt::Display for HeadWriter {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::AnotherServer => "another server",
+            Self::CopyOfThisCacheRoot => "a server over a copy of this cache root (stop one of the two for good)",
+        })
+    }
 }
 
 impl ExportError {
@@ -311,7 +341,7 @@ impl Registry {
     /// # Errors
     /// [`ExportError::Exists`] if the name is taken here or in the store.
     pub async fn create(&self, id: ExportId, geometry: Geometry) -> Result<ExportStatus, ExportError> {
-        self.create_with(Head::new(id, geometry, None)).await
+        self.create_with(Head::created(id, geometry, None)).await
     }
 
     /// A new export that starts as a published snapshot of another (default: its head).
@@ -333,7 +363,7 @@ impl Registry {
             (None, None) => return Err(ExportError::NothingPublished(source)),
         };
         let seed = CloneSeed { source_export_id: source, source_snapshot_id: snapshot };
-        self.create_with(Head::new(id, head.geometry, Some(seed))).await
+        self.create_with(Head::created(id, head.geometry, Some(seed))).await
     }
 
     async fn create_with(&self, head: Head) -> Result<ExportStatus, ExportError> {
@@ -349,9 +379,19 @@ impl Registry {
         // Once the head is there, another server may open the export and publish it: nobody takes a head back. So whatever keeps
         // this server from having a cache of it is found out before.
         self.rehearse_cache(&head).await?;
-        if let Err(e) = self.services.write_head(&head, Condition::IfAbsent).await {
-            self.discard_cache(&id).await;
-            return Err(if matches!(e, StoreError::Conflict { .. }) { exists() } else { e.into() });
+        match self.services.create_head(&head).await {
+            Ok(Swap::Landed) => {}
+            Ok(Swap::Lost { .. }) => {
+                self.discard_cache(&id).await;
+                return Err(exists());
+            }
+            Err(e) => {
+                self.discard_cache(&id).await;
+                if e.acknowledged {
+                    self.exports.write().insert(id, Export::new(Ok(head), false));
+                }
+                return Err(e.into());
+            }
         }
         let export = Export::new(Ok(head), false);
         self.exports.write().insert(id.clone(), Arc::clone(&export));

@@ -18,7 +18,7 @@ use nbd_server::volume::{Residency, Services, Volume, VolumeError};
 use super::sim::crash::Dice;
 use super::sim::faults::Faults;
 use super::sim::{Event, Loss, SECTOR, Sim, SimClock, SimDisk, SimStore, State, Walk};
-use super::volumes::{CHUNK, id, range, read_all, read_as_served, root, write_as_served};
+use super::volumes::{CHUNK, cache_root_id, id, range, read_all, read_as_served, root, write_as_served};
 
 pub const CHUNKS: u64 = 4;
 /// The last chunk is short.
@@ -57,7 +57,7 @@ pub async fn start_with_patience(
     let retrying = Retrying::new(Arc::new(store.clone()), RetryPolicy::default(), clock.clone());
     // One chunk is set aside in memory while it is published, others in the file.
     let services = Services::new(Arc::new(retrying), root(), disk, clock).with_publish_bytes(8 * CHUNK);
-    let services = services.with_patience(patience);
+    let services = services.with_patience(patience).with_cache_root(cache_root_id(cache_root));
     Registry::discover(Arc::new(services), PathBuf::from(cache_root)).await
 }
 

@@ -15,7 +15,7 @@ use nbd_server::store::keys::ExportRoot;
 use nbd_server::store::remote::RemoteStore;
 use nbd_server::store::retry::RetryPolicy;
 use nbd_server::store::{Condition, Key, Store};
-use nbd_server::units::{ByteRange, ExportId, Geometry};
+use nbd_server::units::{ByteRange, ExportId, Geometry, RandomId};
 use nbd_server::volume::registry::{ExportError, ExportStatus, Published, Registry};
 use nbd_server::volume::{DEFAULT_PUBLISH_BYTES, Services, Volume, VolumeError};
 use tempfile::TempDir;
@@ -65,7 +65,8 @@ impl Site {
     }
 
     pub async fn start_on(&mut self, server: &'static str, disk: Arc<dyn Disk>) -> Arc<Registry> {
-        Registry::discover(Arc::new(self.services(disk)), self.cache_root(server)).await.unwrap()
+        let services = self.services(disk).with_cache_root(cache_root_id(server));
+        Registry::discover(Arc::new(services), self.cache_root(server)).await.unwrap()
     }
 
     pub fn services(&self, disk: Arc<dyn Disk>) -> Services {
@@ -97,6 +98,12 @@ impl Site {
     }
 }
 
+/// Of a server's cache root by its name. A copy of it, which has `.copy` at the end of its name, has the id of the original.
+pub fn cache_root_id(server: &str) -> RandomId {
+    let hash = blake3::hash(server.trim_end_matches(".copy").as_bytes());
+    RandomId::from_bytes(hash.as_bytes()[..16].try_into().unwrap()).unwrap()
+}
+
 pub fn root() -> ExportRoot {
     ExportRoot::new("exports".parse().unwrap())
 }
@@ -108,7 +115,7 @@ pub fn id(name: &str) -> ExportId {
 /// A cache of its own, of this machine's disk; what is set aside for publishes goes to its file.
 pub fn opening(dir: PathBuf, geometry: Geometry) -> Opening {
     let (disk, base, aside_memory) = (Arc::new(RealDisk), Base::default(), AsideMemory::new(0));
-    Opening { disk, dir, export_id: id("disk"), geometry, base, aside_memory }
+    Opening { disk, dir, export_id: id("disk"), geometry, base, incarnation: None, aside_memory }
 }
 
 pub fn geometry(chunks: u64) -> Geometry {

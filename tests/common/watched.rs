@@ -19,6 +19,8 @@ pub enum Fate {
     Failed,
     /// It happens, and the caller is told that it did not.
     LandedUnseen,
+    /// Nothing happens, and the caller is told that it did: of a put or an upload.
+    Pretended,
     /// It never ends.
     Stuck,
 }
@@ -111,6 +113,17 @@ impl Watched {
         key: &Key,
         call: impl Future<Output = Result<T, StoreError>>,
     ) -> Result<T, StoreError> {
+        self.decide_write(operation, key, None, call).await
+    }
+
+    /// As `decide`, for a call that has an answer even if it does nothing.
+    async fn decide_write<T>(
+        &self,
+        operation: &'static str,
+        key: &Key,
+        pretence: Option<T>,
+        call: impl Future<Output = Result<T, StoreError>>,
+    ) -> Result<T, StoreError> {
         *self.counts.lock().unwrap().entry(operation.to_owned()).or_default() += 1;
         let delay = *self.delay.lock().unwrap();
         if !delay.is_zero() {
@@ -122,6 +135,7 @@ impl Watched {
             Fate::Served => call.await,
             Fate::Failed => Err(failed()),
             Fate::LandedUnseen => call.await.and_then(|_| Err(failed())),
+            Fate::Pretended => Ok(pretence.expect("only a write can be pretended")),
             Fate::Stuck => {
                 self.stuck.notify_one();
                 std::future::pending().await
@@ -146,12 +160,13 @@ impl Store for Watched {
     }
 
     async fn put(&self, key: &Key, bytes: Bytes, condition: Condition) -> Result<Version, StoreError> {
-        self.decide("put", key, self.inner.put(key, bytes, condition)).await
+        let pretence = Some(Version("pretended".into()));
+        self.decide_write("put", key, pretence, self.inner.put(key, bytes, condition)).await
     }
 
     async fn upload(&self, key: &Key, max_bytes: u64, body: Body<'_>) -> Result<(), StoreError> {
         self.pass_gate("upload").await;
-        self.decide("upload", key, self.inner.upload(key, max_bytes, body)).await
+        self.decide_write("upload", key, Some(()), self.inner.upload(key, max_bytes, body)).await
     }
 
     async fn list(&self, prefix: &Key) -> Result<Vec<Key>, StoreError> {

@@ -101,7 +101,7 @@ fn opening(disk: Arc<dyn Disk>) -> Opening {
     let base = Base { snapshot: None, generation: Generation(0) };
     // One chunk is set aside in memory, others at the same time in the file.
     let aside_memory = AsideMemory::new(CHUNK as u64);
-    Opening { disk, dir: dir(), export_id: "disk".parse().unwrap(), geometry, base, aside_memory }
+    Opening { disk, dir: dir(), export_id: "disk".parse().unwrap(), geometry, base, incarnation: None, aside_memory }
 }
 
 fn base(generation: usize) -> Base {
@@ -289,7 +289,7 @@ impl World {
 
     pub fn reset(&self, image: Image) {
         let generation = self.images.lock().unwrap().len();
-        self.cache.reset(base(generation), || self.images.lock().unwrap().push(image)).unwrap();
+        self.cache.reset(base(generation), None, || self.images.lock().unwrap().push(image)).unwrap();
     }
 
     pub fn list(&self) -> Vec<String> {

@@ -13,7 +13,17 @@ const CHUNKS: u64 = 40_000;
 fn cache(dir: &Path) -> Cache {
     let geometry = Geometry::new(CHUNKS * CHUNK, CHUNK).unwrap();
     let (disk, dir, export_id) = (Arc::new(RealDisk), dir.join("disk"), "disk".parse().unwrap());
-    Opening { disk, dir, export_id, geometry, base: Base::default(), aside_memory: AsideMemory::new(0) }.open().unwrap()
+    Opening {
+        disk,
+        dir,
+        export_id,
+        geometry,
+        base: Base::default(),
+        incarnation: None,
+        aside_memory: AsideMemory::new(0),
+    }
+    .open()
+    .unwrap()
 }
 
 /// The files hold a log of a MiB, and room for the checkpoint of one.

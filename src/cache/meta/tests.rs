@@ -10,6 +10,7 @@ fn header(chunks: u64) -> Header {
         export_id: "disk-1".parse().unwrap(),
         geometry: Geometry::new(chunks * 4096 - 512, 4096).unwrap(),
         base: Base { snapshot: Some(SnapshotId::generate()), generation: Generation(3) },
+        incarnation: Some(RandomId::generate()),
         boot_id: BOOT,
         first_seq: 10,
     }

@@ -166,10 +166,10 @@ fn a_head_keeps_the_fields_of_other_tools_and_a_nudge_changes_only_its_bytes() {
     let at = key("exports/disk/volume.json");
     let text = r#"{"version":1,"export_id":"disk","image_size":8192,"chunk_size":4096,"owner":"tests"}"#;
     let head = Head::decode(text.as_bytes(), &id(), &at).unwrap();
-    let nudged = Head::decode(&head.nudged().encode(), &id(), &at).unwrap();
-    assert_ne!(nudged.encode(), head.encode());
-    assert!(String::from_utf8(nudged.encode()).unwrap().contains(r#""owner": "tests""#));
-    assert_eq!((nudged.current, nudged.geometry), (head.current, head.geometry));
+    let bumped = Head::decode(&head.bumped().encode(), &id(), &at).unwrap();
+    assert_ne!(bumped.encode(), head.encode());
+    assert!(String::from_utf8(bumped.encode()).unwrap().contains(r#""owner": "tests""#));
+    assert_eq!((bumped.current, bumped.geometry), (head.current, head.geometry));
     let cases = [
         (r#""version":1"#, r#""version":2"#, "version is 2"),
         (r#""export_id":"disk""#, r#""export_id":"d""#, "export_id"),

@@ -321,6 +321,20 @@ impl Sim {
         change(&mut self.0.lock().unwrap().faults)
     }
 
+    /// Copies the files of a folder as they are at this moment, as a snapshot of the file system would.
+    pub fn copy_folder(&self, from: &str, to: &str) {
+        let inner = &mut *self.0.lock().unwrap();
+        let below = |path: &PathBuf| Some((Path::new(to).join(path.strip_prefix(from).ok()?), path.clone()));
+        let copies: Vec<_> = inner.walk.live.names.keys().filter_map(below).collect();
+        for (copy, path) in copies {
+            let bytes = Bytes::from((*inner.walk.live.files[inner.walk.live.names[&path]]).clone());
+            let node = inner.walk.live.files.len();
+            inner.allocated.push(inner.allocated[inner.walk.live.names[&path]].clone());
+            inner.record(Event::Create { path: copy, node });
+            inner.record(Event::Write { node, offset: 0, bytes });
+        }
+    }
+
     /// The host goes down here and comes up again with `state`: the recording goes on from there.
     pub fn reboot(&self, state: State) {
         let inner = &mut *self.0.lock().unwrap();
