@@ -7,7 +7,7 @@ use std::os::unix::fs::FileExt;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use common::nbd::{DISK_BYTES, LAZY_BYTES, MIB, Raw, Served, scratch};
+use common::nbd::{DISK_BYTES, LAZY_BYTES, MIB, Raw, Served, registry_of, scratch};
 use nbd_server::nbd::wire::Mode;
 use nbd_server::nbd::{Limits, ListenAddr};
 
@@ -80,6 +80,19 @@ fn nbdinfo_lists_what_can_be_attached() {
     for name in names {
         assert!(list.contains(&format!("export: '{name}'")), "{list}");
     }
+}
+
+/// It takes 0.2 s for each export, all on one connection.
+#[test]
+fn nbdinfo_lists_more_exports_than_fit_into_one_deadline() {
+    const EXPORTS: usize = 20;
+    let served = Served::start(
+        Limits { handshake: Duration::from_secs(2), ..Limits::default() },
+        &"127.0.0.1:0".parse().unwrap(),
+        async |_| registry_of(&(0..EXPORTS).map(|nth| format!("vm-{nth}")).collect::<Vec<_>>()).await,
+    );
+    let list = json(&run("nbdinfo", &["--json", "--list", &served.uri("")]));
+    assert_eq!(list["exports"].as_array().unwrap().len(), EXPORTS);
 }
 
 fn host(served: &Served) -> String {

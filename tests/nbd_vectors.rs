@@ -566,6 +566,22 @@ fn the_handshake_has_a_deadline_that_a_slow_drip_does_not_move() {
 }
 
 #[test]
+fn an_answered_option_renews_the_deadline_up_to_a_bound() {
+    let (handshake, handshake_in_all) = (Duration::from_secs(2), Duration::from_secs(5));
+    let served = Served::with(Limits { handshake, handshake_in_all, ..Limits::default() });
+    let begun = Instant::now();
+    let mut client = Raw::connect(&served);
+    let mut last_answer = begun.elapsed();
+    while client.stream.write_all(&frame(99, &[])).is_ok() && client.try_take(20).is_ok() {
+        client.take("option 99 is not known here: do without it".len());
+        last_answer = begun.elapsed();
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    assert!(last_answer > handshake + Duration::from_secs(1), "cut off after {last_answer:?}");
+    assert!(begun.elapsed() >= handshake_in_all && last_answer < Duration::from_secs(20), "{last_answer:?}");
+}
+
+#[test]
 fn one_connection_too_many_is_closed_and_a_place_that_is_left_can_be_taken() {
     let served = Served::with(Limits { connections: 2, ..Limits::default() });
     let mut first = Raw::attach(&served, "disk", Mode::Simple);

@@ -1,7 +1,8 @@
 //! One client from the greeting to its end: drives the pure handshake over a stream, starts TLS if the client asks for it,
 //! looks exports up, and hands the stream to the transmission.
 //!
-//! Promises: a client that does not get on with the handshake, TLS included, is closed at the deadline; an export is opened
+//! Promises: a client that does not get on with the handshake, TLS included, is closed at the deadline, which each answered
+//! option renews up to a bound; an export is opened
 //! only once a client has named it; what the client sent ahead is not lost.
 
 use std::sync::Arc;
@@ -132,8 +133,10 @@ struct Talk<'a> {
     input: BytesMut,
     /// To be sent.
     out: Vec<u8>,
-    /// When the client has to be done, TLS included.
+    /// When the client has to have taken the next step, TLS included.
     deadline: Instant,
+    /// When it has to be done.
+    last: Instant,
     stopping: bool,
 }
 
@@ -142,8 +145,16 @@ impl<'a> Talk<'a> {
         let mut out = Vec::new();
         let tls = shared.tls.as_ref().map_or(TlsState::Off, |tls| tls.state());
         let handshake = Handshake::new(shared.limits.option, tls, &mut out);
-        let deadline = Instant::now() + shared.limits.handshake;
-        Self { shared, handshake, input: BytesMut::new(), out, deadline, stopping: false }
+        let now = Instant::now();
+        let (deadline, last) = (now + shared.limits.handshake, now + shared.limits.handshake_in_all);
+        Self { shared, handshake, input: BytesMut::new(), out, deadline, last, stopping: false }
+    }
+
+    /// The client was answered: it got on.
+    fn renew_deadline(&mut self) {
+        if !self.stopping {
+            self.deadline = self.last.min(Instant::now() + self.shared.limits.handshake);
+        }
     }
 
     async fn negotiate<S>(&mut self, stream: &mut S, stop: &mut watch::Receiver<bool>) -> Result<Next, Left>
@@ -161,6 +172,7 @@ impl<'a> Talk<'a> {
                 };
                 // The deadline is the client's; opening an export is on us.
                 self.deadline += asked.elapsed();
+                self.last += asked.elapsed();
                 match answer {
                     Some(next) => step = next,
                     None => continue,
@@ -174,6 +186,7 @@ impl<'a> Talk<'a> {
                 let sending = tokio::time::timeout_at(self.deadline, send(stream, &self.out));
                 sending.await.map_err(|_| self.too_slow())??;
                 self.out.clear();
+                self.renew_deadline();
             }
             match (step, found.take()) {
                 (Step::Transmit(negotiated), Some((volume, export))) => {

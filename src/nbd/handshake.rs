@@ -155,6 +155,8 @@ pub struct Handshake {
     fixed: bool,
     no_zeroes: bool,
     options_seen: u32,
+    /// How many exports the longest list had.
+    listed: u32,
     mode: Mode,
     /// The last SET_META_CONTEXT: the name it was for, and what it selected.
     selected: Option<(String, Vec<Context>)>,
@@ -176,6 +178,7 @@ impl Handshake {
             fixed: false,
             no_zeroes: false,
             options_seen: 0,
+            listed: 0,
             mode: Mode::Simple,
             selected: None,
         }
@@ -244,7 +247,8 @@ impl Handshake {
         if !self.fixed && option != opt::EXPORT_NAME {
             return Some(Step::Close(Close::Refused("an option other than EXPORT_NAME without fixed newstyle")));
         }
-        if self.options_seen >= self.limits.options {
+        let for_listed = self.listed.saturating_mul(self.limits.options_per_export);
+        if self.options_seen >= self.limits.options.saturating_add(for_listed) {
             return Some(Step::Close(Close::Limit("a client sent too many options: its connection is closed")));
         }
         if option == opt::ABORT {
@@ -409,7 +413,9 @@ impl Handshake {
         if !matches!(self.phase, Phase::Listing) {
             return;
         }
+        let mut listed = 0;
         for (name, description) in exports {
+            listed += 1;
             let len = u32::try_from(name.len()).unwrap_or(u32::MAX);
             wire::encode_option_reply(
                 out,
@@ -419,6 +425,7 @@ impl Handshake {
             );
         }
         reply(out, opt::LIST, rep::ACK);
+        self.listed = self.listed.max(listed);
         self.phase = Phase::Option;
     }
 

@@ -21,8 +21,10 @@ pub const ALLOWANCE_BYTES: usize = 256 << 10;
 /// The bounds of the handshake; they alone keep the pure part of it in check.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct OptionLimits {
-    /// Options per connection; one more closes it. 1,000 unless said otherwise.
+    /// Options per connection, beside those for what was listed; one more closes it. 1,000 unless said otherwise.
     pub options: u32,
+    /// Further options for each export that the client had listed, so that it may look at each. 4.
+    pub options_per_export: u32,
     /// Option data is read and understood up to this many bytes. 64 KiB, which holds the longest legal GO.
     pub read_bytes: u32,
     /// Longer option data is thrown away and refused up to this many bytes. An option that announces more is refused at
@@ -38,9 +40,12 @@ pub struct Limits {
     pub connections: usize,
     /// Busy connections that have a thread of their own; the others share those of the runtime. 256.
     pub threads: usize,
-    /// How long a client may take to get from the greeting to an attached export, not counting the time the server
-    /// takes to open it. 10 s.
+    /// How long a client in the handshake may take for its next whole option, and for taking what it is answered. 10 s.
+    /// The time that the server takes to open an export does not count, here and in all.
     pub handshake: Duration,
+    /// How long it may take for the whole of it, from the greeting to an attached export. 10 minutes: `nbdinfo --list`
+    /// takes 0.2 s for each export, because it leaves half of its options to the kernel's timer (`MSG_MORE`).
+    pub handshake_in_all: Duration,
     /// The bounds of the options.
     pub option: OptionLimits,
     /// Requests in flight per connection, replies not yet taken included; the rest waits in the socket. 256 (the kernel's
@@ -65,7 +70,13 @@ impl Default for Limits {
             connections: 16_384,
             threads: 256,
             handshake: Duration::from_secs(10),
-            option: OptionLimits { options: 1_000, read_bytes: 64 << 10, drained_bytes: 1 << 20 },
+            handshake_in_all: Duration::from_secs(600),
+            option: OptionLimits {
+                options: 1_000,
+                options_per_export: 4,
+                read_bytes: 64 << 10,
+                drained_bytes: 1 << 20,
+            },
             requests: 256,
             connection_bytes: 64 << 20,
             shared_bytes: 1 << 30,

@@ -58,9 +58,16 @@ pub async fn registry(gate: watch::Receiver<bool>) -> (Arc<Registry>, Site) {
 
 /// A registry with a single export, `only`.
 pub async fn registry_of_one(_: watch::Receiver<bool>) -> (Arc<Registry>, Site) {
+    registry_of(&["only".to_owned()]).await
+}
+
+/// A registry with small exports of these names.
+pub async fn registry_of(names: &[String]) -> (Arc<Registry>, Site) {
     let mut site = Site::new();
     let registry = site.start("served").await;
-    registry.create(id("only"), Geometry::new(MIB, CHUNK).unwrap()).await.unwrap();
+    for name in names {
+        registry.create(id(name), Geometry::new(MIB, CHUNK).unwrap()).await.unwrap();
+    }
     (registry, site)
 }
 

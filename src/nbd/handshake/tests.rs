@@ -2,7 +2,8 @@
 
 use super::*;
 
-const LIMITS: OptionLimits = OptionLimits { options: 1_000, read_bytes: 64 << 10, drained_bytes: 1 << 20 };
+const LIMITS: OptionLimits =
+    OptionLimits { options: 1_000, options_per_export: 4, read_bytes: 64 << 10, drained_bytes: 1 << 20 };
 
 /// A client of the pure handshake, with the exports `disk` (writable), `ro` and `broken` behind it.
 struct Client {
@@ -293,6 +294,18 @@ fn the_thousandth_option_is_served_and_the_next_closes() {
 }
 
 #[test]
+fn each_listed_export_may_be_looked_at_and_listing_again_adds_nothing() {
+    let mut client = Client::new();
+    client.option(opt::LIST, &[]);
+    client.option(opt::LIST, &[]);
+    // Two exports were listed.
+    for _ in 2..1_008 {
+        assert_eq!(client.option(99, &[]), Step::NeedMore);
+    }
+    assert!(matches!(client.option(99, &[]), Step::Close(Close::Limit(_))));
+}
+
+#[test]
 fn starttls_without_tls_is_unsup_and_never_tls_reqd() {
     let mut client = Client::new();
     client.is_refused(opt::STARTTLS, &[], rep::ERR_UNSUP);
@@ -383,8 +396,8 @@ fn options_before_and_after_starttls_count_together() {
     }
     client.out.clear();
     client.start_tls();
-    assert_eq!(client.option(opt::LIST, &[]), Step::NeedMore);
-    assert!(matches!(client.option(opt::LIST, &[]), Step::Close(Close::Limit(_))));
+    assert_eq!(client.option(99, &[]), Step::NeedMore);
+    assert!(matches!(client.option(99, &[]), Step::Close(Close::Limit(_))));
 }
 
 #[test]
