@@ -4,6 +4,7 @@
 mod common;
 
 use std::fs::{self, File};
+use std::io::Write;
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -166,6 +167,115 @@ fn other_formats_come_in_and_go_out_through_qemu_img() {
 }
 
 #[test]
+fn every_format_that_qemu_img_writes_is_known_by_its_content() {
+    let dir = tempfile::tempdir().unwrap();
+    let raw = image(dir.path());
+    File::options().write(true).open(&raw).unwrap().set_len(34 * MIB).unwrap();
+    for (number, (format, options)) in [
+        ("qcow2", ""),
+        ("qcow", ""),
+        ("qed", ""),
+        ("vdi", ""),
+        ("vhdx", ""),
+        ("parallels", ""),
+        ("vmdk", "subformat=monolithicSparse"),
+        ("vmdk", "subformat=streamOptimized"),
+        ("vpc", "subformat=dynamic,force_size=on"),
+        ("vpc", "subformat=fixed,force_size=on"),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let name = format!("image-{number}");
+        let (packed, back) = (dir.path().join(&name), dir.path().join("back.img"));
+        let convert = ["convert", "-f", "raw", "-O", format, "-o", options, text(&raw), text(&packed)];
+        run(
+            "qemu-img",
+            if options.is_empty() { [&convert[..5], &convert[7..]].concat() } else { convert.to_vec() }.as_slice(),
+        );
+        done(&mut offline(dir.path(), &["import", text(&packed), &name]));
+        done(&mut offline(dir.path(), &["export-image", &name, text(&back), "--force"]));
+        same(&raw, &back);
+        let import = ["import", "-", "streamed"];
+        for how in [&["--format", format][..], &[]] {
+            let mut command = offline(dir.path(), &[&import, how].concat());
+            refused(command.stdin(File::open(&packed).unwrap()), 2, "name a file instead");
+        }
+        let name = format!("{name}-as-it-is");
+        done(&mut offline(dir.path(), &["import", text(&packed), &name, "--format", "raw"]));
+        done(&mut offline(dir.path(), &["export-image", &name, text(&back), "--force"]));
+        assert!(fs::read(&packed).unwrap() == fs::read(&back).unwrap(), "{format} {options}");
+    }
+    assert!(!dir.path().join("store/exports/streamed").exists() && left_over(dir.path()).is_empty());
+}
+
+/// A FIFO that a program writes the file into, as soon as it is read.
+fn fifo(dir: &Path, of: &Path) -> (std::path::PathBuf, std::process::Child) {
+    let fifo = dir.join("fifo");
+    let _ = fs::remove_file(&fifo);
+    run("mkfifo", &[text(&fifo)]);
+    let script = ["-c", "exec cat \"$1\" > \"$2\"", "sh", text(of), text(&fifo)];
+    let writer = Command::new("sh").args(script).stderr(Stdio::null()).spawn().unwrap();
+    (fifo, writer)
+}
+
+#[test]
+fn what_is_no_disk_is_refused_by_name_from_a_file_and_from_streams() {
+    let dir = tempfile::tempdir().unwrap();
+    let raw = image(dir.path());
+    for (program, args, said) in [
+        ("gzip", "-c disk.img", "is a gzip file, no disk image: unpack it with `gzip -dc`"),
+        ("xz", "-0 -c disk.img", "is an xz file"),
+        ("xz", "-0 --format=lzma -c disk.img", "is an lzma file"),
+        ("bzip2", "-c disk.img", "is a bzip2 file"),
+        ("zstd", "-c disk.img", "is a zstd file"),
+        ("lz4", "-c disk.img", "is an lz4 file"),
+        ("zip", "- disk.img", "is a zip archive"),
+        ("tar", "-c disk.img", "is a tar archive (such as an OVA)"),
+    ] {
+        let packed = dir.path().join("packed");
+        let mut command = Command::new(program);
+        command.args(args.split(' ')).current_dir(dir.path()).stdout(File::create(&packed).unwrap());
+        match command.stderr(Stdio::null()).status() {
+            Ok(status) => assert!(status.success(), "{program}"),
+            Err(e) if program != "gzip" && program != "tar" => {
+                println!("without {program}: {e}");
+                continue;
+            }
+            Err(e) => panic!("{program}: {e}"),
+        }
+        refused(&mut offline(dir.path(), &["import", text(&packed), "vm"]), 2, said);
+        let stdin = File::open(&packed).unwrap();
+        refused(offline(dir.path(), &["import", "-", "vm"]).stdin(stdin), 2, &format!("stdin {said}"));
+        let (fifo, mut writer) = fifo(dir.path(), &packed);
+        refused(&mut offline(dir.path(), &["import", text(&fifo), "vm"]), 2, "add --format raw");
+        writer.wait().unwrap();
+    }
+    // At once, though more is to come.
+    let mut child = offline(dir.path(), &["import", "-", "vm"]);
+    let mut child = child.stdin(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let mut stdin = child.stdin.take().unwrap();
+    stdin.write_all(&[&b"\x28\xb5\x2f\xfd"[..], &[7; 1000]].concat()).unwrap();
+    let status = child.wait().unwrap();
+    drop(stdin);
+    assert_eq!(status.code(), Some(2));
+    assert!(!dir.path().join("store/exports/vm").exists() && left_over(dir.path()).is_empty());
+
+    // Not one byte of a stream is lost by the look at its start; and what is meant as it is comes in as it is.
+    let (source, mut writer) = fifo(dir.path(), &raw);
+    done(&mut offline(dir.path(), &["import", text(&source), "vm"]));
+    writer.wait().unwrap();
+    let packed = dir.path().join("packed");
+    let stdin = File::open(&packed).unwrap();
+    done(offline(dir.path(), &["import", "-", "as-it-is", "--format", "raw"]).stdin(stdin));
+    let back = dir.path().join("back.img");
+    for (name, original) in [("vm", &raw), ("as-it-is", &packed)] {
+        done(&mut offline(dir.path(), &["export-image", name, text(&back), "--force"]));
+        assert!(fs::read(original).unwrap() == fs::read(&back).unwrap(), "{name}");
+    }
+}
+
+#[test]
 fn images_go_to_a_bucket_and_come_back_with_and_without_a_server() {
     let moto = Moto::with_bucket("disks");
     let endpoint = moto.endpoint();
@@ -273,6 +383,13 @@ fn what_cannot_be_an_export_is_refused_before_anything_is_stored() {
     fs::write(&empty, "").unwrap();
     refused(&mut offline(dir.path(), &["import", text(&empty), "vm"]), 1, "cannot become an export");
     refused(&mut offline(dir.path(), &["import", "/nowhere.img", "vm"]), 1, "/nowhere.img cannot be read");
+    for path in [text(dir.path()), "/dev/null"] {
+        for format in ["raw", "qcow2", ""] {
+            let mut args = vec!["import", path, "vm", "--format", format];
+            args.truncate(if format.is_empty() { 3 } else { 5 });
+            refused(&mut offline(dir.path(), &args), 2, "neither a file nor a block device");
+        }
+    }
     // At once, though stdin does not end: not after hours of reading it.
     let endless = ["import", "-", "vm", "--chunk-size", "5000"];
     refused(offline(dir.path(), &endless).stdin(Stdio::piped()), 2, "power of two");

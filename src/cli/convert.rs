@@ -1,8 +1,7 @@
 //! Other formats than raw, through `qemu-img`: what it reads and writes is always a whole raw file beside it, never a
 //! stream, since only then can it seek, and only then are holes kept.
 
-use std::fs::File;
-use std::io::{self, Read};
+use std::io;
 use std::path::Path;
 use std::process::Stdio;
 
@@ -15,23 +14,6 @@ use super::progress::Progress;
 
 /// The program.
 const QEMU_IMG: &str = "qemu-img";
-/// How much of a file is looked at to tell its format.
-const MAGIC_BYTES: u64 = 16;
-
-/// The format that the first bytes of a file speak of, by the name that `qemu-img` has for it; `raw` if none does.
-pub(super) fn format_of(path: &Path) -> io::Result<&'static str> {
-    let mut start = Vec::new();
-    File::open(path)?.take(MAGIC_BYTES).read_to_end(&mut start)?;
-    let known: [(&[u8], &str); 6] = [
-        (b"QFI\xfb", "qcow2"),
-        (b"KDMV", "vmdk"),
-        (b"# Disk Descripto", "vmdk"),
-        (b"vhdxfile", "vhdx"),
-        (b"conectix", "vpc"),
-        (b"QED\0", "qed"),
-    ];
-    Ok(known.iter().find(|(magic, _)| start.starts_with(magic)).map_or("raw", |(_, format)| format))
-}
 
 /// What `qemu-img` says of an image.
 ///

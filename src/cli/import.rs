@@ -1,12 +1,12 @@
 //! `import`: a disk image becomes a new export, straight in the store; no server and no cache take part.
 //!
 //! The file is read once, its holes are skipped, and runs of zeros of a whole chunk are not stored. What cannot be read
-//! twice or is not raw becomes a temporary sparse file first. Nothing is left of an import that fails or is cancelled,
+//! twice or is not raw becomes a temporary sparse file first; what is no disk (`recognize.rs`) is refused. Nothing is left of an import that fails or is cancelled,
 //! neither in the store nor of the temporary file.
 
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom};
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, FileTypeExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -20,6 +20,7 @@ use tempfile::NamedTempFile;
 
 use super::interrupt::Interrupts;
 use super::progress::Progress;
+use super::recognize::{HEAD_BYTES, Kind, TAIL_BYTES, recognize};
 use super::{CliError, convert, size};
 use crate::cache;
 use crate::config::{Storage, Surroundings, chunk_bytes};
@@ -42,13 +43,13 @@ Examples:
   gzip -dc disk.img.gz | nbd-server import - vm-5"
 )]
 pub struct Import {
-    /// The image; - reads a raw one from stdin
+    /// The image, a file or a block device; - or a FIFO is read to its end, and must be raw
     #[arg(value_name = "FILE")]
     file: PathBuf,
     /// Name of the new export
     #[arg(value_name = "NAME")]
     name: ExportId,
-    /// Format of the image, such as raw, qcow2, vmdk, vhdx; all but raw need qemu-img [default: what its first bytes say]
+    /// Format of the image, such as raw, qcow2, vmdk, vdi, vhdx; all but raw need qemu-img [default: what its content says]
     #[arg(long, value_name = "FORMAT")]
     format: Option<String>,
     /// Unit of fetching and publishing: a power of two from 4KiB to 64MiB
@@ -143,24 +144,23 @@ impl Import {
     /// The raw file to read, and the temporary one behind it, if there is one. The store is tried out first: before hours
     /// of reading.
     async fn raw(&self, store: &Offline) -> Result<(PathBuf, Option<NamedTempFile>), CliError> {
-        store.probe().await?;
-        if self.file == Path::new("-") {
+        if self.is_stream()? {
             if let Some(format) = self.format.as_ref().filter(|format| *format != "raw") {
-                return Err(CliError::Unconfirmed(format!("stdin can only be raw, not {format}: name a file instead")));
+                let file = self.shown();
+                let text = format!("{file} can only be raw, not {format}: name a file instead");
+                return Err(CliError::Unconfirmed(text));
             }
-            let temporary = self.temporary()?;
-            let what = format!("stdin could not be copied into {}", self.temp_dir.display());
-            let progress = self.progress("reading stdin", 0);
-            let spooled = match temporary.as_file().try_clone() {
-                Ok(to) => progress.during(spool(io::stdin(), to, &progress)).await,
-                Err(e) => Err(e),
-            };
-            spooled.map_err(|source| CliError::Io { what, source })?;
+            store.probe().await?;
+            let temporary = self.spooled().await?;
             return Ok((temporary.path().to_owned(), Some(temporary)));
         }
-        let what = format!("{} cannot be read", self.file.display());
-        let found = convert::format_of(&self.file).map_err(|source| CliError::Io { what, source })?;
-        let format = self.format.as_deref().unwrap_or(found);
+        let format = match (&self.format, self.kind()?) {
+            (Some(format), _) => format.as_str(),
+            (None, Kind::Raw) => "raw",
+            (None, Kind::Image(format)) => format,
+            (None, Kind::Foreign { what, remedy }) => return Err(self.foreign(what, remedy)),
+        };
+        store.probe().await?;
         if format == "raw" {
             return Ok((self.file.clone(), None));
         }
@@ -174,10 +174,90 @@ impl Import {
         Ok((temporary.path().to_owned(), Some(temporary)))
     }
 
+    /// Whether the image can be read only once, from its start to its end.
+    fn is_stream(&self) -> Result<bool, CliError> {
+        if self.file == Path::new("-") {
+            return Ok(true);
+        }
+        let found = self.file.metadata().map_err(|source| self.unreadable(source))?.file_type();
+        if found.is_file() || found.is_block_device() || found.is_fifo() {
+            return Ok(found.is_fifo());
+        }
+        let text = format!("{} is neither a file nor a block device: name one; - reads from stdin", self.shown());
+        Err(CliError::Unconfirmed(text))
+    }
+
+    /// What a file is.
+    fn kind(&self) -> Result<Kind, CliError> {
+        File::open(&self.file).and_then(|file| kind_of(&file)).map_err(|source| self.unreadable(source))
+    }
+
+    /// A stream as a sparse file. One that is not raw is refused as early as its bytes say so.
+    async fn spooled(&self) -> Result<NamedTempFile, CliError> {
+        let temporary = self.temporary()?;
+        let what = || format!("{} could not be copied into {}", self.shown(), self.temp_dir.display());
+        let failed = |source| CliError::Io { what: what(), source };
+        let to = temporary.as_file().try_clone().map_err(failed)?;
+        let is_stdin = self.file == Path::new("-");
+        let progress = self.progress(if is_stdin { "reading stdin" } else { "reading" }, 0);
+        let path = self.file.clone();
+        let begun = cache::blocking_io(move || {
+            let mut from: Box<dyn Read + Send> =
+                if is_stdin { Box::new(io::stdin()) } else { Box::new(File::open(path)?) };
+            let mut head = Vec::new();
+            from.by_ref().take(HEAD_BYTES as u64).read_to_end(&mut head)?;
+            Ok::<_, io::Error>((head, from))
+        });
+        let (head, rest) = progress.during(begun).await.map_err(failed)?;
+        self.must_be_raw(recognize(&head, &[]))?;
+        progress.during(spool(io::Cursor::new(head).chain(rest), to, &progress)).await.map_err(failed)?;
+        self.must_be_raw(kind_of(temporary.as_file()).map_err(failed)?)?;
+        Ok(temporary)
+    }
+
+    /// Refuses a stream that is known to be no raw disk, unless its bytes are to be taken as they are.
+    fn must_be_raw(&self, kind: Kind) -> Result<(), CliError> {
+        match kind {
+            _ if self.format.is_some() => Ok(()),
+            Kind::Raw => Ok(()),
+            Kind::Image(format) => Err(CliError::Unconfirmed(format!(
+                "{} is an image in the format {format}, but can only be raw: save it to a file and name a file instead; \
+                 or add --format raw if these very bytes are the disk",
+                self.shown()
+            ))),
+            Kind::Foreign { what, remedy } => Err(self.foreign(what, remedy)),
+        }
+    }
+
+    fn foreign(&self, what: &str, remedy: &str) -> CliError {
+        let file = self.shown();
+        let text =
+            format!("{file} is {what}, no disk image: {remedy}; or add --format raw if these very bytes are the disk");
+        CliError::Unconfirmed(text)
+    }
+
+    fn unreadable(&self, source: io::Error) -> CliError {
+        CliError::Io { what: format!("{} cannot be read", self.shown()), source }
+    }
+
+    fn shown(&self) -> String {
+        if self.file == Path::new("-") { "stdin".into() } else { self.file.display().to_string() }
+    }
+
     fn temporary(&self) -> Result<NamedTempFile, CliError> {
         let what = format!("no temporary file can be made in --temp-dir {}", self.temp_dir.display());
         NamedTempFile::with_prefix_in("nbd-server-", &self.temp_dir).map_err(|source| CliError::Io { what, source })
     }
+}
+
+/// What a file is by its first and last bytes, as many of them as there are.
+fn kind_of(mut file: &File) -> io::Result<Kind> {
+    let len = file.seek(SeekFrom::End(0))?;
+    let part = |from: u64, most: usize| {
+        let mut part = vec![0; usize::try_from(len - from).map_or(most, |left| left.min(most))];
+        file.read_exact_at(&mut part, from).map(|()| part)
+    };
+    Ok(recognize(&part(0, HEAD_BYTES)?, &part(len.saturating_sub(TAIL_BYTES as u64), TAIL_BYTES)?))
 }
 
 /// A stream as a sparse file. Whoever writes it may take its time, so this can be given up in the middle: the thread that

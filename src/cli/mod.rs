@@ -19,6 +19,7 @@ mod import;
 mod interrupt;
 mod progress;
 mod publish;
+mod recognize;
 mod snapshot;
 mod status;
 mod table;
