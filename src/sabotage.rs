@@ -22,6 +22,7 @@ pub enum Rule {
     SkipCheckpointSync,
     SkipDirSync,
     ReuseSpareAtOnce,
+    WriteSpareAtOnce,
     IgnoreDamage,
     RetrySync,
     ReadAfterFailedSync,
@@ -58,7 +59,7 @@ pub enum Rule {
 
 /// All rules by the names under which they are chosen.
 #[cfg(feature = "sabotage")]
-const NAMES: [(&str, Rule); 45] = [
+const NAMES: [(&str, Rule); 46] = [
     ("skip-mark", Rule::SkipMark),
     ("mark-before-whole-overwrite", Rule::MarkBeforeWholeOverwrite),
     ("bytes-before-mark", Rule::BytesBeforeMark),
@@ -72,6 +73,7 @@ const NAMES: [(&str, Rule); 45] = [
     ("skip-checkpoint-sync", Rule::SkipCheckpointSync),
     ("skip-dir-sync", Rule::SkipDirSync),
     ("reuse-spare-at-once", Rule::ReuseSpareAtOnce),
+    ("write-spare-at-once", Rule::WriteSpareAtOnce),
     ("ignore-damage", Rule::IgnoreDamage),
     ("retry-sync", Rule::RetrySync),
     ("read-after-failed-sync", Rule::ReadAfterFailedSync),

@@ -207,7 +207,12 @@ async fn a_cache_without_its_data_is_damaged_and_one_that_may_not_be_read_has_fa
 async fn a_publish_that_is_finished_late_does_not_hide_what_others_published_since() {
     let mut site = Site::new();
     let (registry, disk) = on_a_hooked_disk(&mut site).await;
-    disk.fail("remove", "snapshot.journal.json", ErrorKind::PermissionDenied);
+    // The journal goes by becoming a spare.
+    let phases = AtomicBool::new(false);
+    disk.hook(move |op, path| {
+        let ends = op == "rename" && path.ends_with("snapshot.journal.json.spare");
+        if ends && !phases.swap(true, Ordering::SeqCst) { Err(ErrorKind::PermissionDenied.into()) } else { Ok(()) }
+    });
     assert!(registry.snapshot(&id("disk")).await.unwrap().created, "only its journal is left");
     drop(registry);
     let there = site.start("there").await;
@@ -229,7 +234,7 @@ async fn no_write_is_acknowledged_by_a_log_that_could_not_be_replaced() {
     let (writes, runtime) = (Arc::clone(&writing), tokio::runtime::Handle::current());
     // The checkpoint after the swap is in place already when the disk fails, and a write that needs a mark waits for the log.
     disk.hook(move |op, path| {
-        exchanged.fetch_or(op == "exchange", Ordering::SeqCst);
+        exchanged.fetch_or(op == "exchange" && path.ends_with("cache.meta"), Ordering::SeqCst);
         if op != "sync_dir" || !path.ends_with("disk") || !exchanged.swap(false, Ordering::SeqCst) {
             return Ok(());
         }
@@ -254,7 +259,7 @@ async fn a_disk_that_fails_beside_the_cache_is_said_to_have_failed_with_the_file
         assert!(refused.to_string().contains(&format!("{operation} of ")), "{refused}");
         assert!(refused.to_string().contains(file), "{refused}");
     };
-    disk.fail("create", "snapshot.journal.json.tmp", ErrorKind::PermissionDenied);
+    disk.fail("write_at", "snapshot.journal.json.spare", ErrorKind::PermissionDenied);
     failed("write", "snapshot.journal.json", registry.snapshot(&id("disk")).await.unwrap_err());
     disk.serve_all();
     registry.snapshot(&id("disk")).await.unwrap();

@@ -14,9 +14,12 @@
 mod common;
 
 use common::scene::{Meanwhile, Scene, random_steps, runtime, start};
+use common::sim::disk::SimDisk;
 use common::sim::faults::{DiskFault, Faults, Plan, StoreFault};
 use common::sim::{Loss, Sim, SimStore, State};
 use common::volumes::{CHUNK, create, id, image, write};
+use nbd_server::cache::journal;
+use nbd_server::disk::Disk;
 
 /// The steps of a random scenario.
 const STEPS: usize = 25;
@@ -244,4 +247,41 @@ fn marks_on_a_full_disk_leave_room_for_their_seal_and_their_recovery() {
         let marked = usize::try_from(marked).unwrap();
         assert!(firsts[..marked].iter().all(|b| *b == 2) && firsts[marked..].iter().all(|b| *b == 1));
     });
+}
+
+/// A spare that a power loss may make the journal again is not written (L7).
+#[test]
+fn a_spare_is_not_written_before_it_is_durable_that_it_is_one() {
+    let dir = std::path::Path::new("/cache/disk");
+    let stored = |disk: &SimDisk, text: &str| journal::FILE.store(disk, dir, text.as_bytes());
+    let loaded = |disk: &SimDisk| {
+        let bytes = journal::FILE.load(disk, dir).unwrap().expect("a journal");
+        String::from_utf8(bytes).unwrap().trim_end().to_owned()
+    };
+    for at in 0.. {
+        let sim = Sim::new(State::default(), 1);
+        let disk = SimDisk(std::sync::Arc::clone(&sim));
+        journal::FILE.reserve(&disk, dir).unwrap();
+        stored(&disk, "first").unwrap();
+        disk.sync_dir(dir).unwrap();
+        // Everything of the second but the last step.
+        let begun = sim.faults(|f| f.disk_calls);
+        stored(&disk, "second").unwrap();
+        let calls = sim.faults(|f| f.disk_calls) - begun;
+        sim.faults(|f| f.disk = Some(Plan { at: f.disk_calls + calls - 1, fault: DiskFault::Eio, sticky: false }));
+        stored(&disk, "third").unwrap_err();
+        assert_eq!(loaded(&disk), "third", "it was exchanged");
+        sim.faults(|f| f.disk = Some(Plan { at: f.disk_calls + at, fault: DiskFault::Eio, sticky: true }));
+        let fourth = stored(&disk, "fourth");
+        sim.faults(Faults::end);
+        let live = loaded(&disk);
+        sim.reboot(sim.walk().power_loss(Loss::Everything));
+        let after = loaded(&disk);
+        assert!(after == "second" || after == "third" || after == live, "call {at}: {after:?}");
+        if fourth.is_ok() {
+            assert_eq!(after, "fourth");
+            assert!(at >= calls, "{at} calls");
+            break;
+        }
+    }
 }

@@ -8,15 +8,21 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
-use crate::disk::{self, Disk};
+use super::reserved::Reserved;
+use crate::disk::Disk;
 use crate::manifest::format::from_json;
 use crate::units::{ExportId, Generation, RandomId, SnapshotId};
 
 /// The file's name in the export's cache folder.
 pub const JOURNAL_FILE: &str = "snapshot.journal.json";
-/// Where it is written before it takes its place.
+/// Where older servers wrote it before it took its place.
 pub const JOURNAL_STAGING: &str = "snapshot.journal.json.tmp";
-const MAX_JOURNAL_BYTES: u64 = 64 << 10;
+/// The file, whose phases are written on a full disk as well.
+pub const FILE: Reserved = Reserved {
+    name: JOURNAL_FILE,
+    spares: ["snapshot.journal.json.spare", "snapshot.journal.json.spare2"],
+    max_bytes: 64 << 10,
+};
 /// Version 1 had neither `incarnation` nor `session_id`.
 const VERSION: u64 = 2;
 
@@ -147,7 +153,7 @@ impl Journal {
 /// # Errors
 /// Those of the disk.
 pub fn load(disk: &dyn Disk, dir: &Path) -> io::Result<Option<Vec<u8>>> {
-    disk::read_file(disk, &dir.join(JOURNAL_FILE), MAX_JOURNAL_BYTES)
+    FILE.load(disk, dir)
 }
 
 /// Replaces the journal, durably.
@@ -155,7 +161,7 @@ pub fn load(disk: &dyn Disk, dir: &Path) -> io::Result<Option<Vec<u8>>> {
 /// # Errors
 /// Those of the disk.
 pub fn store(disk: &dyn Disk, dir: &Path, bytes: &[u8]) -> io::Result<()> {
-    disk::replace_file(disk, dir, JOURNAL_FILE, bytes)
+    FILE.store(disk, dir, bytes)
 }
 
 /// Removes the journal, durably.
@@ -163,7 +169,7 @@ pub fn store(disk: &dyn Disk, dir: &Path, bytes: &[u8]) -> io::Result<()> {
 /// # Errors
 /// Those of the disk.
 pub fn remove(disk: &dyn Disk, dir: &Path) -> io::Result<()> {
-    disk::remove_file(disk, dir, JOURNAL_FILE)
+    FILE.remove(disk, dir)
 }
 
 #[cfg(test)]

@@ -216,9 +216,14 @@ impl MetaLog {
         }
     }
 
+    /// Takes the room that the record of a publish's beginning needs, and the one that gives it up.
+    pub fn reserve_cut(&mut self) -> io::Result<()> {
+        self.here.take_room(self.end + CUT_ROOM)
+    }
+
     /// Appends the record of a publish's beginning. It is refused unless the publish can be given up, too.
     pub fn cut(&mut self) -> io::Result<()> {
-        self.here.take_room(self.end + CUT_ROOM)?;
+        self.reserve_cut()?;
         self.append(Record::Cut)
     }
 

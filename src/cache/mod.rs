@@ -23,6 +23,7 @@ mod log;
 pub mod meta;
 pub mod open;
 pub mod publish;
+pub mod reserved;
 pub mod states;
 
 use std::io;

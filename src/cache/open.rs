@@ -7,7 +7,7 @@ use std::sync::Arc;
 use super::aside::{ASIDE_FILE, AsideMemory};
 use super::at_once::Pace;
 use super::flush::FlushBarrier;
-use super::full::Fullness;
+use super::full::{Fullness, is_want_of_space};
 use super::journal;
 pub use super::log::META_FILE;
 use super::log::{self, FAILED_FILE, MAX_META_BYTES, MetaLog, Roomy, Staged};
@@ -81,6 +81,7 @@ impl Opening {
         raw.sync()?;
         let absent = vec![ChunkState::new(Content::Absent); self.geometry.chunk_count() as usize];
         let staged = log::stage(&*self.disk, &self.dir, &self.header(boot_id, 1), &absent)?;
+        journal::FILE.reserve(&*self.disk, &self.dir)?;
         Ok((raw, staged))
     }
 
@@ -113,6 +114,11 @@ impl Opening {
         // spare now is cache.meta for a power loss, and must not be written yet.
         if !breaks(Rule::ReuseSpareAtOnce) {
             self.disk.sync_dir(&self.dir).map_err(|e| self.error("sync", "", e))?;
+        }
+        match journal::FILE.reserve(&*self.disk, &self.dir) {
+            // A publish will find out.
+            Err(e) if is_want_of_space(&e) => {}
+            reserved => reserved.map_err(|e| self.error("reservation", journal::JOURNAL_FILE, e))?,
         }
         let len = file.len().map_err(|e| self.error("read", META_FILE, e))?;
         if len > MAX_META_BYTES {

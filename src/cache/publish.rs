@@ -6,6 +6,7 @@
 
 use std::io;
 
+use super::full::is_want_of_space;
 use super::log::{META_FILE, MetaLog};
 use super::meta::Record;
 use super::states::Content;
@@ -34,6 +35,7 @@ impl Cache {
     /// [`CacheError`]; then nothing is frozen.
     pub fn cut(&self) -> Result<Vec<CutChunk>, CacheError> {
         self.ensure_log_is_ours()?;
+        self.make_room_for_a_cut()?;
         let any = CutChunk { cut: u64::MAX, chunk: ChunkIndex(u32::MAX), zero: true };
         let mut chunks = super::touched_room(self.states.counts().1, any);
         // Freed once writers go on.
@@ -141,6 +143,18 @@ impl Cache {
             if open { self.append(|log| log.append(Record::Uncut)) } else { Ok(()) }
         };
         appended.and(self.drop_aside())
+    }
+
+    /// On a full disk a log that publishes alone have filled is folded, which gives it the room of the spare file (L7).
+    fn make_room_for_a_cut(&self) -> Result<(), CacheError> {
+        let reserved = match &mut *self.log.lock() {
+            LogFile::Open(log) => log.reserve_cut(),
+            LogFile::Sealed { .. } => Ok(()),
+        };
+        match reserved {
+            Err(e) if is_want_of_space(&e) => self.checkpoint(),
+            reserved => reserved.map_err(|e| self.error("write", META_FILE, e)),
+        }
     }
 
     fn append(&self, append: impl FnOnce(&mut MetaLog) -> io::Result<()>) -> Result<(), CacheError> {

@@ -451,8 +451,8 @@ impl Scene {
         Some(())
     }
 
-    /// The process dies on a full disk and starts on it: whatever was acknowledged is there, and a FLUSH makes it survive
-    /// the host as well.
+    /// The process dies on a full disk and starts on it: whatever was acknowledged is there, a FLUSH makes it survive the
+    /// host as well; or, every other time, it can be published.
     pub async fn works_on_a_full_disk(&mut self) -> Result<(), String> {
         let k = self.sim.now();
         self.start().await.ok_or("the server does not start")?;
@@ -461,6 +461,14 @@ impl Scene {
             let Some(volume) = opened(&registry, name, history, k).await? else { continue };
             check_image(&registry, name, &history.image(k, NEVER)).await?;
             volume.flush().await.map_err(|e| format!("{name} does not flush: {e}"))?;
+            if k.is_multiple_of(2) {
+                continue;
+            }
+            for _ in 0..2 {
+                registry.snapshot(&id(name)).await.map_err(|e| format!("{name} does not publish: {e}"))?;
+            }
+            registry.compact(&id(name)).await.map_err(|e| format!("{name} is not compacted: {e}"))?;
+            check_image(&registry, name, &history.image(k, NEVER)).await?;
         }
         self.sim.faults(Faults::end);
         self.registry = None;
@@ -602,7 +610,8 @@ pub async fn recovers(
         published_is_whole(&sim.state(), name, history, k)?;
     }
     let state = sim.state();
-    let known = ["cache.raw", "cache.meta", "cache.meta.spare", "clone.seed.json"];
+    let spares = ["cache.meta.spare", "snapshot.journal.json.spare", "snapshot.journal.json.spare2"];
+    let known = [&["cache.raw", "cache.meta", "clone.seed.json"], &spares[..]].concat();
     if let Some(path) = state.paths().find(|path| !known.contains(&path.file_name().unwrap().to_str().unwrap())) {
         return Err(format!("{} is left", path.display()));
     }
