@@ -21,7 +21,7 @@ use nbd_server::clock::SystemClock;
 use nbd_server::store::keys::ExportRoot;
 use nbd_server::store::local::LocalStore;
 use nbd_server::store::parts::MIN_PART_BYTES;
-use nbd_server::store::probe::probe;
+use nbd_server::store::probe::{ProbeError, probe};
 use nbd_server::store::remote::{RemoteConfig, RemoteKind, RemoteStore};
 use nbd_server::store::retry::{RetryPolicy, Retrying};
 use nbd_server::store::{Body, BoxError, Condition, Key, SharedStore, StoreError, Version};
@@ -52,6 +52,10 @@ impl Case {
     }
 }
 
+async fn probed(store: &SharedStore, root: &ExportRoot) -> Result<(), ProbeError> {
+    probe(&Retrying::new(store.clone(), RetryPolicy::default(), Arc::new(SystemClock)), root).await
+}
+
 macro_rules! claims {
     ($($claim:ident),* $(,)?) => {
         /// Checks every claim, each in a folder of its own.
@@ -62,7 +66,7 @@ macro_rules! claims {
                 $claim(Case { store: store.clone(), prefix: format!("{}/{}", root.prefix(), stringify!($claim)) }).await;
                 println!("    {:?}", start.elapsed());
             })*
-            probe(&*store, root).await.unwrap();
+            probed(&store, root).await.unwrap();
         }
     };
 }
@@ -481,7 +485,7 @@ async fn servers_that_share_a_local_directory_race_as_one_store() {
         let version = servers[1].get(&key, 1 << 10).await.unwrap().version;
         race(&servers, &key, &Condition::IfVersion(version)).await;
     }
-    let outcomes = join_all(servers.iter().map(|server| async { probe(&**server, &root()).await })).await;
+    let outcomes = join_all(servers.iter().map(|server| async { probed(server, &root()).await })).await;
     outcomes.into_iter().for_each(|outcome| outcome.unwrap());
 }
 

@@ -11,7 +11,7 @@ use crate::store::SharedStore;
 use crate::store::health::Health;
 use crate::store::local::LocalStore;
 use crate::store::observed::Observed;
-use crate::store::probe::ProbeError;
+use crate::store::probe::{ProbeError, probe};
 use crate::store::remote::RemoteStore;
 use crate::store::retry::{RetryPolicy, Retrying};
 use crate::volume::Services;
@@ -55,7 +55,7 @@ impl WatchedStore {
 
     /// Finds out whether the store is fit for writing.
     pub(super) async fn probe(&self, access: &StoreAccess) -> Result<(), ServerError> {
-        match self.retrying.probe(&access.export_root).await {
+        match probe(&self.retrying, &access.export_root).await {
             Err(unfit @ ProbeError::Unfit { .. }) if access.allow_unsafe => tracing::warn!(
                 "UNSAFE: {unfit}. --allow-unsafe-store is given, so the server starts nevertheless: as soon as a \
                  second server publishes an export of this one, images are lost without a word"

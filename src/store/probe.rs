@@ -3,12 +3,16 @@
 //! Without them two servers that publish the same export would overwrite each other's head, and neither would know.
 //! Some stores accept the condition and ignore it, so only trying tells. The probe writes a few small objects of its
 //! own under `<export-root>/.probe/`, a name no export can have, and removes them.
+//!
+//! A store that is throttled, or away for a moment, is probed all the same: each step is repeated by itself, and a put
+//! without a clear answer is settled by reading what the object holds. No two steps write the same content.
 
 use bytes::Bytes;
-use futures_util::future::join_all;
+use futures_util::future::{join, join_all};
 
 use super::keys::ExportRoot;
-use super::{Condition, Key, Store, StoreError, Version};
+use super::retry::{Patience, Request, Retrying};
+use super::{Condition, Key, Object, Store, StoreError, Version};
 use crate::sabotage::{Rule, breaks};
 
 /// How many writers race for one key.
@@ -64,11 +68,11 @@ pub enum Finding {
     Winners(usize),
 }
 
-/// Tries out every promise that the head of an export depends on.
+/// Tries out every promise that the head of an export depends on. Each step is repeated for as long as a request is.
 ///
 /// # Errors
 /// [`ProbeError::Unfit`] names the promise broken; [`ProbeError::Store`] if the store could not be asked.
-pub async fn probe(store: &dyn Store, root: &ExportRoot) -> Result<(), ProbeError> {
+pub async fn probe(store: &Retrying, root: &ExportRoot) -> Result<(), ProbeError> {
     if breaks(Rule::BelieveStore) {
         return Ok(());
     }
@@ -81,10 +85,12 @@ pub async fn probe(store: &dyn Store, root: &ExportRoot) -> Result<(), ProbeErro
         racing(store, &race).await
     }
     .await;
-    for key in [&one, &race] {
-        if let Err(error) = store.delete(key).await {
-            // A store that could not even be asked has nothing of ours.
-            if !matches!(verdict, Err(ProbeError::Store(_))) {
+    // A store that is away removes nothing, and the time for it is up.
+    if !matches!(verdict, Err(ProbeError::Store(StoreError::Unavailable { .. }))) {
+        let left = join(store.delete(&one), store.delete(&race)).await;
+        for (key, removed) in [(&one, left.0), (&race, left.1)] {
+            // A store that refused to be asked has nothing of ours.
+            if let (Err(error), Ok(()) | Err(ProbeError::Unfit { .. })) = (removed, &verdict) {
                 tracing::warn!(%key, %error, "could not remove an object of the start-up probe; delete it by hand");
             }
         }
@@ -92,95 +98,148 @@ pub async fn probe(store: &dyn Store, root: &ExportRoot) -> Result<(), ProbeErro
     verdict
 }
 
-/// A conditional put whose two clear answers are yes and no.
-async fn attempt(
-    store: &dyn Store,
+/// What a conditional put came to.
+#[derive(Debug)]
+enum Outcome {
+    /// It took place.
+    Landed {
+        version: Version,
+        /// Whether the put itself was answered with the version; else it was read afterwards.
+        answered: bool,
+    },
+    /// It did not, and this is the object instead.
+    Rejected(Option<Object>),
+}
+
+/// Puts until it is clear what came of it. After a conflict, too, the object is read: it may hold the content of an earlier
+/// attempt, of ours or of a proxy's, or of a put that the store claims to have rejected.
+async fn put(store: &Retrying, key: &Key, content: &Bytes, condition: &Condition) -> Result<Outcome, StoreError> {
+    let mut patience = store.patience();
+    loop {
+        let rejected = match put_once(store, &patience, key, content, condition).await {
+            Ok(version) => return Ok(Outcome::Landed { version, answered: true }),
+            Err(StoreError::Conflict { .. }) => true,
+            Err(failure @ StoreError::Unavailable { .. }) => {
+                pause_after(&mut patience, failure).await?;
+                false
+            }
+            Err(e) => return Err(e),
+        };
+        match read(store, key).await? {
+            Some(object) if object.bytes == *content => {
+                return Ok(Outcome::Landed { version: object.version, answered: false });
+            }
+            standing if rejected => return Ok(Outcome::Rejected(standing)),
+            _ => {}
+        }
+    }
+}
+
+async fn put_once(
+    store: &Retrying,
+    patience: &Patience<'_>,
     key: &Key,
     content: &Bytes,
-    condition: Condition,
-) -> Result<Option<Version>, StoreError> {
-    match store.put(key, content.clone(), condition).await {
-        Ok(version) => Ok(Some(version)),
-        Err(StoreError::Conflict { .. }) => Ok(None),
+    condition: &Condition,
+) -> Result<Version, StoreError> {
+    let request = Request { operation: "put", key };
+    patience.cut(request, store.put(key, content.clone(), condition.clone())).await
+}
+
+/// Waits before a put is repeated, and says so the first time: nothing else of a start shows yet.
+async fn pause_after(patience: &mut Patience<'_>, failure: StoreError) -> Result<(), StoreError> {
+    if patience.is_fresh() {
+        // Why, the health of the store has said.
+        tracing::warn!("the store does not answer yet, trying for up to {} s", patience.limit().as_secs());
+    }
+    patience.pause_after(failure).await
+}
+
+async fn read(store: &Retrying, key: &Key) -> Result<Option<Object>, StoreError> {
+    match store.get(key, MAX_PROBE_BYTES).await {
+        Ok(object) => Ok(Some(object)),
+        Err(StoreError::NotFound { .. }) => Ok(None),
         Err(e) => Err(e),
     }
 }
 
 /// One writer, step by step.
-async fn alone(store: &dyn Store, key: &Key) -> Result<(), ProbeError> {
+async fn alone(store: &Retrying, key: &Key) -> Result<(), ProbeError> {
     let unfit = |finding| Err(ProbeError::Unfit { key: key.clone(), finding });
-    let [first, second, third] = ["first", "second", "third"].map(Bytes::from);
-
-    let Some(created) = attempt(store, key, &first, Condition::IfAbsent).await? else {
+    let Outcome::Landed { version: mut current, .. } = put(store, key, &"created".into(), &Condition::IfAbsent).await?
+    else {
         return unfit(Finding::NewRefused);
     };
-    if attempt(store, key, &second, Condition::IfAbsent).await?.is_some() {
+    if let Outcome::Landed { .. } = put(store, key, &"created again".into(), &Condition::IfAbsent).await? {
         return unfit(Finding::ExistingReplaced);
     }
-    let Some(swapped) = attempt(store, key, &second, Condition::IfVersion(created.clone())).await? else {
-        return unfit(Finding::CurrentRefused);
+    // Until a swap is answered by itself: a version that was read says nothing of those that puts return.
+    let mut turn = 0;
+    let (stale, content, swapped) = loop {
+        turn += 1;
+        let content = Bytes::from(format!("swapped {turn}"));
+        match put(store, key, &content, &Condition::IfVersion(current.clone())).await? {
+            Outcome::Rejected(_) => return unfit(Finding::CurrentRefused),
+            Outcome::Landed { version, .. } if version == current => return unfit(Finding::VersionStuck),
+            Outcome::Landed { version, answered: true } => break (current, content, version),
+            Outcome::Landed { version, .. } => current = version,
+        }
     };
-    if swapped == created {
-        return unfit(Finding::VersionStuck);
-    }
     // A version the store has known, rather than an invented one that might be refused for its form.
-    if attempt(store, key, &third, Condition::IfVersion(created)).await?.is_some() {
-        return unfit(Finding::StaleReplaced);
-    }
-    let read = store.get(key, MAX_PROBE_BYTES).await?;
-    if read.bytes != second {
-        return unfit(Finding::WrongContent);
-    }
-    if read.version != swapped {
-        return unfit(Finding::VersionDiffers);
+    match put(store, key, &"stale".into(), &Condition::IfVersion(stale)).await? {
+        Outcome::Landed { .. } => return unfit(Finding::StaleReplaced),
+        Outcome::Rejected(Some(read)) if read.bytes == content && read.version == swapped => {}
+        Outcome::Rejected(Some(read)) if read.bytes == content => return unfit(Finding::VersionDiffers),
+        Outcome::Rejected(_) => return unfit(Finding::WrongContent),
     }
     store.delete(key).await?;
-    if attempt(store, key, &third, Condition::IfVersion(swapped)).await?.is_some() {
-        return unfit(Finding::StaleReplaced);
+    match put(store, key, &"gone".into(), &Condition::IfVersion(swapped)).await? {
+        Outcome::Landed { .. } => unfit(Finding::StaleReplaced),
+        Outcome::Rejected(_) => Ok(()),
     }
-    Ok(())
 }
 
 /// Many writers at once: first to create, then to replace.
-async fn racing(store: &dyn Store, key: &Key) -> Result<(), ProbeError> {
+async fn racing(store: &Retrying, key: &Key) -> Result<(), ProbeError> {
     heat(store, key, "create", Condition::IfAbsent, Finding::NewRefused).await?;
     let standing = store.get(key, MAX_PROBE_BYTES).await?.version;
     heat(store, key, "swap", Condition::IfVersion(standing), Finding::CurrentRefused).await
 }
 
-/// One race. Without a winner it proves nothing if one of the answers was unclear.
+/// One race, run again while nothing of it landed and one of the answers was unclear.
 async fn heat(
-    store: &dyn Store,
+    store: &Retrying,
     key: &Key,
     name: &str,
     condition: Condition,
     no_winner: Finding,
 ) -> Result<(), ProbeError> {
     let contents: Vec<Bytes> = (0..RACERS).map(|racer| Bytes::from(format!("{name} {racer}"))).collect();
-    let answers = join_all(contents.iter().map(|content| attempt(store, key, content, condition.clone()))).await;
-    let mut winner = None;
-    let mut winners = 0;
-    let mut unclear = None;
-    for (answer, content) in answers.into_iter().zip(&contents) {
-        match answer {
-            Ok(Some(_)) => {
-                winners += 1;
-                winner = Some(content);
-            }
-            Ok(None) => {}
-            Err(e @ StoreError::Unavailable { .. }) => unclear = Some(e),
-            Err(e) => return Err(e.into()),
-        }
-    }
     let unfit = |finding| Err(ProbeError::Unfit { key: key.clone(), finding });
-    if winners > 1 {
-        return unfit(Finding::Winners(winners));
-    }
-    match (winner, unclear) {
-        (None, Some(e)) => Err(e.into()),
-        (None, None) => unfit(no_winner),
-        (Some(content), _) if store.get(key, MAX_PROBE_BYTES).await?.bytes != *content => unfit(Finding::WrongContent),
-        (Some(_), _) => Ok(()),
+    let mut patience = store.patience();
+    loop {
+        let race = contents.iter().map(|content| put_once(store, &patience, key, content, &condition));
+        let (mut winners, mut unclear) = (Vec::new(), None);
+        for (answer, content) in join_all(race).await.into_iter().zip(&contents) {
+            match answer {
+                Ok(_) => winners.push(content),
+                Err(StoreError::Conflict { .. }) => {}
+                Err(e @ StoreError::Unavailable { .. }) => unclear = Some(e),
+                Err(e) => return Err(e.into()),
+            }
+        }
+        if winners.len() > 1 {
+            return unfit(Finding::Winners(winners.len()));
+        }
+        let standing = read(store, key).await?.map(|object| object.bytes);
+        let landed = standing.filter(|standing| contents.contains(standing));
+        match (winners.first(), landed, unclear) {
+            (Some(winner), landed, _) if landed.as_ref() != Some(*winner) => return unfit(Finding::WrongContent),
+            // Without an answer to the winner, what stands there tells that there was one.
+            (_, Some(_), _) => return Ok(()),
+            (_, None, Some(failure)) => pause_after(&mut patience, failure).await?,
+            (_, None, None) => return unfit(no_winner),
+        }
     }
 }
 

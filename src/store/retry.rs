@@ -8,14 +8,11 @@
 use std::fmt::Debug;
 use std::future::Future;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
 
 use super::health::{Health, Outage};
-use super::keys::ExportRoot;
-use super::probe::{ProbeError, probe};
 use super::{Body, BoxError, Condition, Key, Object, SharedStore, Store, StoreError, Version};
 use crate::clock::Clock;
 use crate::sabotage::{Rule, breaks};
@@ -124,11 +121,7 @@ impl RetryPolicy {
         loop {
             let outcome = match overtime {
                 Overtime::Finish { .. } => attempt().await,
-                Overtime::Cut => tokio::select! {
-                    biased;
-                    outcome = attempt() => outcome,
-                    () = clock.sleep(patience.left()) => Err(request.unavailable("no answer before the time was up")),
-                },
+                Overtime::Cut => patience.cut(request, attempt()).await,
             };
             health.note(clock.now(), &outcome);
             match outcome {
@@ -160,6 +153,29 @@ impl Patience<'_> {
 
     fn left(&self) -> Duration {
         self.policy.limit.saturating_sub(self.elapsed())
+    }
+
+    /// How long a request is repeated.
+    pub(crate) fn limit(&self) -> Duration {
+        self.policy.limit
+    }
+
+    /// Whether no attempt has failed yet.
+    pub(crate) fn is_fresh(&self) -> bool {
+        self.failures == 0
+    }
+
+    /// Makes one attempt, and abandons it when the time is up.
+    pub(crate) async fn cut<T>(
+        &self,
+        request: Request<'_>,
+        attempt: impl Future<Output = Result<T, StoreError>>,
+    ) -> Result<T, StoreError> {
+        tokio::select! {
+            biased;
+            outcome = attempt => outcome,
+            () = self.clock.sleep(self.left()) => Err(request.unavailable("no answer before the time was up")),
+        }
     }
 
     /// Waits before the next attempt; the failure comes back, with how long it was tried, if there is no time for another.
@@ -223,28 +239,9 @@ impl Retrying {
         self.policy.run(&*self.clock, &self.health, Request { operation, key }, overtime, attempt).await
     }
 
-    /// Probes the store, as soon as it can be asked: an outage at start is waited for as any other, what the probe
-    /// then finds is final.
-    ///
-    /// # Errors
-    /// As [`probe`].
-    pub async fn probe(&self, root: &ExportRoot) -> Result<(), ProbeError> {
-        let told = AtomicBool::new(false);
-        let attempt = || async {
-            match probe(&*self.inner, root).await {
-                Err(ProbeError::Store(error)) => {
-                    let away = matches!(error, StoreError::Unavailable { .. });
-                    if away && !told.swap(true, Ordering::Relaxed) {
-                        let seconds = self.policy.limit.as_secs();
-                        // Why, the health of the store has said.
-                        tracing::warn!("the store does not answer yet, trying for up to {seconds} s");
-                    }
-                    Err(error)
-                }
-                verdict => Ok(verdict),
-            }
-        };
-        self.repeat("probe", root.prefix(), Overtime::Cut, attempt).await?
+    /// The patience with one request that the caller repeats, from now on.
+    pub(crate) fn patience(&self) -> Patience<'_> {
+        self.policy.patience(&*self.clock)
     }
 
     /// Of what is passed on once.

@@ -1,9 +1,12 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, SystemTime};
 
 use super::*;
+use crate::clock::Clock;
 use crate::store::remote::RemoteStore;
-use crate::store::{Body, Object, SharedStore};
+use crate::store::retry::RetryPolicy;
+use crate::store::{Body, SharedStore};
 use crate::units::ByteRange;
 
 /// How a store goes wrong.
@@ -23,34 +26,52 @@ enum Flaw {
     Races,
     /// Keeps what was there.
     ForgetsWrites,
-    Down,
+    /// Says that the condition does not hold, and writes nevertheless.
+    RejectsAndWrites,
+}
+
+/// Which requests a store answers with 503.
+#[derive(Debug, Clone, Copy)]
+enum Throttle {
+    None,
+    /// Every one of so many, without having carried it out.
+    Before(usize),
+    /// Every one of so many, although it carried it out.
+    After(usize),
+    /// All of them.
+    All,
 }
 
 #[derive(Debug)]
 struct Flawed {
     inner: RemoteStore,
     flaw: Flaw,
-    puts: AtomicUsize,
+    throttle: Throttle,
+    requests: AtomicUsize,
 }
 
 impl Flawed {
-    fn new(flaw: Flaw) -> Self {
-        Self { inner: RemoteStore::memory(), flaw, puts: AtomicUsize::new(0) }
+    fn new(flaw: Flaw, throttle: Throttle) -> Arc<Self> {
+        Arc::new(Self { inner: RemoteStore::memory(), flaw, throttle, requests: AtomicUsize::new(0) })
     }
-}
 
-#[async_trait::async_trait]
-impl Store for Flawed {
-    async fn get(&self, key: &Key, max_bytes: u64) -> Result<Object, StoreError> {
-        let mut object = self.inner.get(key, max_bytes).await?;
-        if self.flaw == Flaw::OtherTagOnRead {
-            object.version.0.insert_str(0, "W/");
+    /// Carries a request out, and answers it or not.
+    async fn throttled<T>(
+        &self,
+        key: &Key,
+        work: impl Future<Output = Result<T, StoreError>>,
+    ) -> Result<T, StoreError> {
+        let count = self.requests.fetch_add(1, Ordering::Relaxed) + 1;
+        let slow_down = || Err(Request { operation: "request", key }.unavailable("503 SlowDown"));
+        match self.throttle {
+            Throttle::All => slow_down(),
+            Throttle::Before(period) if count.is_multiple_of(period) => slow_down(),
+            Throttle::After(period) if count.is_multiple_of(period) => work.await.and_then(|_| slow_down()),
+            _ => work.await,
         }
-        Ok(object)
     }
 
-    async fn put(&self, key: &Key, bytes: Bytes, condition: Condition) -> Result<Version, StoreError> {
-        self.puts.fetch_add(1, Ordering::Relaxed);
+    async fn flawed_put(&self, key: &Key, bytes: Bytes, condition: Condition) -> Result<Version, StoreError> {
         let conflict = || Err(StoreError::Conflict { key: key.clone() });
         let condition = match (self.flaw, condition) {
             (Flaw::IgnoresIfAbsent, Condition::IfAbsent) => Condition::Always,
@@ -72,13 +93,58 @@ impl Store for Flawed {
                 Condition::Always
             }
             (Flaw::ForgetsWrites, Condition::IfVersion(_)) => return Ok(Version("new".into())),
-            (Flaw::Down, _) => {
-                let source = "down".into();
-                return Err(StoreError::Unavailable { operation: "put", key: key.clone(), source });
+            (Flaw::RejectsAndWrites, condition) => {
+                if self.inner.put(key, bytes.clone(), condition).await.is_err() {
+                    self.inner.put(key, bytes, Condition::Always).await?;
+                    return conflict();
+                }
+                let object = self.inner.get(key, MAX_PROBE_BYTES).await?;
+                return Ok(object.version);
             }
             (_, condition) => condition,
         };
         self.inner.put(key, bytes, condition).await
+    }
+}
+
+/// A clock on which waiting takes no time but as its hands show.
+#[derive(Debug, Default)]
+struct FakeClock(std::sync::Mutex<Duration>);
+
+#[async_trait::async_trait]
+impl Clock for FakeClock {
+    fn now(&self) -> SystemTime {
+        SystemTime::UNIX_EPOCH
+    }
+    fn monotonic(&self) -> Duration {
+        *self.0.lock().unwrap()
+    }
+    async fn sleep(&self, duration: Duration) {
+        // A turn for whatever is waited for beside it.
+        for _ in 0..100 {
+            tokio::task::yield_now().await;
+        }
+        *self.0.lock().unwrap() += duration;
+    }
+}
+
+fn retrying(store: SharedStore) -> (Retrying, Arc<FakeClock>) {
+    let clock = Arc::new(FakeClock::default());
+    (Retrying::new(store, RetryPolicy::default(), clock.clone()), clock)
+}
+
+#[async_trait::async_trait]
+impl Store for Flawed {
+    async fn get(&self, key: &Key, max_bytes: u64) -> Result<Object, StoreError> {
+        let mut object = self.throttled(key, self.inner.get(key, max_bytes)).await?;
+        if self.flaw == Flaw::OtherTagOnRead {
+            object.version.0.insert_str(0, "W/");
+        }
+        Ok(object)
+    }
+
+    async fn put(&self, key: &Key, bytes: Bytes, condition: Condition) -> Result<Version, StoreError> {
+        self.throttled(key, self.flawed_put(key, bytes, condition)).await
     }
 
     async fn get_range(&self, key: &Key, range: ByteRange) -> Result<Bytes, StoreError> {
@@ -97,7 +163,7 @@ impl Store for Flawed {
         self.inner.list_folders(prefix).await
     }
     async fn delete(&self, key: &Key) -> Result<(), StoreError> {
-        self.inner.delete(key).await
+        self.throttled(key, self.inner.delete(key)).await
     }
 }
 
@@ -106,52 +172,77 @@ fn root() -> ExportRoot {
 }
 
 /// The probe's verdict on a store, which must be left empty.
-async fn verdict(flaw: Flaw) -> Result<(), ProbeError> {
-    let store = Flawed::new(flaw);
-    let verdict = probe(&store, &root()).await;
-    assert_eq!(store.list(root().prefix()).await.unwrap(), [], "{flaw:?} left objects behind");
+async fn verdict(flaw: Flaw, throttle: Throttle) -> Result<(), ProbeError> {
+    let store = Flawed::new(flaw, throttle);
+    let (retrying, clock) = retrying(store.clone());
+    let verdict = probe(&retrying, &root()).await;
+    assert_eq!(store.list(root().prefix()).await.unwrap(), [], "{flaw:?}, {throttle:?} left objects behind");
+    let (requests, took) = (store.requests.load(Ordering::Relaxed), clock.monotonic());
+    assert!(requests <= 60 && took <= Duration::from_secs(5), "{flaw:?}, {throttle:?}: {requests} in {took:?}");
     verdict
+}
+
+fn throttles() -> impl Iterator<Item = Throttle> {
+    (4..=7).flat_map(|period| [Throttle::Before(period), Throttle::After(period)]).chain([Throttle::None])
 }
 
 #[tokio::test]
 async fn a_store_that_keeps_its_promises_passes_and_is_left_empty() {
-    verdict(Flaw::None).await.unwrap();
+    verdict(Flaw::None, Throttle::None).await.unwrap();
 }
 
 #[tokio::test]
-async fn each_broken_promise_is_found_and_named() {
+async fn a_throttled_store_that_keeps_its_promises_passes_within_seconds() {
+    for throttle in throttles() {
+        verdict(Flaw::None, throttle).await.unwrap();
+    }
+}
+
+#[tokio::test]
+async fn each_broken_promise_is_found_and_named_even_if_requests_are_throttled() {
     for (flaw, expected) in [
         (Flaw::IgnoresIfAbsent, Finding::ExistingReplaced),
         (Flaw::IgnoresIfVersion, Finding::StaleReplaced),
         (Flaw::RefusesSwaps, Finding::CurrentRefused),
         (Flaw::RefusesCreation, Finding::NewRefused),
         (Flaw::OtherTagOnRead, Finding::VersionDiffers),
+        (Flaw::RejectsAndWrites, Finding::ExistingReplaced),
         (Flaw::Races, Finding::Winners(RACERS)),
+        (Flaw::ForgetsWrites, Finding::StaleReplaced),
     ] {
-        match verdict(flaw).await.unwrap_err() {
-            error @ ProbeError::Unfit { finding, .. } => {
-                assert_eq!(finding, expected, "{flaw:?}");
-                assert!(error.to_string().contains(&finding.to_string()), "{error}");
+        for throttle in throttles() {
+            match verdict(flaw, throttle).await.unwrap_err() {
+                error @ ProbeError::Unfit { finding, .. } => {
+                    let as_expected = match (finding, expected) {
+                        // The others had no answer.
+                        (Finding::Winners(winners), Finding::Winners(_)) => winners > 1,
+                        // A version that was read, as no put was answered with one, is not taken for the condition either.
+                        (Finding::CurrentRefused, Finding::VersionDiffers) => !matches!(throttle, Throttle::None),
+                        (finding, expected) => finding == expected,
+                    };
+                    assert!(as_expected, "{flaw:?}, {throttle:?}: {finding}");
+                    assert!(error.to_string().contains(&finding.to_string()), "{error}");
+                }
+                ProbeError::Store(e) => panic!("{flaw:?}, {throttle:?}: {e}"),
             }
-            ProbeError::Store(e) => panic!("{flaw:?}: {e}"),
         }
     }
-    assert!(matches!(verdict(Flaw::ForgetsWrites).await, Err(ProbeError::Unfit { .. })));
 }
 
 #[tokio::test]
 async fn a_store_that_does_not_answer_is_not_called_unfit() {
-    let store = Flawed::new(Flaw::Down);
-    let error = probe(&store, &root()).await.unwrap_err();
+    let store = Flawed::new(Flaw::None, Throttle::All);
+    let (retrying, clock) = retrying(store.clone());
+    let error = probe(&retrying, &root()).await.unwrap_err();
     assert!(matches!(error, ProbeError::Store(StoreError::Unavailable { .. })), "{error}");
-    assert_eq!(store.puts.load(Ordering::Relaxed), 1);
+    assert!(clock.monotonic() <= retrying.patience().limit(), "{:?}", clock.monotonic());
 }
 
 #[tokio::test]
 async fn servers_that_start_together_do_not_disturb_each_other() {
-    let store: SharedStore = Arc::new(RemoteStore::memory());
+    let store = retrying(Arc::new(RemoteStore::memory())).0;
     let root = root();
-    for outcome in join_all((0..16).map(|_| probe(&*store, &root))).await {
+    for outcome in join_all((0..16).map(|_| probe(&store, &root))).await {
         outcome.unwrap();
     }
 }

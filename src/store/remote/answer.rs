@@ -93,10 +93,12 @@ impl Rejection {
             (404 | 410, _) => request.unavailable(self.clone()),
             // A range that begins behind the end of the object.
             (416, Conditional::No) => request.short(self.clone()),
-            (304 | 409 | 412, Conditional::Yes) => StoreError::Conflict { key: key() },
+            (304 | 412, Conditional::Yes) => StoreError::Conflict { key: key() },
+            // Azure's way to say that the object is there, and that of others.
+            (409, Conditional::Yes) if self.code.ends_with("AlreadyExists") => StoreError::Conflict { key: key() },
+            // Another request for the key is under way, says S3: nothing is decided, try again.
+            (409, _) => request.unavailable(self.clone()),
             (501 | 505, _) => request.refused(self.clone()),
-            // Two writers of one key at the same instant: S3 asks to come again.
-            (409, Conditional::No) => request.unavailable(self.clone()),
             (408 | 425 | 429 | 500..=599, _) => request.unavailable(self.clone()),
             // S3 words a connection that went quiet as the client's mistake.
             (400, _) if self.code == "RequestTimeout" => request.unavailable(self.clone()),
@@ -231,7 +233,10 @@ mod tests {
             (404, "NoSuchEntity", 'U', 'U'),
             (404, "", 'U', 'U'),
             (408, "", 'U', 'U'),
-            (409, "ConditionalRequestConflict", 'U', 'C'),
+            (409, "ConditionalRequestConflict", 'U', 'U'),
+            (409, "OperationAborted", 'U', 'U'),
+            (409, "", 'U', 'U'),
+            (409, "BlobAlreadyExists", 'U', 'C'),
             (410, "", 'U', 'U'),
             (412, "PreconditionFailed", 'R', 'C'),
             (416, "InvalidRange", 'S', 'R'),

@@ -179,7 +179,8 @@ async fn a_conditional_put_is_one_request_on_the_wire_whatever_the_answer() {
             (sized("500 Internal Server Error", ""), false),
             (sized("503 Slow Down", ""), false),
             (sized("429 Too Many Requests", ""), false),
-            (sized("409 Conflict", "<Error><Code>ConditionalRequestConflict</Code></Error>"), true),
+            (sized("409 Conflict", "<Error><Code>ConditionalRequestConflict</Code></Error>"), false),
+            (sized("409 Conflict", "<Error><Code>BlobAlreadyExists</Code></Error>"), true),
             (sized("412 Precondition Failed", ""), true),
             (Answer::HangUp, false),
         ] {
