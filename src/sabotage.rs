@@ -55,6 +55,7 @@ pub enum Rule {
     OverwriteForeignHead,
     SwapUnconditionally,
     BelieveStore,
+    FollowRedirects,
 }
 
 /// All rules by the names under which they are chosen.
@@ -106,6 +107,7 @@ const NAMES: [(&str, Rule); 46] = [
     ("overwrite-foreign-head", Rule::OverwriteForeignHead),
     ("swap-unconditionally", Rule::SwapUnconditionally),
     ("believe-store", Rule::BelieveStore),
+    ("follow-redirects", Rule::FollowRedirects),
 ];
 
 /// Whether this build breaks the rule.

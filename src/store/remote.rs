@@ -8,12 +8,16 @@
 //!   long as all parts that are on their way with it. Other requests at the same time are not reckoned with.
 //! - **Nothing is believed.** The range and the length of a body are compared with what was asked for: the crate hands
 //!   out a short body as if it were whole.
+//! - **No redirect is followed.** A client that follows one takes another server's answer for the store's, and sends it the
+//!   credentials in its headers.
 //! - **Credentials** come from the environment and appear in no log, error or `Debug` text.
 
 mod answer;
 mod config;
+mod http;
 mod listing;
 mod memory;
+mod redirect;
 mod upload;
 
 use std::fmt;

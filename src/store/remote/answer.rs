@@ -1,28 +1,22 @@
 //! What a failed request means: to be asked again, a lost race, or hopeless.
 //!
-//! The crate hides the HTTP status of most failures in a type of its own. So [`Gate`] stands between it and its HTTP
-//! client, and turns every answer that is no success into a [`Rejection`]: host, status, code and message, cut to size, and
+//! The crate hides the HTTP status of most failures in a type of its own. So the HTTP client ([`super::http`]) turns every
+//! answer that is no success into a [`Rejection`]: host, status, code and message, cut to size, where a redirect points, and
 //! nothing else of the request or the answer, so that no credential can get into an error text.
 //!
-//! The crate fetches its credentials through the gate, too. So not every answer is about the object: that it is absent is
+//! The crate fetches its credentials by the same client. So not every answer is about the object: that it is absent is
 //! believed of a store's own words alone.
 
 use std::error::Error;
 
-use futures_util::StreamExt;
-use object_store::ClientOptions;
-use object_store::client::{
-    HttpClient, HttpConnector, HttpError, HttpErrorKind, HttpRequest, HttpResponse, HttpResponseBody, HttpService,
-    ReqwestConnector,
-};
+use hyper::header::HeaderMap;
+use hyper::{Method, Uri};
 use serde_json::Value;
 
-use super::Conditional;
+use super::{Conditional, redirect};
 use crate::store::StoreError;
 use crate::store::retry::Request;
 
-/// How much of an error's body is read.
-const MAX_ERROR_BODY_BYTES: usize = 16 << 10;
 /// How much of its message is kept.
 const MAX_MESSAGE_CHARS: usize = 300;
 
@@ -35,7 +29,10 @@ const NO_BUCKET: &[&str] = &["NoSuchBucket", "ContainerNotFound", "NoSuchContain
 
 /// Who did not carry a request out, and in which words.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{host} answered HTTP {status}{}{code}{}{message}", if code.is_empty() { "" } else { " " }, if message.is_empty() { "" } else { ": " })]
+#[error("{host} answered HTTP {status}{}{code}{}{message}{}{directions}",
+    if code.is_empty() { "" } else { " " },
+    if message.is_empty() { "" } else { ": " },
+    if directions.is_empty() { "" } else { "; " })]
 pub(super) struct Rejection {
     host: String,
     /// Whether the request was a HEAD, whose answer has no body; only objects are asked for so.
@@ -43,6 +40,8 @@ pub(super) struct Rejection {
     status: u16,
     code: String,
     message: String,
+    /// Where a redirect points, and which setting is right.
+    directions: String,
 }
 
 /// Code and message of an error's body; empty where there are none.
@@ -67,16 +66,28 @@ fn first<'a>(json: &'a Value, names: &[&str]) -> Option<&'a str> {
 }
 
 /// The content of an XML element that holds text alone.
-fn element<'a>(body: &'a str, tag: &str) -> &'a str {
+pub(super) fn element<'a>(body: &'a str, tag: &str) -> &'a str {
     let rest = body.split_once(&format!("<{tag}>")).map(|(_, rest)| rest);
     rest.and_then(|rest| rest.split_once(&format!("</{tag}>"))).map_or("", |(inner, _)| inner)
 }
 
-fn cut(text: &str) -> String {
+/// What of a text from outside gets into an error.
+pub(super) fn cut(text: &str) -> String {
     text.chars().filter(|c| !c.is_control()).take(MAX_MESSAGE_CHARS).collect()
 }
 
 impl Rejection {
+    /// What an answer says that is no success; `body` is the beginning of its body.
+    pub(super) fn new(method: &Method, uri: &Uri, status: u16, headers: &HeaderMap, body: &str) -> Self {
+        let (mut code, message) = words(body);
+        if code.is_empty() {
+            code = headers.get(AZURE_CODE_HEADER).and_then(|code| code.to_str().ok()).map(cut).unwrap_or_default();
+        }
+        let directions = redirect::directions(uri, status, headers, body).unwrap_or_default();
+        let host = uri.host().unwrap_or_default().to_owned();
+        Self { host, to_head: method == Method::HEAD, status, code, message, directions }
+    }
+
     /// Whether this is a store that has no such object, and not somebody else of whom something else was asked.
     fn says_absent(&self) -> bool {
         self.status == 404 && (self.to_head || ABSENT.contains(&self.code.as_str()))
@@ -144,58 +155,15 @@ pub(super) fn nothing_to_assemble(error: &StoreError) -> bool {
     }
 }
 
-/// Makes HTTP clients whose failures can be told apart.
-#[derive(Debug)]
-pub(super) struct GateConnector;
-
-impl HttpConnector for GateConnector {
-    fn connect(&self, options: &ClientOptions) -> object_store::Result<HttpClient> {
-        Ok(HttpClient::new(Gate(ReqwestConnector::default().connect(options)?)))
-    }
-}
-
-#[derive(Debug)]
-struct Gate(HttpClient);
-
-#[async_trait::async_trait]
-impl HttpService for Gate {
-    async fn call(&self, request: HttpRequest) -> Result<HttpResponse, HttpError> {
-        let host = request.uri().host().unwrap_or_default().to_owned();
-        let to_head = request.method().as_str() == "HEAD";
-        let response = self.0.execute(request).await?;
-        if response.status().is_success() {
-            return Ok(response);
-        }
-        let status = response.status().as_u16();
-        let header = response.headers().get(AZURE_CODE_HEADER).and_then(|code| code.to_str().ok()).map(cut);
-        let (code, message) = words(&beginning(response.into_body()).await);
-        let code = if code.is_empty() { header.unwrap_or_default() } else { code };
-        // "Unknown" is the one kind the crate would not repeat even if its retries were on.
-        Err(HttpError::new(HttpErrorKind::Unknown, Rejection { host, to_head, status, code, message }))
-    }
-}
-
-/// As much of a body as an error text is worth; what arrives of it.
-async fn beginning(body: HttpResponseBody) -> String {
-    let mut stream = body.bytes_stream();
-    let mut bytes = Vec::new();
-    while let Some(Ok(piece)) = stream.next().await {
-        let room = MAX_ERROR_BODY_BYTES - bytes.len();
-        bytes.extend_from_slice(&piece[..piece.len().min(room)]);
-        if bytes.len() == MAX_ERROR_BODY_BYTES {
-            break;
-        }
-    }
-    String::from_utf8_lossy(&bytes).into_owned()
-}
-
 #[cfg(test)]
 mod tests {
+    use object_store::client::{HttpError, HttpErrorKind};
+
     use super::*;
 
     fn rejection(status: u16, body: &str) -> Rejection {
-        let (code, message) = words(body);
-        Rejection { host: "store.example".into(), to_head: false, status, code, message }
+        let uri = Uri::from_static("https://store.example/disks/exports/vm/volume.json");
+        Rejection::new(&Method::GET, &uri, status, &HeaderMap::new(), body)
     }
 
     /// One letter per meaning: Not found, Conflict, Unavailable, Refused, Short.
@@ -217,8 +185,13 @@ mod tests {
     #[test]
     fn each_status_means_what_the_caller_does_next() {
         for (status, code, plain, conditional) in [
+            (300, "", 'R', 'R'),
             (301, "PermanentRedirect", 'R', 'R'),
+            (302, "", 'R', 'R'),
+            (303, "", 'R', 'R'),
             (304, "", 'R', 'C'),
+            (307, "TemporaryRedirect", 'R', 'R'),
+            (308, "", 'R', 'R'),
             (400, "InvalidArgument", 'R', 'R'),
             (400, "RequestTimeout", 'U', 'U'),
             (401, "", 'R', 'R'),

@@ -13,9 +13,9 @@ use object_store::list::PaginatedListStore;
 use object_store::multipart::MultipartStore;
 use object_store::{ClientOptions, ObjectStore, RetryConfig};
 
-use super::answer::GateConnector;
+use super::http::Connector;
 use super::upload::Discards;
-use super::{CONNECT_TIMEOUT, RemoteStore, VersionTag};
+use super::{RemoteStore, VersionTag};
 use crate::clock::Clock;
 use crate::store::BoxError;
 use crate::store::health::Health;
@@ -231,10 +231,8 @@ impl RemoteStore {
         let endpoint = config.endpoint()?;
         let at = endpoint.as_deref().map(|url| format!(" at {url}")).unwrap_or_default();
         let place = format!("{} bucket {bucket}{at}", config.kind.name());
-        let options = ClientOptions::new()
-            .with_timeout_disabled()
-            .with_connect_timeout(CONNECT_TIMEOUT)
-            .with_allow_http(endpoint.as_deref().is_some_and(|url| url.starts_with("http://")));
+        let plain = endpoint.as_deref().is_some_and(|url| url.starts_with("http://"));
+        let options = ClientOptions::new().with_allow_http(plain);
         environment.check(match config.kind {
             RemoteKind::S3 | RemoteKind::R2 => AWS_VARIABLES,
             RemoteKind::Gcs => GOOGLE_VARIABLES,
@@ -346,7 +344,7 @@ impl RemoteConfig {
             .with_config(object_store::aws::AmazonS3ConfigKey::DisableBulkDelete, "true")
             .with_retry(no_retries())
             .with_client_options(options)
-            .with_http_connector(GateConnector);
+            .with_http_connector(Connector);
         if let Some(endpoint) = endpoint {
             builder = builder.with_endpoint(endpoint);
         }
@@ -371,7 +369,7 @@ impl RemoteConfig {
             .with_bucket_name(bucket)
             .with_retry(no_retries())
             .with_client_options(options)
-            .with_http_connector(GateConnector);
+            .with_http_connector(Connector);
         if let Some(endpoint) = endpoint {
             builder = builder.with_base_url(&endpoint);
         }
@@ -398,7 +396,7 @@ impl RemoteConfig {
             .with_container_name(container)
             .with_retry(no_retries())
             .with_client_options(options)
-            .with_http_connector(GateConnector);
+            .with_http_connector(Connector);
         if let Some(endpoint) = endpoint {
             builder = builder.with_endpoint(endpoint);
         }

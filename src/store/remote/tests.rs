@@ -20,6 +20,8 @@ const AZURE_KEYS: [(&str, &str); 2] =
 enum Answer {
     /// These bytes, then the connection is closed.
     Raw(String),
+    /// These bytes, and the connection stays open.
+    Stalls(String),
     /// The connection is closed before any answer.
     HangUp,
 }
@@ -38,13 +40,19 @@ impl Endpoint {
         let requests = Arc::new(Mutex::new(Vec::new()));
         let mut script: VecDeque<Answer> = script.iter().cloned().collect();
         let seen = requests.clone();
+        let mut stalled = Vec::new();
         tokio::spawn(async move {
             while let Ok((mut stream, _)) = listener.accept().await {
                 let Some(request) = read_request(&mut stream).await else { continue };
                 seen.lock().unwrap().push(request);
                 let answer = if script.len() > 1 { script.pop_front() } else { script.front().cloned() };
-                if let Some(Answer::Raw(text)) = answer {
-                    let _ = stream.write_all(text.as_bytes()).await;
+                match answer {
+                    Some(Answer::Raw(text)) => drop(stream.write_all(text.as_bytes()).await),
+                    Some(Answer::Stalls(text)) => {
+                        let _ = stream.write_all(text.as_bytes()).await;
+                        stalled.push(stream);
+                    }
+                    Some(Answer::HangUp) | None => {}
                 }
             }
         });
@@ -106,8 +114,12 @@ async fn read_request(stream: &mut TcpStream) -> Option<String> {
     Some(head)
 }
 
+fn head(status: &str, headers: &str) -> String {
+    format!("HTTP/1.1 {status}\r\nConnection: close\r\nETag: \"1\"\r\n{headers}\r\n")
+}
+
 fn answer(status: &str, headers: &str, body: &str) -> Answer {
-    Answer::Raw(format!("HTTP/1.1 {status}\r\nConnection: close\r\nETag: \"1\"\r\n{headers}\r\n{body}"))
+    Answer::Raw(head(status, headers) + body)
 }
 
 fn sized(status: &str, body: &str) -> Answer {
@@ -209,6 +221,130 @@ async fn a_swap_carries_its_condition_on_the_wire() {
     assert!(has(0, "if-none-match: *\r\n") && !has(0, "if-match"), "{}", requests[0]);
     assert!(has(1, "if-match: \"7\"\r\n") && !has(1, "if-none-match"), "{}", requests[1]);
     assert!(!has(2, "if-match") && !has(2, "if-none-match"), "{}", requests[2]);
+}
+
+/// Every kind of request, by the call that makes it.
+const CALLS: [&str; 9] = ["get", "get_range", "len", "put", "create", "swap", "upload", "list", "delete"];
+
+async fn call(store: &RemoteStore, name: &str) -> Result<(), StoreError> {
+    let (key, range) = (key(), ByteRange::new(10, 10).unwrap());
+    let put = async |condition| store.put(&key, "{}".into(), condition).await.map(drop);
+    match name {
+        "get" => store.get(&key, 100).await.map(drop),
+        "get_range" => store.get_range(&key, range).await.map(drop),
+        "len" => store.len(&key).await.map(drop),
+        "put" => put(Condition::Always).await,
+        "create" => put(Condition::IfAbsent).await,
+        "swap" => put(Condition::IfVersion(Version("\"1\"".into()))).await,
+        "upload" => store.upload(&key, 100, stream::iter([Ok(Bytes::from("{}"))]).boxed()).await,
+        "list" => store.list(&key).await.map(drop),
+        "delete" => store.delete(&key).await,
+        _ => unreachable!("{name}"),
+    }
+}
+
+const REDIRECTS: [&str; 5] =
+    ["301 Moved Permanently", "302 Found", "303 See Other", "307 Temporary Redirect", "308 Permanent Redirect"];
+
+/// What would pass for success, were it believed.
+async fn target_of_redirects() -> (Endpoint, Answer, impl Fn(&str) -> Answer) {
+    let target = Endpoint::start(&[sized("200 OK", "0123456789")]).await;
+    let location = format!("Location: {}/elsewhere?token=t\r\nContent-Length: 0\r\n", target.url);
+    (target, sized("200 OK", ""), move |status: &str| answer(status, &location, ""))
+}
+
+fn is_refused_with_directions(error: &StoreError, target: &Endpoint) -> bool {
+    let directions = format!(
+        "it redirects to {url}/elsewhere, and no redirect is followed: if the store is there, use \
+                              --endpoint-url {url}",
+        url = target.url
+    );
+    matches!(error, StoreError::Refused { .. }) && error.to_string().ends_with(&directions)
+}
+
+#[tokio::test]
+async fn no_redirect_is_followed_or_taken_for_an_answer_or_repeated() {
+    let (target, _, redirect) = target_of_redirects().await;
+    let google = [("GOOGLE_BEARER_TOKEN", "hushhush")];
+    let of_s3 = [&S3_KEYS[..], &[("AWS_SESSION_TOKEN", "hushhush")]].concat();
+    for status in REDIRECTS {
+        for (kind, environment) in
+            [(RemoteKind::S3, &of_s3[..]), (RemoteKind::Gcs, &google), (RemoteKind::Azure, &AZURE_KEYS)]
+        {
+            let endpoint = Endpoint::start(&[redirect(status)]).await;
+            let store = endpoint.store_of(kind, environment);
+            for name in CALLS {
+                let error = call(&store, name).await.expect_err(name);
+                assert!(is_refused_with_directions(&error, &target), "{status} {kind:?} {name}: {error}");
+            }
+            assert_eq!(endpoint.lines().len(), CALLS.len(), "{status} {kind:?}: {:?}", endpoint.lines());
+        }
+    }
+    assert_eq!(target.lines(), [""; 0]);
+}
+
+#[tokio::test]
+async fn no_redirect_of_a_multipart_upload_is_followed() {
+    let (target, ok, redirect) = target_of_redirects().await;
+    for status in REDIRECTS {
+        let created = sized("200 OK", CREATED);
+        for (step, script) in [
+            ("creation", vec![redirect(status)]),
+            ("part", vec![created.clone(), redirect(status)]),
+            ("completion", vec![created, ok.clone(), ok.clone(), redirect(status)]),
+        ] {
+            let endpoint = Endpoint::start(&script).await;
+            let error = upload_two_parts(&endpoint).await.unwrap_err();
+            assert!(is_refused_with_directions(&error, &target), "{status} {step}: {error}");
+        }
+    }
+    assert_eq!(target.lines(), [""; 0]);
+}
+
+#[tokio::test]
+async fn no_redirect_of_a_service_that_lends_credentials_is_followed() {
+    let (target, _, redirect) = target_of_redirects().await;
+    let token = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(&token, "hushhush").unwrap();
+    let token = token.path().to_str().unwrap();
+    for status in REDIRECTS {
+        let endpoint = Endpoint::start(&[redirect(status)]).await;
+        let url = &*endpoint.url;
+        let account = ("AZURE_STORAGE_ACCOUNT_NAME", "account");
+        for (kind, environment) in [
+            (RemoteKind::S3, vec![("AWS_METADATA_ENDPOINT", url)]),
+            (
+                RemoteKind::S3,
+                vec![("AWS_CONTAINER_CREDENTIALS_FULL_URI", url), ("AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE", token)],
+            ),
+            (RemoteKind::Azure, vec![account, ("AZURE_MSI_ENDPOINT", url)]),
+        ] {
+            let error = endpoint.store_of(kind, &environment).get(&key(), 9).await.unwrap_err();
+            assert!(is_refused_with_directions(&error, &target), "{status} {environment:?}: {error}");
+        }
+        assert!(endpoint.lines().iter().all(|line| !line.contains("volume.json")), "{:?}", endpoint.lines());
+    }
+    assert_eq!(target.lines(), [""; 0]);
+}
+
+/// S3 sends no target that could be followed, but says which settings are right.
+#[tokio::test]
+async fn a_bucket_in_another_region_names_the_settings_to_use() {
+    let body = "<Error><Code>PermanentRedirect</Code><Message>Please use another endpoint.</Message>\
+                <Endpoint>disks.s3.eu-central-1.amazonaws.com</Endpoint><Bucket>disks</Bucket></Error>";
+    let headers = format!("x-amz-bucket-region: eu-central-1\r\nContent-Length: {}\r\n", body.len());
+    let endpoint = Endpoint::start(&[answer("301 Moved Permanently", &headers, body)]).await;
+    let text = endpoint.store().get(&key(), 9).await.unwrap_err().to_string();
+    let said = "answered HTTP 301 PermanentRedirect: Please use another endpoint.; the bucket is elsewhere: use --region \
+                eu-central-1 and --endpoint-url http://s3.eu-central-1.amazonaws.com";
+    assert!(text.ends_with(said), "{text}");
+}
+
+#[tokio::test]
+async fn an_error_whose_body_never_ends_is_told_by_its_status() {
+    let endpoint = Endpoint::start(&[Answer::Stalls(head("403 Forbidden", "Content-Length: 9\r\n"))]).await;
+    let error = endpoint.store().get(&key(), 9).await.unwrap_err();
+    assert!(matches!(error, StoreError::Refused { .. }) && error.to_string().ends_with("HTTP 403"), "{error}");
 }
 
 #[tokio::test]
