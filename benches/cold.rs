@@ -93,7 +93,7 @@ fn background() -> Background {
 }
 
 async fn start(store: SharedStore, cache_root: &Path) -> Arc<Registry> {
-    let services = Services::new(store, root(), Arc::new(RealDisk), Arc::new(SystemClock));
+    let services = Services::new(store, root(), Arc::new(RealDisk::default()), Arc::new(SystemClock));
     let services = services.with_background(background());
     Registry::discover(Arc::new(services), cache_root.to_owned()).await.unwrap()
 }

@@ -6,12 +6,16 @@
 use std::fmt::Debug;
 use std::fs;
 use std::io;
-use std::os::unix::fs::FileExt;
-use std::path::Path;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use rustix::fs::FallocateFlags;
-use rustix::io::{ReadWriteFlags, retry_on_intr};
+use rustix::fs::{
+    AtFlags, CWD, Dir, FallocateFlags, FileType, Mode, OFlags, RenameFlags, SeekFrom, mkdirat, openat, renameat,
+    renameat_with, statat, unlinkat,
+};
+use rustix::io::{Errno, ReadWriteFlags, retry_on_intr};
 
 use crate::units::ByteRange;
 
@@ -75,6 +79,10 @@ pub trait DiskFile: Debug + Send + Sync {
     fn allocate(&self, range: ByteRange) -> io::Result<()>;
     /// Makes all completed writes durable.
     fn sync(&self) -> io::Result<()>;
+    /// Whether the file holds anything but holes.
+    fn has_data(&self) -> io::Result<bool>;
+    /// Whether the file at a path is this one.
+    fn is_at(&self, path: &Path) -> io::Result<bool>;
 }
 
 /// Replaces a small file in one step that survives a crash: the old content is there, or the new one.
@@ -125,9 +133,22 @@ pub fn remove_file(disk: &dyn Disk, dir: &Path, name: &str) -> io::Result<()> {
 /// would bring it to 2.2 µs, and cost a long write 25 µs per MiB more, where these cost 5.
 const WRITE_PIECE_BYTES: usize = 32 << 10;
 
-/// The kernel's files.
-#[derive(Debug, Clone, Copy, Default)]
-pub struct RealDisk;
+/// The kernel's files. What they hold is images: only their owner may read them.
+const FILE_MODE: Mode = Mode::from_raw_mode(0o600);
+const FOLDER_MODE: Mode = Mode::from_raw_mode(0o700);
+
+/// The kernel's files, found by their paths or below a folder that stays open.
+#[derive(Debug, Clone, Default)]
+pub struct RealDisk {
+    root: Option<Arc<Root>>,
+}
+
+/// A folder that is reached by its descriptor alone: whatever is at its path by now is never touched.
+#[derive(Debug)]
+struct Root {
+    path: PathBuf,
+    folder: fs::File,
+}
 
 fn ignore_missing(result: io::Result<()>) -> io::Result<()> {
     match result {
@@ -136,60 +157,101 @@ fn ignore_missing(result: io::Result<()>) -> io::Result<()> {
     }
 }
 
+impl RealDisk {
+    /// The files below `folder`, which was opened at `path`. Every path that is asked for begins with `path`.
+    #[must_use]
+    pub fn below(path: &Path, folder: fs::File) -> Self {
+        Self { root: Some(Arc::new(Root { path: path.to_owned(), folder })) }
+    }
+
+    /// What a path is relative to, and the path from there.
+    fn locate<'a>(&'a self, path: &'a Path) -> io::Result<(BorrowedFd<'a>, &'a Path)> {
+        let Some(root) = &self.root else { return Ok((CWD, path)) };
+        let relative = path.strip_prefix(&root.path).map_err(|e| io::Error::new(io::ErrorKind::InvalidInput, e))?;
+        Ok((root.folder.as_fd(), if relative.as_os_str().is_empty() { Path::new(".") } else { relative }))
+    }
+
+    fn open_by(&self, path: &Path, flags: OFlags) -> io::Result<fs::File> {
+        let (at, path) = self.locate(path)?;
+        Ok(openat(at, path, flags | OFlags::CLOEXEC, FILE_MODE)?.into())
+    }
+
+    fn open_folder(&self, path: &Path) -> io::Result<fs::File> {
+        self.open_by(path, OFlags::RDONLY | OFlags::DIRECTORY)
+    }
+
+    fn unlink(&self, path: &Path, flags: AtFlags) -> io::Result<()> {
+        let (at, path) = self.locate(path)?;
+        ignore_missing(unlinkat(at, path, flags).map_err(Into::into))
+    }
+}
+
 impl Disk for RealDisk {
     fn open(&self, path: &Path) -> io::Result<Arc<dyn DiskFile>> {
-        Ok(RealFile::over(fs::File::options().read(true).write(true).open(path)?))
+        RealFile::over(self.open_by(path, OFlags::RDWR)?)
     }
 
     fn create(&self, path: &Path) -> io::Result<Arc<dyn DiskFile>> {
-        Ok(RealFile::over(fs::File::options().read(true).write(true).create(true).truncate(true).open(path)?))
+        RealFile::over(self.open_by(path, OFlags::RDWR | OFlags::CREATE | OFlags::TRUNC)?)
     }
 
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
-        fs::rename(from, to)
+        let ((from_at, from), (to_at, to)) = (self.locate(from)?, self.locate(to)?);
+        Ok(renameat(from_at, from, to_at, to)?)
     }
 
     fn exchange(&self, a: &Path, b: &Path) -> io::Result<()> {
-        use rustix::fs::{CWD, RenameFlags, renameat_with};
-        use rustix::io::Errno;
-        match renameat_with(CWD, a, CWD, b, RenameFlags::EXCHANGE) {
+        let ((at_a, a), (at_b, b)) = (self.locate(a)?, self.locate(b)?);
+        match renameat_with(at_a, a, at_b, b, RenameFlags::EXCHANGE) {
             Err(Errno::INVAL | Errno::NOSYS | Errno::OPNOTSUPP) => Err(io::ErrorKind::Unsupported.into()),
             exchanged => Ok(exchanged?),
         }
     }
 
     fn remove(&self, path: &Path) -> io::Result<()> {
-        ignore_missing(fs::remove_file(path))
+        self.unlink(path, AtFlags::empty())
     }
 
     fn create_dir(&self, path: &Path) -> io::Result<()> {
-        fs::create_dir_all(path)
+        let (at, path) = self.locate(path)?;
+        let folders: Vec<_> = path.ancestors().filter(|folder| !folder.as_os_str().is_empty()).collect();
+        for folder in folders.into_iter().rev() {
+            match mkdirat(at, folder, FOLDER_MODE) {
+                // One that cannot be made because it is there says so in several ways.
+                Err(e) if !statat(at, folder, AtFlags::empty()).is_ok_and(is_folder) => return Err(e.into()),
+                _ => {}
+            }
+        }
+        Ok(())
     }
 
     fn remove_dir(&self, path: &Path) -> io::Result<()> {
-        ignore_missing(fs::remove_dir(path))
+        self.unlink(path, AtFlags::REMOVEDIR)
     }
 
     fn list_dir(&self, path: &Path) -> io::Result<Vec<String>> {
-        let entries = match fs::read_dir(path) {
-            Ok(entries) => entries,
+        let folder = match self.open_folder(path) {
+            Ok(folder) => folder,
             Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
             Err(e) => return Err(e),
         };
         let mut names = Vec::new();
-        for entry in entries {
-            names.push(entry?.file_name().to_string_lossy().into_owned());
+        for entry in Dir::new(folder)? {
+            let name = entry?.file_name().to_string_lossy().into_owned();
+            if name != "." && name != ".." {
+                names.push(name);
+            }
         }
         names.sort();
         Ok(names)
     }
 
     fn sync_dir(&self, path: &Path) -> io::Result<()> {
-        fs::File::open(path)?.sync_all()
+        self.open_folder(path)?.sync_all()
     }
 
     fn space(&self, dir: &Path) -> io::Result<Space> {
-        let about = rustix::fs::statvfs(dir)?;
+        let about = rustix::fs::fstatvfs(self.open_folder(dir)?)?;
         let bytes = |blocks: u64| blocks.saturating_mul(about.f_frsize);
         Ok(Space { free: bytes(about.f_bavail), total: bytes(about.f_blocks) })
     }
@@ -230,17 +292,29 @@ impl Medium {
     }
 }
 
+/// The device and the inode of a file.
+pub(crate) fn identity(about: &fs::Metadata) -> (u64, u64) {
+    (about.dev(), about.ino())
+}
+
+fn is_folder(about: rustix::fs::Stat) -> bool {
+    FileType::from_raw_mode(about.st_mode) == FileType::Directory
+}
+
 #[derive(Debug)]
 struct RealFile {
     file: fs::File,
+    /// Device and inode.
+    identity: (u64, u64),
     /// Whether its file system keeps everything in memory, and takes no orders not to wait.
     in_memory: bool,
 }
 
 impl RealFile {
-    fn over(file: fs::File) -> Arc<dyn DiskFile> {
+    fn over(file: fs::File) -> io::Result<Arc<dyn DiskFile>> {
         let in_memory = Medium::of(&file) == Medium::Memory;
-        Arc::new(Self { file, in_memory })
+        let identity = identity(&file.metadata()?);
+        Ok(Arc::new(Self { file, identity, in_memory }))
     }
 }
 
@@ -287,7 +361,6 @@ impl DiskFile for RealFile {
     }
 
     fn allocate(&self, range: ByteRange) -> io::Result<()> {
-        use rustix::io::Errno;
         match rustix::fs::fallocate(&self.file, FallocateFlags::empty(), range.offset(), range.len()) {
             // A file system that takes no orders: what can be had is the length, which a hole gives.
             Err(Errno::OPNOTSUPP | Errno::NOSYS) if self.len()? < range.end() => self.set_len(range.end()),
@@ -299,5 +372,21 @@ impl DiskFile for RealFile {
     fn sync(&self) -> io::Result<()> {
         // fdatasync also flushes the size and the extents a reader needs to find the data.
         self.file.sync_data()
+    }
+
+    fn has_data(&self) -> io::Result<bool> {
+        match rustix::fs::seek(&self.file, SeekFrom::Data(0)) {
+            Err(Errno::NXIO) => Ok(false),
+            Err(e) => Err(e.into()),
+            Ok(_) => Ok(true),
+        }
+    }
+
+    fn is_at(&self, path: &Path) -> io::Result<bool> {
+        match fs::metadata(path) {
+            Ok(found) => Ok(identity(&found) == self.identity),
+            Err(e) if matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => Ok(false),
+            Err(e) => Err(e),
+        }
     }
 }

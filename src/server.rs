@@ -12,6 +12,7 @@
 //!
 //! **SIGHUP** reads again what can change while clients are served: the certificates and the log's level.
 
+mod cache_root;
 mod descriptors;
 mod folders;
 mod log_limit;
@@ -45,7 +46,8 @@ pub use logging::{Logging, show_warnings};
 pub use passed::{PassedError, sockets as passed_sockets};
 pub(crate) use ready::quoted;
 
-use folders::{CacheLock, LockError, NewFolders};
+use cache_root::{CacheRoot, CacheRootError};
+use folders::NewFolders;
 pub(crate) use store::Offline;
 use store::WatchedStore;
 use watched::Watched;
@@ -76,6 +78,11 @@ pub enum ServerError {
     /// Another server works there.
     #[error("--cache-root {path} is in use by another nbd-server: stop that one, or choose another directory", path = .0.display())]
     CacheLocked(PathBuf),
+    /// Its `.id` is a copy.
+    #[error(
+        "--cache-root {path} is a copy of another cache root: two servers that write one export from copies of one cache lose data. Start with an empty --cache-root, and keep this folder if it holds what was not published; or, if the original will never be used again, delete {path}/.id and start once more", path = .0.display()
+    )]
+    CacheCopied(PathBuf),
     /// No admin client could connect.
     #[error(transparent)]
     Admin(#[from] BindError),
@@ -172,7 +179,7 @@ struct Server {
     scrapes: Option<Scrapes>,
     stop: watch::Sender<bool>,
     // Last, so that everything that touches the cache root is gone when another server may have it.
-    lock: CacheLock,
+    cache_root: CacheRoot,
 }
 
 impl Server {
@@ -193,7 +200,7 @@ impl Server {
             None => None,
         };
         // Declared before what lies in them: on a failure they must be empty when their turn comes.
-        let (cache_folders, lock) = own_cache_root(&config.cache_root)?;
+        let (cache_folders, mut cache_root) = own_cache_root(&config.cache_root)?;
         let socket_folders = match config.admin_sock.parent() {
             Some(parent) if !parent.as_os_str().is_empty() => NewFolders::create(parent)
                 .map_err(|source| BindError::Io { path: config.admin_sock.clone(), source })?,
@@ -209,11 +216,14 @@ impl Server {
         let access = config.access();
         let store = WatchedStore::connect(&access, &clock, background.clone())?;
         store.probe(&access).await?;
-        let services = store.services(&access, Arc::clone(&clock));
+        let disk =
+            cache_root.disk().map_err(|source| ServerError::CacheRoot { path: config.cache_root.clone(), source })?;
+        let services = store.services(&access, Arc::new(disk), Arc::clone(&clock)).with_cache_root(cache_root.id());
         let services = services.with_publish_bytes(config.publish_bytes).with_background(background);
         let registry = Registry::discover(Arc::new(services), config.cache_root.clone()).await?;
 
         cache_folders.keep();
+        cache_root.keep();
         socket_folders.keep();
         let limits = admin::Limits::default();
         let nbd = nbd::Server::with_tls(Arc::clone(&registry), descriptors::limits_of_clients(), tls.clone());
@@ -228,7 +238,7 @@ impl Server {
         let (scraped, looked_at) = (Arc::clone(&watched), Arc::clone(&watched));
         let watch = Watch::new(move || scraped.page(), move || looked_at.health(), move || watched.status());
         let api = Api { registry, default_chunk_bytes: config.chunk_bytes, watch, limits };
-        Ok(Self { listeners, tls, nbd, admin, api, scrapes, stop, lock })
+        Ok(Self { listeners, tls, nbd, admin, api, scrapes, stop, cache_root })
     }
 
     fn ready(&self) -> String {
@@ -238,7 +248,7 @@ impl Server {
     }
 
     async fn serve(self, signals: &mut Signals, mut reloads: Signal, logging: &mut Logging) -> Result<(), ServerError> {
-        let Self { listeners, tls, nbd, admin, api, scrapes, stop, lock } = self;
+        let Self { listeners, tls, nbd, admin, api, scrapes, stop, cache_root } = self;
         let registry = Arc::clone(&api.registry);
         let stopped = stop.subscribe();
         let mut fronts = JoinSet::new();
@@ -279,7 +289,7 @@ impl Server {
             () = closing => {}
             _ = signals.next() => return Err(ServerError::Interrupted),
         }
-        drop(lock);
+        drop(cache_root);
         tracing::info!("stopped");
         cause.map(drop).map_err(|_| ServerError::Broken)
     }
@@ -298,13 +308,14 @@ async fn reload(tls: Option<&Tls>, logging: &mut Logging) {
     }
 }
 
-fn own_cache_root(path: &Path) -> Result<(NewFolders, CacheLock), ServerError> {
+fn own_cache_root(path: &Path) -> Result<(NewFolders, CacheRoot), ServerError> {
     let refused = |source| ServerError::CacheRoot { path: path.to_owned(), source };
     let folders = NewFolders::create(path).map_err(refused)?;
-    match CacheLock::acquire(path) {
-        Ok(lock) => Ok((folders, lock)),
-        Err(LockError::Taken) => Err(ServerError::CacheLocked(path.to_owned())),
-        Err(LockError::Io(source)) => Err(refused(source)),
+    match CacheRoot::acquire(path) {
+        Ok(root) => Ok((folders, root)),
+        Err(CacheRootError::Taken) => Err(ServerError::CacheLocked(path.to_owned())),
+        Err(CacheRootError::Copied) => Err(ServerError::CacheCopied(path.to_owned())),
+        Err(CacheRootError::Io(source)) => Err(refused(source)),
     }
 }
 

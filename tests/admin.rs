@@ -143,7 +143,7 @@ async fn every_answer_with_a_body_ends_its_line() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_failed_sync_shows_in_status_and_list_with_its_reason() {
-    let disk = Hooked::new(RealDisk);
+    let disk = Hooked::new(RealDisk::default());
     let mut site = Site::new();
     let registry = site.start_on("here", Arc::new(disk.clone())).await;
     let api = Served::over(Arc::clone(&registry), tempfile::tempdir().unwrap(), Limits::default()).await;

@@ -43,7 +43,7 @@ async fn mixed(site: &mut Site, disk: &Hooked) -> Arc<Volume> {
 
 #[tokio::test]
 async fn what_is_here_is_read_at_once_and_what_is_missing_is_not() {
-    let (mut site, disk) = (Site::new(), Hooked::new(RealDisk));
+    let (mut site, disk) = (Site::new(), Hooked::new(RealDisk::default()));
     let volume = mixed(&mut site, &disk).await;
     assert_eq!(reads_at_once(&volume, CHUNK + 1, 2).unwrap(), [1, 1]);
     let over_the_edge = reads_at_once(&volume, 2 * CHUNK - 1, 2).unwrap();
@@ -56,7 +56,7 @@ async fn what_is_here_is_read_at_once_and_what_is_missing_is_not() {
 
 #[tokio::test]
 async fn a_write_is_done_at_once_where_all_is_dirty_or_one_chunk_that_is_here_needs_its_mark() {
-    let (mut site, disk) = (Site::new(), Hooked::new(RealDisk));
+    let (mut site, disk) = (Site::new(), Hooked::new(RealDisk::default()));
     let volume = mixed(&mut site, &disk).await;
     // Zeros need a hole first, what is missing a fetch.
     for (offset, at_once) in
@@ -74,13 +74,13 @@ async fn a_write_is_done_at_once_where_all_is_dirty_or_one_chunk_that_is_here_ne
 
 #[tokio::test]
 async fn what_a_write_at_once_marked_is_dirty_after_a_crash() {
-    let (mut site, disk) = (Site::new(), Hooked::new(RealDisk));
+    let (mut site, disk) = (Site::new(), Hooked::new(RealDisk::default()));
     let volume = mixed(&mut site, &disk).await;
     make_resident(&volume, 4 * CHUNK, CHUNK).await;
     // The file is this life's own from the first change on.
     assert!(volume.write_at_once(0, &[7]) && volume.write_at_once(4 * CHUNK + 1, &[7]));
     // As a process crash leaves it: nothing is synced, no clean stop.
-    let registry = site.start_on("here", Arc::new(RealDisk)).await;
+    let registry = site.start_on("here", Arc::new(RealDisk::default())).await;
     let again = registry.volume(&id("disk")).await.unwrap();
     assert_eq!(read(&again, 4 * CHUNK, 3).await[..], [9, 7, 9]);
     assert_eq!(status(&registry, "disk").await.dirty_chunks, 3);
@@ -89,7 +89,7 @@ async fn what_a_write_at_once_marked_is_dirty_after_a_crash() {
 #[tokio::test]
 async fn first_writes_at_once_ask_the_disk_for_nothing_but_copies_and_lose_nothing_when_the_log_has_no_room() {
     const CHUNKS: u64 = 1_500;
-    let (mut site, disk) = (Site::new(), Hooked::new(RealDisk));
+    let (mut site, disk) = (Site::new(), Hooked::new(RealDisk::default()));
     let registry = site.start_on("here", Arc::new(disk.clone())).await;
     let volume = create(&registry, "disk", CHUNKS).await;
     write(&volume, 0, 1, CHUNKS * CHUNK).await;
@@ -117,13 +117,13 @@ async fn first_writes_at_once_ask_the_disk_for_nothing_but_copies_and_lose_nothi
     // The log takes room for some hundred marks at a time.
     assert!((1..CHUNKS / 10).contains(&refused), "{refused} refused");
     drop((volume, registry));
-    let again = image(&site.start_on("here", Arc::new(RealDisk)).await, "disk").await;
+    let again = image(&site.start_on("here", Arc::new(RealDisk::default())).await, "disk").await;
     assert!(again.chunks(CHUNK as usize).all(|chunk| chunk[..2] == [2, 1]));
 }
 
 #[tokio::test]
 async fn a_long_first_write_is_handed_on() {
-    let (mut site, disk) = (Site::new(), Hooked::new(RealDisk));
+    let (mut site, disk) = (Site::new(), Hooked::new(RealDisk::default()));
     let registry = site.start_on("here", Arc::new(disk)).await;
     let geometry = Geometry::new(4 << 20, 1 << 20).unwrap();
     registry.create(id("disk"), geometry).await.unwrap();
@@ -139,7 +139,7 @@ async fn a_long_first_write_is_handed_on() {
 
 #[tokio::test]
 async fn a_write_at_once_never_passes_an_overlapping_one_that_arrived_earlier() {
-    let (mut site, disk) = (Site::new(), Hooked::new(RealDisk));
+    let (mut site, disk) = (Site::new(), Hooked::new(RealDisk::default()));
     let volume = mixed(&mut site, &disk).await;
     let (open, gate) = watch::channel(false);
     site.store.hold_until("get_range", gate);
@@ -170,7 +170,7 @@ async fn a_write_at_once_never_passes_an_overlapping_one_that_arrived_earlier() 
 
 #[tokio::test]
 async fn a_chunk_of_the_cut_is_written_at_once_and_keeps_its_content_for_the_snapshot() {
-    let (mut site, disk) = (Site::new(), Hooked::new(RealDisk));
+    let (mut site, disk) = (Site::new(), Hooked::new(RealDisk::default()));
     // An eighth of it is for what is set aside in memory: one block.
     site.publish_bytes = 8 * CHUNK;
     let volume = mixed(&mut site, &disk).await;
@@ -201,7 +201,7 @@ async fn a_chunk_of_the_cut_is_written_at_once_and_keeps_its_content_for_the_sna
 
 #[tokio::test]
 async fn nothing_is_written_at_once_beside_a_flush() {
-    let (mut site, disk) = (Site::new(), Hooked::new(RealDisk));
+    let (mut site, disk) = (Site::new(), Hooked::new(RealDisk::default()));
     let volume = mixed(&mut site, &disk).await;
     let (tell, mut told) = watch::channel(false);
     let (open, gate) = std::sync::mpsc::channel::<()>();
@@ -227,7 +227,7 @@ async fn nothing_is_written_at_once_beside_a_flush() {
 
 #[tokio::test]
 async fn after_a_failed_sync_nothing_of_the_page_cache_is_served_at_once() {
-    let (mut site, disk) = (Site::new(), Hooked::new(RealDisk));
+    let (mut site, disk) = (Site::new(), Hooked::new(RealDisk::default()));
     let volume = mixed(&mut site, &disk).await;
     read(&volume, 4 * CHUNK, 1).await;
     disk.fail("sync", "cache.raw", ErrorKind::Other);
@@ -239,7 +239,7 @@ async fn after_a_failed_sync_nothing_of_the_page_cache_is_served_at_once() {
 
 #[tokio::test]
 async fn after_a_write_that_had_to_wait_none_is_done_at_once_for_a_while() {
-    let (mut site, disk) = (Site::new(), Hooked::new(RealDisk));
+    let (mut site, disk) = (Site::new(), Hooked::new(RealDisk::default()));
     let volume = mixed(&mut site, &disk).await;
     disk.hook(|operation, _| {
         if operation == "write_at" {
@@ -281,7 +281,7 @@ fn served_in(runtime: tokio::runtime::Runtime, disk: &Hooked) -> Served {
 
 #[test]
 fn a_read_that_waits_for_the_disk_holds_up_nothing() {
-    let disk = Hooked::new(RealDisk);
+    let disk = Hooked::new(RealDisk::default());
     let served = served_on(&disk);
     let mut client = Raw::attach(&served, "disk", Mode::Structured);
     let mut other = Raw::attach(&served, "disk", Mode::Structured);
@@ -309,7 +309,7 @@ fn a_read_that_waits_for_the_disk_holds_up_nothing() {
 
 #[tokio::test]
 async fn a_write_that_waits_for_the_disk_alone_is_done_by_one_other_thread_and_needs_nobody_else() {
-    let (mut site, disk) = (Site::new(), Hooked::new(RealDisk));
+    let (mut site, disk) = (Site::new(), Hooked::new(RealDisk::default()));
     let volume = mixed(&mut site, &disk).await;
     let (done, ended) = std::sync::mpsc::channel();
     let begin = |offset, data: &'static [u8]| {
@@ -364,7 +364,7 @@ async fn a_write_that_would_wait_for_the_disk_is_refused_as_any_other() {
 fn what_is_in_a_file_system_of_memory_is_read_at_once() {
     // The kernel does not take orders not to wait there.
     let dir = tempfile::tempdir_in("/dev/shm").unwrap();
-    let file = RealDisk.create(&dir.path().join("file")).unwrap();
+    let file = RealDisk::default().create(&dir.path().join("file")).unwrap();
     file.write_at(&[7; 4096], 0).unwrap();
     let mut buf = [0; 4096];
     assert!(file.read_at_once(&mut buf, 0).unwrap());
@@ -384,7 +384,7 @@ fn take_ones(client: &mut Raw, replies: u64, len: u64) {
 
 #[test]
 fn long_reads_that_came_together_are_shared_among_processors_unless_all_have_clients_of_their_own() {
-    let disk = Hooked::new(RealDisk);
+    let disk = Hooked::new(RealDisk::default());
     let served = served_on(&disk);
     let by = Arc::new(std::sync::Mutex::new(BTreeSet::new()));
     let notes = Arc::clone(&by);
@@ -427,7 +427,7 @@ fn long_reads_that_came_together_are_shared_among_processors_unless_all_have_cli
 #[test]
 fn long_reads_that_came_together_wait_for_no_read_of_a_disk_that_hangs() {
     const BLOCKING_THREADS: usize = 4;
-    let disk = Hooked::new(RealDisk);
+    let disk = Hooked::new(RealDisk::default());
     let mut builder = tokio::runtime::Builder::new_multi_thread();
     let runtime = builder.enable_all().max_blocking_threads(BLOCKING_THREADS).build().unwrap();
     let served = served_in(runtime, &disk);
@@ -466,7 +466,7 @@ fn long_reads_that_came_together_wait_for_no_read_of_a_disk_that_hangs() {
 
 #[test]
 fn writes_that_wait_for_the_disk_go_on_side_by_side_with_everything_else() {
-    let disk = Hooked::new(RealDisk);
+    let disk = Hooked::new(RealDisk::default());
     let served = served_on(&disk);
     let mut client = Raw::attach(&served, "disk", Mode::Structured);
     let mut other = Raw::attach(&served, "disk", Mode::Structured);

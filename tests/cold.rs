@@ -90,7 +90,7 @@ fn a_read_of_a_missing_chunk_asks_the_store_without_a_look_at_the_disk() {
 }
 
 async fn start(store: &Arc<Shaped>, cache_root: &Path) -> Arc<Registry> {
-    let services = Services::new(store.clone(), root(), Arc::new(RealDisk), Arc::new(SystemClock));
+    let services = Services::new(store.clone(), root(), Arc::new(RealDisk::default()), Arc::new(SystemClock));
     Registry::discover(Arc::new(services), cache_root.to_owned()).await.unwrap()
 }
 
@@ -204,7 +204,7 @@ async fn writing_over_a_fresh_export_or_whole_chunks_asks_the_store_for_nothing(
 async fn a_reader_does_not_wait_until_its_chunk_is_written_and_a_writer_does() {
     let cold = Cold::new(2).await;
     let dir = tempfile::tempdir().unwrap();
-    let disk = Hooked::new(RealDisk);
+    let disk = Hooked::new(RealDisk::default());
     let services = Services::new(cold.store.clone(), root(), Arc::new(disk.clone()), Arc::new(SystemClock));
     let registry = Registry::discover(Arc::new(services), dir.path().to_owned()).await.unwrap();
     let volume = registry.volume(&id("disk")).await.unwrap();
@@ -232,7 +232,7 @@ async fn a_reader_does_not_wait_until_its_chunk_is_written_and_a_writer_does() {
 #[tokio::test]
 async fn a_cut_costs_one_record_however_many_chunks_are_dirty() {
     let dir = tempfile::tempdir().unwrap();
-    let disk = Hooked::new(RealDisk);
+    let disk = Hooked::new(RealDisk::default());
     let store = Arc::new(Shaped::new(Arc::new(RemoteStore::memory()), AT_ONCE));
     let services = Services::new(store.clone(), root(), Arc::new(disk.clone()), Arc::new(SystemClock));
     let registry = Registry::discover(Arc::new(services), dir.path().to_owned()).await.unwrap();
@@ -266,7 +266,7 @@ async fn a_cut_costs_one_record_however_many_chunks_are_dirty() {
 async fn a_publish_of_more_than_its_memory_goes_through() {
     let dirs = [(); 2].map(|()| tempfile::tempdir().unwrap());
     let store = Arc::new(Shaped::new(Arc::new(RemoteStore::memory()), AT_ONCE));
-    let services = Services::new(store.clone(), root(), Arc::new(RealDisk), Arc::new(SystemClock));
+    let services = Services::new(store.clone(), root(), Arc::new(RealDisk::default()), Arc::new(SystemClock));
     // Less than the three parts that this blob has, and less than the exports need together.
     let services = services.with_publish_bytes(12 * MIB);
     let registry = Registry::discover(Arc::new(services), dirs[0].path().to_owned()).await.unwrap();
@@ -298,7 +298,8 @@ async fn an_import_reads_no_further_ahead_than_its_memory() {
     // Nothing that is sent to it ever arrives.
     let stuck = Shape { streams: 0, ..AT_ONCE };
     let store = Arc::new(Shaped::new(Arc::new(RemoteStore::memory()), stuck));
-    let services = Services::new(store, root(), Arc::new(RealDisk), Arc::new(SystemClock)).with_publish_bytes(32 * MIB);
+    let services =
+        Services::new(store, root(), Arc::new(RealDisk::default()), Arc::new(SystemClock)).with_publish_bytes(32 * MIB);
     let geometry = Geometry::new(u64::from(CHUNKS) * MIB, MIB).unwrap();
     let read = AtomicUsize::new(0);
     let chunks = stream::iter(0..CHUNKS).map(|chunk| {
@@ -343,7 +344,7 @@ async fn in_an_outage_reads_that_wait_for_memory_fail_within_the_same_limit_as_a
         stand_on_base_image(&watched, "disk", 1, Geometry::new(CHUNKS * LARGE, LARGE).unwrap()).await;
         let patience = RetryPolicy { limit: Duration::from_secs(20), ..RetryPolicy::default() };
         let store = Arc::new(Retrying::new(watched.clone(), patience, clock.clone()));
-        let services = Services::new(store, root(), Arc::new(RealDisk), clock).with_patience(patience);
+        let services = Services::new(store, root(), Arc::new(RealDisk::default()), clock).with_patience(patience);
         let dir = tempfile::tempdir().unwrap();
         let registry = Registry::discover(Arc::new(services), dir.path().to_owned()).await.unwrap();
         let volume = registry.volume(&id("disk")).await.unwrap();

@@ -5,6 +5,7 @@
 mod common;
 
 use std::io::ErrorKind;
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, mpsc};
 use std::time::Duration;
@@ -26,7 +27,7 @@ async fn on_a_hooked_disk(site: &mut Site) -> (Arc<Registry>, Hooked) {
     }
     origin.snapshot(&id("disk")).await.unwrap();
     origin.close().await;
-    let disk = Hooked::new(RealDisk);
+    let disk = Hooked::new(RealDisk::default());
     let registry = site.start_on("here", Arc::new(disk.clone())).await;
     let volume = registry.volume(&id("disk")).await.unwrap();
     make_resident(&volume, 0, 1).await;
@@ -57,7 +58,8 @@ async fn a_full_disk_refuses_the_write_and_poisons_nothing() {
         write(&volume, 3 * CHUNK + 1, 0xcc, 1).await;
         volume.flush().await.unwrap();
         drop((volume, registry));
-        let all = image(&site.start_on("here", Arc::new(Hooked::new(RealDisk).after_boot(1))).await, "disk").await;
+        let all =
+            image(&site.start_on("here", Arc::new(Hooked::new(RealDisk::default()).after_boot(1))).await, "disk").await;
         let firsts: Vec<u8> = all.chunks(CHUNK as usize).map(|chunk| chunk[0]).collect();
         assert_eq!(firsts, [1, 0xbb, 0xcc, 4, 5, 6, 7, 8], "{file}");
         assert_eq!(all[3 * CHUNK as usize + 1], 0xcc);
@@ -158,7 +160,7 @@ async fn a_flush_hears_of_a_failed_sync_of_the_log_that_a_publish_ran_beside_it(
 #[tokio::test]
 async fn an_image_larger_than_the_file_system_takes_is_refused_with_the_remedy_and_nothing_stays() {
     let mut site = Site::new();
-    let disk = Hooked::new(RealDisk);
+    let disk = Hooked::new(RealDisk::default());
     let registry = site.start_on("here", Arc::new(disk.clone())).await;
     disk.fail("set_len", "cache.raw", ErrorKind::FileTooLarge);
     let refused = registry.create(id("large"), geometry(8)).await.unwrap_err();
@@ -174,7 +176,7 @@ async fn an_image_larger_than_the_file_system_takes_is_refused_with_the_remedy_a
 #[tokio::test]
 async fn an_export_whose_head_is_in_the_store_is_not_taken_back_when_its_cache_cannot_be_made() {
     let mut site = Site::new();
-    let disk = Hooked::new(RealDisk);
+    let disk = Hooked::new(RealDisk::default());
     let here = site.start_on("here", Arc::new(disk.clone())).await;
     // The last step of a new cache: the head is there by then, and others may have found it.
     disk.fail("rename", "cache.meta", ErrorKind::PermissionDenied);
@@ -300,7 +302,7 @@ async fn a_fetch_that_panics_is_an_error_for_those_who_wait_for_it_and_for_nobod
 #[test]
 fn a_flush_that_panics_keeps_no_later_one_waiting() {
     let dir = tempfile::tempdir().unwrap();
-    let disk = Hooked::new(RealDisk);
+    let disk = Hooked::new(RealDisk::default());
     let opening = Opening { disk: Arc::new(disk.clone()), ..opening(dir.path().join("disk"), geometry(1)) };
     let cache = Arc::new(opening.open().unwrap());
     cache.write(0, &[1], |_| true).unwrap();
@@ -313,4 +315,90 @@ fn a_flush_that_panics_keeps_no_later_one_waiting() {
     assert_eq!(flush().unwrap_err(), mpsc::RecvTimeoutError::Disconnected, "it has panicked");
     flush().expect("an end").unwrap();
     assert!(cache.write_at_once(range(0, 1), &[2]), "as with no flush under way");
+}
+
+/// A server over a cache root that is held open, as a real one is.
+async fn start_below(site: &mut Site, server: &'static str) -> Arc<Registry> {
+    let path = site.cache_root(server);
+    let folder = std::fs::File::open(&path).unwrap();
+    site.start_on(server, Arc::new(RealDisk::below(&path, folder))).await
+}
+
+/// The names in a folder and, for files, their bytes.
+fn content(dir: &Path) -> Vec<(String, Vec<u8>)> {
+    let entries = std::fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().path());
+    let mut all: Vec<_> =
+        entries.map(|path| (path.display().to_string(), std::fs::read(&path).unwrap_or_default())).collect();
+    all.sort();
+    all
+}
+
+#[tokio::test]
+async fn a_server_whose_cache_root_was_replaced_says_so_and_touches_nothing_in_the_new_one() {
+    let mut site = Site::new();
+    let here = start_below(&mut site, "here").await;
+    let volume = create(&here, "disk", 8).await;
+    write(&volume, 0, 1, CHUNK).await;
+    volume.flush().await.unwrap();
+    // The folder goes elsewhere, and a second server begins at its path.
+    let path = site.cache_root("here");
+    let moved = path.with_extension("moved");
+    std::fs::rename(&path, &moved).unwrap();
+    std::fs::create_dir(&path).unwrap();
+    let other = start_below(&mut site, "here").await;
+    let on_other = other.volume(&id("disk")).await.unwrap();
+    write(&on_other, CHUNK, 2, CHUNK).await;
+    on_other.flush().await.unwrap();
+    let before = content(&path.join("disk"));
+
+    write(&volume, 2 * CHUNK, 3, CHUNK).await;
+    let refused = volume.flush().await.unwrap_err().to_string();
+    assert!(refused.contains("moved, replaced or removed") && refused.contains("put the folder back"), "{refused}");
+    assert!(volume.write(3 * CHUNK, vec![4].into()).await.is_err(), "it takes no more writes");
+    let _ = here.snapshot(&id("disk")).await;
+    let _ = here.reset(&id("disk")).await;
+    here.close().await;
+    assert_eq!(content(&path.join("disk")), before);
+    // What the second one flushed survives its death.
+    drop((on_other, other));
+    assert_eq!(image(&start_below(&mut site, "here").await, "disk").await[usize::try_from(CHUNK).unwrap()], 2);
+    std::fs::remove_dir_all(moved).unwrap();
+}
+
+#[tokio::test]
+async fn a_flush_into_a_folder_that_was_removed_is_a_failure() {
+    let mut site = Site::new();
+    let registry = start_below(&mut site, "here").await;
+    let volume = create(&registry, "disk", 8).await;
+    write(&volume, 0, 1, CHUNK).await;
+    volume.flush().await.unwrap();
+    std::fs::remove_dir_all(site.cache_root("here").join("disk")).unwrap();
+    write(&volume, 0, 2, CHUNK).await;
+    assert!(matches!(volume.flush().await, Err(VolumeError::Failed(_))));
+    let shown = status(&registry, "disk").await.failed.unwrap();
+    assert!(shown.contains("moved, replaced or removed"), "{shown}");
+}
+
+#[tokio::test]
+async fn a_cache_that_lost_its_states_is_refused_and_its_data_kept() {
+    let mut site = Site::new();
+    let registry = site.start("here").await;
+    let volume = create(&registry, "disk", 8).await;
+    write(&volume, 0, 0xaa, CHUNK).await;
+    volume.flush().await.unwrap();
+    drop((volume, registry));
+    let folder = site.cache_root("here").join("disk");
+    std::fs::remove_file(folder.join("cache.meta")).unwrap();
+    for _ in 0..2 {
+        let refused = site.start("here").await.volume(&id("disk")).await.unwrap_err();
+        let text = refused.to_string();
+        assert!(matches!(refused, ExportError::Damaged(_)) && text.contains("cache.meta"), "{text}");
+        assert!(text.contains(folder.to_str().unwrap()) && text.contains("move the folder away"), "{text}");
+        assert_eq!(std::fs::read(folder.join("cache.raw")).unwrap()[0], 0xaa);
+    }
+    // Neither is it overwritten by an export of that name that is created anew.
+    site.store.delete(&root().export(&id("disk")).head()).await.unwrap();
+    let refused = site.start("here").await.create(id("disk"), geometry(8)).await.unwrap_err();
+    assert!(refused.to_string().contains("cache.meta"), "{refused}");
+    assert_eq!(std::fs::read(folder.join("cache.raw")).unwrap()[0], 0xaa);
 }

@@ -422,7 +422,7 @@ fn chunks() -> Vec<(ChunkIndex, Bytes)> {
 }
 
 async fn import(site: &Site, name: &str) -> Result<Published, ExportError> {
-    let services = site.services(Arc::new(RealDisk));
+    let services = site.services(Arc::new(RealDisk::default()));
     let body = stream::iter(chunks().into_iter().map(Ok)).boxed();
     services.import(&volumes::id(name), volumes::geometry(8), body, std::future::pending()).await
 }

@@ -107,7 +107,7 @@ async fn a_flush_during_a_checkpoint_survives_a_power_loss() {
 async fn an_open_whose_caller_went_away_never_touches_the_cache_of_the_next() {
     let mut site = Site::new();
     write(&create(&site.start("a").await, "disk", 8).await, 0, 0xaa, CHUNK).await;
-    let disk = Hooked::new(RealDisk);
+    let disk = Hooked::new(RealDisk::default());
     let registry = site.start_on("a", Arc::new(disk.clone())).await;
     let (_, go) = hold_first(&disk, "sync", "cache.raw");
     assert!(timeout(SOON, registry.volume(&id("disk"))).await.is_err());
@@ -131,7 +131,7 @@ async fn an_open_whose_caller_went_away_never_touches_the_cache_of_the_next() {
 async fn an_export_unloaded_while_it_is_being_opened_is_not_open_afterwards() {
     let mut site = Site::new();
     write(&create(&site.start("a").await, "disk", 8).await, 0, 0xaa, CHUNK).await;
-    let disk = Hooked::new(RealDisk);
+    let disk = Hooked::new(RealDisk::default());
     let registry = site.start_on("a", Arc::new(disk.clone())).await;
     let (held, go) = hold_first(&disk, "sync", "cache.raw");
     let opening = tokio::spawn({
@@ -158,7 +158,7 @@ async fn an_export_unloaded_while_it_is_being_opened_is_not_open_afterwards() {
 #[tokio::test]
 async fn a_publish_whose_caller_went_away_cleans_nothing_that_the_next_one_cut() {
     let mut site = Site::new();
-    let disk = Hooked::new(RealDisk);
+    let disk = Hooked::new(RealDisk::default());
     let registry = site.start_on("a", Arc::new(disk.clone())).await;
     let volume = create(&registry, "disk", 8).await;
     write(&volume, 0, 0xaa, CHUNK).await;
@@ -206,7 +206,7 @@ async fn a_chunk_written_since_the_cut_is_never_clean_after_a_power_loss() {
     write(&volume, 0, 0xbb, 10).await;
     drop((volume, registry));
     site.store.serve_all();
-    let registry = site.start_on("origin", Arc::new(Hooked::new(RealDisk).after_boot(1))).await;
+    let registry = site.start_on("origin", Arc::new(Hooked::new(RealDisk::default()).after_boot(1))).await;
     let here = image(&registry, "disk").await;
     assert!(here[0] == 0xaa || here[0] == 0xbb);
     registry.snapshot(&id("disk")).await.unwrap();
@@ -218,7 +218,7 @@ async fn a_chunk_written_since_the_cut_is_never_clean_after_a_power_loss() {
 async fn who_only_watches_an_export_waits_for_none_of_its_disk_operations() {
     for (operation, name) in [("sync_dir", "disk"), ("punch", "cache.raw")] {
         let mut site = Site::new();
-        let disk = Hooked::new(RealDisk);
+        let disk = Hooked::new(RealDisk::default());
         let registry = site.start_on("a", Arc::new(disk.clone())).await;
         write(&create(&registry, "disk", 8).await, 0, 0xaa, CHUNK).await;
         let (held, go) = hold_first(&disk, operation, name);
@@ -239,7 +239,7 @@ async fn who_only_watches_an_export_waits_for_none_of_its_disk_operations() {
 async fn a_reset_without_room_changes_nothing() {
     let mut site = Site::new();
     publish_eight(&mut site).await;
-    let disk = Hooked::new(RealDisk);
+    let disk = Hooked::new(RealDisk::default());
     let (a, b) = (site.start_on("a", Arc::new(disk.clone())).await, site.start("b").await);
     let (on_a, on_b) = (a.volume(&id("disk")).await.unwrap(), b.volume(&id("disk")).await.unwrap());
     write(&on_a, 0, 0xaa, CHUNK).await;
@@ -258,7 +258,7 @@ async fn a_reset_without_room_changes_nothing() {
 #[tokio::test]
 async fn a_checkpoint_that_finds_no_room_for_the_newest_marks_poisons_nothing() {
     let mut site = Site::new();
-    let disk = Hooked::new(RealDisk);
+    let disk = Hooked::new(RealDisk::default());
     let registry = site.start_on("a", Arc::new(disk.clone())).await;
     let volume = create(&registry, "disk", 8).await;
     write(&volume, 0, 0xaa, CHUNK).await;
@@ -397,7 +397,7 @@ async fn an_export_whose_head_went_through_before_an_outage_is_there_after_it() 
 async fn after_a_failed_sync_a_restart_trusts_only_what_was_sealed() {
     let mut site = Site::new();
     publish_eight(&mut site).await;
-    let disk = Hooked::new(RealDisk);
+    let disk = Hooked::new(RealDisk::default());
     let registry = site.start_on("a", Arc::new(disk.clone())).await;
     let volume = registry.volume(&id("disk")).await.unwrap();
     write(&volume, 0, 0xaa, CHUNK).await;
@@ -508,7 +508,7 @@ async fn a_publish_that_is_cancelled_leaves_everything_as_before_and_the_next_on
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_cancelled_publish_whose_disk_hangs_holds_up_nobody_and_takes_nothing_from_the_next() {
-    let (mut site, disk) = (Site::new(), Hooked::new(RealDisk));
+    let (mut site, disk) = (Site::new(), Hooked::new(RealDisk::default()));
     let registry = site.start_on("here", Arc::new(disk.clone())).await;
     let volume = create(&registry, "disk", 1).await;
     write(&volume, 0, 1, CHUNK).await;

@@ -16,7 +16,7 @@ use nbd_server::nbd::wire::{Mode, cflag, cmd};
 fn after_a_power_loss(served: &mut Served) -> Vec<u8> {
     let runtime = tokio::runtime::Runtime::new().unwrap();
     runtime.block_on(async {
-        let disk = Hooked::new(RealDisk).after_boot(9);
+        let disk = Hooked::new(RealDisk::default()).after_boot(9);
         let registry = served.site.start_on("served", Arc::new(disk)).await;
         let volume = registry.volume(&id("disk")).await.unwrap();
         let image = read(&volume, 0, 8 << 16).await;

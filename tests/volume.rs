@@ -401,31 +401,31 @@ struct AfterBoot(u8);
 
 impl Disk for AfterBoot {
     fn open(&self, path: &Path) -> io::Result<Arc<dyn DiskFile>> {
-        RealDisk.open(path)
+        RealDisk::default().open(path)
     }
     fn create(&self, path: &Path) -> io::Result<Arc<dyn DiskFile>> {
-        RealDisk.create(path)
+        RealDisk::default().create(path)
     }
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
-        RealDisk.rename(from, to)
+        RealDisk::default().rename(from, to)
     }
     fn exchange(&self, a: &Path, b: &Path) -> io::Result<()> {
-        RealDisk.exchange(a, b)
+        RealDisk::default().exchange(a, b)
     }
     fn remove(&self, path: &Path) -> io::Result<()> {
-        RealDisk.remove(path)
+        RealDisk::default().remove(path)
     }
     fn create_dir(&self, path: &Path) -> io::Result<()> {
-        RealDisk.create_dir(path)
+        RealDisk::default().create_dir(path)
     }
     fn remove_dir(&self, path: &Path) -> io::Result<()> {
-        RealDisk.remove_dir(path)
+        RealDisk::default().remove_dir(path)
     }
     fn list_dir(&self, path: &Path) -> io::Result<Vec<String>> {
-        RealDisk.list_dir(path)
+        RealDisk::default().list_dir(path)
     }
     fn sync_dir(&self, path: &Path) -> io::Result<()> {
-        RealDisk.sync_dir(path)
+        RealDisk::default().sync_dir(path)
     }
     fn boot_id(&self) -> io::Result<[u8; 16]> {
         Ok([self.0; 16])
@@ -756,7 +756,7 @@ async fn a_damaged_chunk_that_no_read_needs_any_more_is_no_fault() {
 async fn whatever_a_client_gets_an_error_for_shows_by_its_cause_until_it_is_over() {
     let mut site = Site::new();
     publish_eight(&mut site).await;
-    let disk = Hooked::new(RealDisk);
+    let disk = Hooked::new(RealDisk::default());
     let registry = site.start_on("hooked", Arc::new(disk.clone())).await;
     let volume = registry.volume(&id("disk")).await.unwrap();
     site.store.judge(|op, _| if op == "get_range" { Fate::Failed } else { Fate::Served });

@@ -88,6 +88,25 @@ impl Cache {
     }
 
     fn flush_barrier(&self) -> Result<(), CacheError> {
+        self.make_durable()?;
+        self.check_in_place()
+    }
+
+    /// Finds out that the next start will find what was made durable.
+    fn check_in_place(&self) -> Result<(), CacheError> {
+        let path = self.dir.join(RAW_FILE);
+        if self.raw.is_at(&path).map_err(|e| self.error("look-up", RAW_FILE, e))? {
+            return Ok(());
+        }
+        Err(self.latch_text(format!(
+            "export {}: {} is another file or none, since the folder was moved, replaced or removed while it was in use: its \
+             cache takes no more writes, since a start would not find them; stop the server, put the folder back, start again",
+            self.export_id,
+            path.display()
+        )))
+    }
+
+    fn make_durable(&self) -> Result<(), CacheError> {
         self.check_not_failed()?;
         let unsealed = match &*self.log.lock() {
             LogFile::Open(log) => log.unsealed(),

@@ -506,6 +506,10 @@ impl Cache {
             self.export_id,
             self.dir.display()
         );
+        self.latch_text(text)
+    }
+
+    fn latch_text(&self, text: String) -> CacheError {
         let why = self.failed.get_or_init(|| {
             tracing::error!(export = %self.export_id, "{text}");
             text.into()

@@ -62,6 +62,26 @@ impl Opening {
         }
     }
 
+    /// Refuses a folder in which a new cache would replace data: a creation that was interrupted leaves a `cache.raw` without a
+    /// byte in it; with data in it, the file that said what the data is was lost.
+    ///
+    /// # Errors
+    /// [`CacheError::Io`], naming the file.
+    pub fn refuse_data_without_states(&self) -> Result<(), CacheError> {
+        let has_data = match self.disk.open(&self.dir.join(RAW_FILE)) {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(false),
+            opened => opened.and_then(|left| left.has_data()),
+        };
+        if !has_data.map_err(|e| self.error("look-up", RAW_FILE, e))? {
+            return Ok(());
+        }
+        let text = format!(
+            "it holds data, but {META_FILE} beside it, which says what the data is, is missing. Flushed changes may be in it: \
+             restore {META_FILE}; or move the folder away to start from the published snapshot, losing what was not published"
+        );
+        Err(self.error("creation", RAW_FILE, io::Error::new(io::ErrorKind::InvalidData, text)))
+    }
+
     /// Makes all of a new cache but what makes it one: an error says why there can be none.
     ///
     /// # Errors
@@ -86,6 +106,7 @@ impl Opening {
     }
 
     fn create(self, boot_id: [u8; 16]) -> Result<Cache, CacheError> {
+        self.refuse_data_without_states()?;
         let made = || -> io::Result<(Arc<dyn DiskFile>, MetaLog)> {
             let (raw, staged) = self.prepare(boot_id)?;
             let mut log = staged.install(&*self.disk, &self.dir, None)?;

@@ -6,7 +6,7 @@ use super::ServerError;
 use crate::background::Background;
 use crate::clock::{Clock, SystemClock};
 use crate::config::{StoreAccess, StoreConfig};
-use crate::disk::RealDisk;
+use crate::disk::{Disk, RealDisk};
 use crate::store::SharedStore;
 use crate::store::health::Health;
 use crate::store::local::LocalStore;
@@ -66,9 +66,9 @@ impl WatchedStore {
     }
 
     /// What volumes on it are made of.
-    pub(super) fn services(&self, access: &StoreAccess, clock: Arc<dyn Clock>) -> Services {
+    pub(super) fn services(&self, access: &StoreAccess, disk: Arc<dyn Disk>, clock: Arc<dyn Clock>) -> Services {
         let store = Arc::clone(&self.retrying) as SharedStore;
-        Services::new(store, access.export_root.clone(), Arc::new(RealDisk), clock).with_patience(self.policy)
+        Services::new(store, access.export_root.clone(), disk, clock).with_patience(self.policy)
     }
 }
 
@@ -90,7 +90,7 @@ impl Offline {
         }
         let clock: Arc<dyn Clock> = Arc::new(SystemClock);
         let store = WatchedStore::connect(access, &clock, Background::default())?;
-        let services = Arc::new(store.services(access, clock));
+        let services = Arc::new(store.services(access, Arc::new(RealDisk::default()), clock));
         Ok(Self { store, access: access.clone(), services })
     }
 

@@ -401,7 +401,7 @@ mod tests {
         let key = root.export(&export).base(snapshot);
         let store = Arc::new(RemoteStore::memory());
         store.put(&key, Bytes::from_static(b"chunk"), Condition::Always).await.unwrap();
-        let services = Services::new(store, root, Arc::new(RealDisk), Arc::new(SystemClock));
+        let services = Services::new(store, root, Arc::new(RealDisk::default()), Arc::new(SystemClock));
         let hash = Some(*blake3::hash(b"chunk").as_bytes());
         let source = Remote { key, range: ByteRange::new(0, 5).unwrap(), hash };
         let soon = |stream| {

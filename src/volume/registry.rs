@@ -418,6 +418,9 @@ impl Registry {
             return Err(ExportError::Exists(id.clone()));
         }
         let opening = self.services.opening(dir, head, Base::default());
+        let vacant = opening.clone();
+        let vacant = cache::blocking_io(move || vacant.refuse_data_without_states()).await;
+        vacant.map_err(|e| local_error(id, e))?;
         let rehearsed = cache::blocking_io(move || opening.rehearse()).await;
         if rehearsed.is_err() {
             self.discard_cache(id).await;

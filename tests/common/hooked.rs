@@ -173,4 +173,12 @@ impl DiskFile for HookedFile {
         self.ask("sync")?;
         self.file.sync()
     }
+    fn has_data(&self) -> io::Result<bool> {
+        self.ask("has_data")?;
+        self.file.has_data()
+    }
+    fn is_at(&self, path: &Path) -> io::Result<bool> {
+        self.ask("is_at")?;
+        self.file.is_at(path)
+    }
 }

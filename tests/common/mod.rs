@@ -40,7 +40,7 @@ use nbd_server::volume::registry::Registry;
 
 /// A registry over an empty store in memory, its cache in `dir`.
 pub async fn registry(dir: &Path) -> Arc<Registry> {
-    let (store, disk) = (Arc::new(RemoteStore::memory()), Arc::new(RealDisk));
+    let (store, disk) = (Arc::new(RemoteStore::memory()), Arc::new(RealDisk::default()));
     let services = Services::new(store, volumes::root(), disk, Arc::new(SystemClock));
     Registry::discover(Arc::new(services), dir.to_owned()).await.unwrap()
 }

@@ -61,7 +61,7 @@ impl Site {
 
     /// Starts a server; starting it again without a close is what a killed process does.
     pub async fn start(&mut self, server: &'static str) -> Arc<Registry> {
-        self.start_on(server, Arc::new(RealDisk)).await
+        self.start_on(server, Arc::new(RealDisk::default())).await
     }
 
     pub async fn start_on(&mut self, server: &'static str, disk: Arc<dyn Disk>) -> Arc<Registry> {
@@ -114,7 +114,7 @@ pub fn id(name: &str) -> ExportId {
 
 /// A cache of its own, of this machine's disk; what is set aside for publishes goes to its file.
 pub fn opening(dir: PathBuf, geometry: Geometry) -> Opening {
-    let (disk, base, aside_memory) = (Arc::new(RealDisk), Base::default(), AsideMemory::new(0));
+    let (disk, base, aside_memory) = (Arc::new(RealDisk::default()), Base::default(), AsideMemory::new(0));
     Opening { disk, dir, export_id: id("disk"), geometry, base, incarnation: None, aside_memory }
 }
 

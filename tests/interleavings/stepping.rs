@@ -153,6 +153,14 @@ impl DiskFile for SteppingFile {
         self.below.allocate(range)
     }
 
+    fn has_data(&self) -> io::Result<bool> {
+        self.below.has_data()
+    }
+
+    fn is_at(&self, path: &Path) -> io::Result<bool> {
+        self.below.is_at(path)
+    }
+
     fn sync(&self) -> io::Result<()> {
         self.turns.take();
         if self.raw && self.turns.fails_next_sync.swap(false, Ordering::Relaxed) {

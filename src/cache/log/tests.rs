@@ -12,7 +12,7 @@ const CHUNKS: u64 = 40_000;
 
 fn cache(dir: &Path) -> Cache {
     let geometry = Geometry::new(CHUNKS * CHUNK, CHUNK).unwrap();
-    let (disk, dir, export_id) = (Arc::new(RealDisk), dir.join("disk"), "disk".parse().unwrap());
+    let (disk, dir, export_id) = (Arc::new(RealDisk::default()), dir.join("disk"), "disk".parse().unwrap());
     Opening {
         disk,
         dir,
@@ -29,7 +29,7 @@ fn cache(dir: &Path) -> Cache {
 /// The files hold a log of a MiB, and room for the checkpoint of one.
 fn assert_folded(cache: &Cache) {
     for name in [META_FILE, SPARE_FILE] {
-        let len = RealDisk.open(&cache.dir.join(name)).unwrap().len().unwrap();
+        let len = RealDisk::default().open(&cache.dir.join(name)).unwrap().len().unwrap();
         assert!(len <= 2 * LOG_FOLD_BYTES + (64 << 10), "{name} has {len} bytes");
     }
 }
@@ -62,9 +62,9 @@ fn a_mark_is_refused_before_either_file_is_longer_than_what_is_opened() {
     log.spare.as_mut().unwrap().room = MAX_META_BYTES;
     log.log_start = MAX_CHECKPOINT_BYTES;
     log.end = log.log_start + MAX_LOG_BYTES - RECORD;
-    log.take_room_for_a_mark(&RealDisk, dir.path()).unwrap();
+    log.take_room_for_a_mark(&RealDisk::default(), dir.path()).unwrap();
     log.end += STEP_BYTES;
-    let refused = log.take_room_for_a_mark(&RealDisk, dir.path()).unwrap_err();
+    let refused = log.take_room_for_a_mark(&RealDisk::default(), dir.path()).unwrap_err();
     assert_eq!(refused.kind(), io::ErrorKind::FileTooLarge);
     log.seal(1).expect("what was marked can still be sealed");
 }

@@ -18,7 +18,7 @@ fn cache(size: u64, chunk_size: u64, aside_bytes: u64) -> (Cache, tempfile::Temp
     let dir = tempfile::tempdir().unwrap();
     let geometry = Geometry::new(size, chunk_size).unwrap();
     let export_id = "disk".parse::<ExportId>().unwrap();
-    let (disk, aside_memory) = (Arc::new(RealDisk), AsideMemory::new(aside_bytes));
+    let (disk, aside_memory) = (Arc::new(RealDisk::default()), AsideMemory::new(aside_bytes));
     let cache_dir = dir.path().join("disk");
     let opening =
         Opening { disk, dir: cache_dir, export_id, geometry, base: Base::default(), incarnation: None, aside_memory };

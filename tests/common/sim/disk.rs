@@ -196,6 +196,18 @@ impl DiskFile for SimFile {
         Ok(())
     }
 
+    fn has_data(&self) -> io::Result<bool> {
+        let inner = &mut *self.sim.0.lock().unwrap();
+        inner.disk_call()?;
+        Ok(!inner.allocated[self.node].is_empty())
+    }
+
+    fn is_at(&self, path: &Path) -> io::Result<bool> {
+        let inner = &mut *self.sim.0.lock().unwrap();
+        inner.disk_call()?;
+        Ok(inner.walk.live.names.get(path) == Some(&self.node))
+    }
+
     fn sync(&self) -> io::Result<()> {
         let inner = &mut *self.sim.0.lock().unwrap();
         match inner.disk_call() {
