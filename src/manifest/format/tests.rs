@@ -86,7 +86,7 @@ fn one_wrong_field_is_refused_by_its_name() {
         (r#""offset": 4096"#, r#""offset": 4095"#, "overlap"),
         (r#""ref": "r1""#, r#""ref": "r9""#, "\"r9\" is not the id of a ref"),
         (r#"{"id": "r1""#, r#"{"id": "r0""#, "refs[1].id"),
-        ("exports/source/", "elsewhere/source/", "refs[1].path"),
+        ("exports/source/snapshots/", "elsewhere/source/blobs/", "refs[1].path"),
         ("exports/source/", "exports/../secret/", "refs[1].path"),
         ("0909090909", "090909090", "blake3"),
         ("0909090909", "zz09090909", "blake3"),
