@@ -98,7 +98,8 @@ pub enum StoreError {
         /// What the backend said.
         source: BoxError,
     },
-    /// The store refuses for good: credentials, permissions, a bucket that is not there, a request it cannot serve.
+    /// The store refuses: credentials, permissions, a bucket that is not there, a request it cannot serve. Final for a start
+    /// and for a command, which say so at once; not for a read of published data, which [`retry`] repeats.
     #[error("the store refused {operation} of {key}: {source}")]
     Refused {
         /// What was attempted, in one word.
@@ -132,6 +133,16 @@ pub enum StoreError {
         /// What the stream said.
         source: BoxError,
     },
+}
+
+impl StoreError {
+    /// A refusal as an outage.
+    fn for_now(self) -> Self {
+        match self {
+            Self::Refused { operation, key, source } => Self::Unavailable { operation, key, source },
+            other => other,
+        }
+    }
 }
 
 /// The most names one listing returns; a longer one is [`StoreError::Refused`] rather than held in memory.

@@ -49,8 +49,11 @@ impl Default for RetryPolicy {
 pub(crate) enum Overtime {
     /// It is abandoned: somebody waits for the answer.
     Cut,
-    /// It may finish, since it has bounds of its own; beyond so many attempts there is just no further one.
-    Finish { at_least: u32 },
+    /// It may finish, since it has bounds of its own; there is just no further one.
+    Finish,
+    /// The same for a transfer, of which there are at least so many attempts. After one that took longer than the limit, as
+    /// on a slow link, the limit counts anew, until `in_all` has passed; attempts that fail at once end within the limit.
+    Transfer { at_least: u32, in_all: Duration },
 }
 
 /// The name of a request, for its errors.
@@ -87,11 +90,6 @@ struct GaveUp {
 }
 
 impl RetryPolicy {
-    /// The same pace with a limit of at least `limit`: for a transfer whose single attempt may take long.
-    pub(crate) fn lasting(self, limit: Duration) -> Self {
-        Self { limit: self.limit.max(limit), ..self }
-    }
-
     /// The longest pause after the given number of failures, which is at least one.
     fn ceiling(&self, failures: u32) -> Duration {
         // The shift is capped where any delay has long reached its maximum.
@@ -100,7 +98,7 @@ impl RetryPolicy {
 
     /// The patience of one request, which begins now.
     pub(crate) fn patience(self, clock: &dyn Clock) -> Patience<'_> {
-        Patience { policy: self, clock, begun: clock.monotonic(), failures: 0, at_least: 1 }
+        Patience { policy: self, clock, begun: clock.monotonic(), extended: Duration::ZERO, failures: 0, at_least: 1 }
     }
 
     /// Repeats `attempt` while it ends as [`StoreError::Unavailable`] and there is time for another one; what each
@@ -116,12 +114,18 @@ impl RetryPolicy {
     where
         F: Future<Output = Result<T, StoreError>>,
     {
-        let at_least = if let Overtime::Finish { at_least } = overtime { at_least } else { 1 };
-        let mut patience = Patience { at_least, ..self.patience(clock) };
+        let mut patience = self.patience(clock);
         loop {
             let outcome = match overtime {
-                Overtime::Finish { .. } => attempt().await,
                 Overtime::Cut => patience.cut(request, attempt()).await,
+                Overtime::Finish => attempt().await,
+                Overtime::Transfer { at_least, in_all } => {
+                    let begun = patience.elapsed();
+                    let outcome = attempt().await;
+                    patience.at_least = at_least;
+                    patience.extend(begun, in_all);
+                    outcome
+                }
             };
             health.note(clock.now(), &outcome);
             match outcome {
@@ -141,6 +145,8 @@ pub(crate) struct Patience<'a> {
     policy: RetryPolicy,
     clock: &'a dyn Clock,
     begun: Duration,
+    /// How much later than after the limit it ends.
+    extended: Duration,
     failures: u32,
     /// How many attempts there are, however long each takes.
     at_least: u32,
@@ -152,7 +158,16 @@ impl Patience<'_> {
     }
 
     fn left(&self) -> Duration {
-        self.policy.limit.saturating_sub(self.elapsed())
+        (self.policy.limit + self.extended).saturating_sub(self.elapsed())
+    }
+
+    /// Counts the limit anew if the attempt that began so long after the first one took longer than it; at most until
+    /// `in_all` has passed.
+    fn extend(&mut self, begun: Duration, in_all: Duration) {
+        let elapsed = self.elapsed();
+        if elapsed.saturating_sub(begun) > self.policy.limit {
+            self.extended = elapsed.min(in_all.saturating_sub(self.policy.limit));
+        }
     }
 
     /// How long a request is repeated.
@@ -258,7 +273,10 @@ impl Store for Retrying {
     }
 
     async fn get_range(&self, key: &Key, range: ByteRange) -> Result<Bytes, StoreError> {
-        self.repeat("get", key, Overtime::Cut, || self.inner.get_range(key, range)).await
+        // A refusal, too: what is read in ranges was published to this store and is named by what it served, so credentials
+        // that expired, a clock or a policy that is wrong may be put right, as an outage passes.
+        let attempt = || async { self.inner.get_range(key, range).await.map_err(StoreError::for_now) };
+        self.repeat("get", key, Overtime::Cut, attempt).await
     }
 
     async fn len(&self, key: &Key) -> Result<u64, StoreError> {
@@ -285,11 +303,11 @@ impl Store for Retrying {
 
     // A long listing makes many requests, each with bounds of its own; together they may take longer than one may.
     async fn list(&self, prefix: &Key) -> Result<Vec<Key>, StoreError> {
-        self.repeat("list", prefix, Overtime::Finish { at_least: 1 }, || self.inner.list(prefix)).await
+        self.repeat("list", prefix, Overtime::Finish, || self.inner.list(prefix)).await
     }
 
     async fn list_folders(&self, prefix: &Key) -> Result<Vec<String>, StoreError> {
-        self.repeat("list", prefix, Overtime::Finish { at_least: 1 }, || self.inner.list_folders(prefix)).await
+        self.repeat("list", prefix, Overtime::Finish, || self.inner.list_folders(prefix)).await
     }
 
     async fn delete(&self, key: &Key) -> Result<(), StoreError> {

@@ -27,10 +27,9 @@ use crate::store::{Body, Key, StoreError};
 
 /// How long the store may take to put the parts together.
 const ASSEMBLY_LIMIT: Duration = Duration::from_secs(180);
-/// How often a request is sent at least that fails, however long that takes; and the shortest limit for repeating it, as a
-/// multiple of the time that one with the link to itself may take.
+/// How often a request is sent at least that fails, however long that takes; and for how long on a slow link, as a multiple
+/// of the time that one with the link to itself may take.
 const MIN_ATTEMPTS: u32 = 3;
-const OVERTIME: Overtime = Overtime::Finish { at_least: MIN_ATTEMPTS };
 
 /// A body being cut into parts.
 struct Cutter<'a> {
@@ -200,11 +199,9 @@ async fn put_part(put: PartPut, index: usize, part: Part) -> Result<Landed, Stor
         let sent = put.parts.put_part(&put.path, &put.id, index, payload.clone());
         timed(request, sharing, Conditional::No, sent)
     };
-    // An outage, in which attempts fail at once, is not waited for as long as a slow link.
-    let policy = put.policy.lasting(alone * MIN_ATTEMPTS);
     // A store that takes the bytes and never answers looks like a slow link, so there is no third attempt as long as that.
-    let overtime = Overtime::Finish { at_least: 2 };
-    match policy.run(&*put.clock, &put.health, request, overtime, attempt).await {
+    let overtime = Overtime::Transfer { at_least: 2, in_all: alone * MIN_ATTEMPTS };
+    match put.policy.run(&*put.clock, &put.health, request, overtime, attempt).await {
         Ok(id) => Ok((index, id)),
         Err(StoreError::NotFound { .. }) => Err(request.unavailable("the store has forgotten the upload")),
         Err(e) => Err(e),
@@ -236,11 +233,15 @@ async fn complete(
             }
         }
     };
-    let policy = store.policy.lasting(ASSEMBLY_LIMIT * MIN_ATTEMPTS);
-    match policy.run(&*store.clock, &store.health, request, OVERTIME, attempt).await {
+    match store.policy.run(&*store.clock, &store.health, request, lasting(ASSEMBLY_LIMIT), attempt).await {
         Err(StoreError::NotFound { .. }) => Err(request.unavailable("the store has forgotten the upload")),
         other => other,
     }
+}
+
+/// For a request of which each attempt may take up to `limit`.
+fn lasting(limit: Duration) -> Overtime {
+    Overtime::Transfer { at_least: MIN_ATTEMPTS, in_all: limit * MIN_ATTEMPTS }
 }
 
 /// Repeats a request that lands once however often it is sent.
@@ -254,8 +255,7 @@ where
     F: Future<Output = object_store::Result<T>>,
 {
     let attempt = || timed(request, limit, Conditional::No, work());
-    let policy = store.policy.lasting(limit * MIN_ATTEMPTS);
-    policy.run(&*store.clock, &store.health, request, OVERTIME, attempt).await
+    store.policy.run(&*store.clock, &store.health, request, lasting(limit), attempt).await
 }
 
 /// Uploads whose caller went away, and which the store is being told to forget: each holds a receiver until it was told.

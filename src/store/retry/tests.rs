@@ -206,12 +206,59 @@ async fn a_store_that_never_answers_is_left_when_the_time_is_up() {
 async fn an_answer_is_an_answer_and_is_not_asked_for_again() {
     for name in REPEATABLE {
         for answer in [Step::Refuse, Step::Conflict] {
+            if name == "get_range" && matches!(answer, Step::Refuse) {
+                continue;
+            }
             let store = Scripted::new(&[answer]);
             let (retrying, clock) = retrying(&store);
             call(&retrying, name).await.unwrap_err();
             assert_eq!((store.calls(), clock.waits().len()), (1, 0), "{name}");
         }
     }
+}
+
+#[tokio::test]
+async fn a_read_of_published_data_that_is_refused_waits_until_it_is_not() {
+    let store = Scripted::new(&[Step::Refuse, Step::Refuse, Step::Serve]);
+    let (served, _) = retrying(&store);
+    let reading = call(&served, "get_range");
+    reading.await.unwrap();
+    assert_eq!((store.calls(), served.outage()), (3, None));
+
+    let (refused, clock) = retrying(&Scripted::new(&[Step::Refuse]));
+    let error = call(&refused, "get_range").await.unwrap_err();
+    assert!(matches!(error, StoreError::Unavailable { .. }) && error.to_string().ends_with("go away"), "{error}");
+    let waited: Duration = clock.waits().iter().sum();
+    assert!(waited < DEFAULT_LIMIT && waited > DEFAULT_LIMIT - DEFAULT_MAX_DELAY * 2, "{waited:?}");
+    let outage = refused.outage().unwrap();
+    assert!(outage.last_error.ends_with("go away"), "{}", outage.last_error);
+}
+
+/// How often a transfer is sent, and how long that takes, if each attempt fails after `takes`.
+async fn transfer(takes: Duration) -> (u32, Duration) {
+    let (clock, policy) = (FakeClock::new(), RetryPolicy { limit: Duration::from_secs(5), ..RetryPolicy::default() });
+    let key = key();
+    let request = Request { operation: "upload", key: &key };
+    let attempts = std::cell::Cell::new(0);
+    let attempt = || async {
+        attempts.set(attempts.get() + 1);
+        clock.sleep(takes).await;
+        Err::<(), _>(request.unavailable("507 Insufficient Storage"))
+    };
+    let overtime = Overtime::Transfer { at_least: 2, in_all: Duration::from_secs(90) };
+    let health = Health::new(clock.now());
+    policy.run(&*clock, &health, request, overtime, attempt).await.unwrap_err();
+    (attempts.get(), clock.monotonic())
+}
+
+#[tokio::test]
+async fn a_transfer_that_fails_at_once_ends_within_the_limit_and_a_slow_one_later() {
+    let (attempts, took) = transfer(Duration::ZERO).await;
+    assert!(attempts >= 2 && took <= Duration::from_secs(5), "{attempts} in {took:?}");
+    let (attempts, took) = transfer(Duration::from_secs(20)).await;
+    assert!(attempts >= 4 && took < Duration::from_secs(90 + 20), "{attempts} in {took:?}");
+    let (attempts, took) = transfer(Duration::from_secs(100)).await;
+    assert!(attempts == 2 && took < Duration::from_secs(205), "{attempts} in {took:?}");
 }
 
 #[tokio::test]
