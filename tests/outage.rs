@@ -6,13 +6,15 @@ mod common;
 
 use std::io::{BufRead, BufReader};
 use std::process::Stdio;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use common::attached::{Attached, EIO, bytes};
 use common::http;
 use common::moto::Moto;
 use common::proxy::{Proxy, State};
-use common::server::{TestServer, run};
+use common::server::{TestServer, nbd_server, run};
 use serde_json::{Value, json};
 
 const MIB: usize = 1 << 20;
@@ -152,4 +154,105 @@ fn a_start_while_the_store_is_away_says_so_and_goes_on_when_it_is_back() {
     assert!(lines.any(|line| line.contains("stopped by SIGTERM before it was ready")));
     assert_eq!(waiting.wait().unwrap().code(), Some(0));
     assert!(!server.socket().exists());
+}
+
+fn s3_error(status: &str, code: &str) -> String {
+    let body = format!("<Error><Code>{code}</Code></Error>");
+    format!("HTTP/1.1 {status}\r\nContent-Length: {}\r\n\r\n{body}", body.len())
+}
+
+#[test]
+fn a_cold_read_that_the_store_refuses_waits_and_the_reason_shows_at_once() {
+    let moto = Moto::with_bucket("disks");
+    let refusals = ["RequestTimeTooSkewed", "ExpiredToken"];
+    let (refusing, turn) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicUsize::new(0)));
+    let (refuses, now) = (Arc::clone(&refusing), Arc::clone(&turn));
+    let proxy = Proxy::answering(&moto.endpoint(), move |head| {
+        let refused = refuses.load(Ordering::Relaxed) && head.to_ascii_lowercase().contains("\r\nrange:");
+        let turn = now.load(Ordering::Relaxed);
+        refused.then(|| s3_error(["403 Forbidden", "400 Bad Request"][turn], refusals[turn]))
+    });
+    let mut server = TestServer::on_s3(&proxy.endpoint(), "disks", &["--chunk-size", "1MiB"]);
+    server.ok("POST", "/v1/exports/create", json!({"export_id": "disk", "size": 4 * MIB}));
+    let mut disk = Attached::new(&server, "disk", vec![0; 4 * MIB]);
+    disk.write(0, &bytes(1, 4 * MIB));
+    server.ok("POST", "/v1/exports/disk/snapshot", Value::Null);
+    server.ok("POST", "/v1/exports/disk/cache/reset", Value::Null);
+    for (index, code) in refusals.into_iter().enumerate() {
+        turn.store(index, Ordering::Relaxed);
+        refusing.store(true, Ordering::Relaxed);
+        let mut reader = Attached::new(&server, "disk", disk.image.clone());
+        std::thread::scope(|scope| {
+            // From its end to its beginning: what lies beyond is not read ahead, so it is missing.
+            let read = scope.spawn(move || reader.check((3 - index) * MIB, MIB));
+            let deadline = Instant::now() + STORE_TIMEOUT + SLACK;
+            while !status(&server)["store"]["last_error"].as_str().unwrap_or_default().contains(code) {
+                assert!(Instant::now() < deadline && !read.is_finished(), "{}", status(&server));
+                std::thread::sleep(Duration::from_millis(10));
+            }
+            refusing.store(false, Ordering::Relaxed);
+            read.join().unwrap();
+        });
+        assert_eq!(status(&server)["store"], json!({"reachable": true}));
+        assert!(server.log().contains(code));
+    }
+    server.stop();
+}
+
+#[test]
+fn a_full_store_ends_a_publish_within_store_timeout_and_progress_says_why() {
+    let moto = Moto::with_bucket("disks");
+    let full = Arc::new(AtomicBool::new(false));
+    let is_full = Arc::clone(&full);
+    let proxy = Proxy::answering(&moto.endpoint(), move |head| {
+        let refused = is_full.load(Ordering::Relaxed) && (head.starts_with("PUT ") || head.starts_with("POST "));
+        refused.then(|| s3_error("507 Insufficient Storage", "StorageFull"))
+    });
+    let flags = ["--store-timeout", "12", "--chunk-size", "1MiB"];
+    let mut server = TestServer::on_s3(&proxy.endpoint(), "disks", &flags);
+    server.ok("POST", "/v1/exports/create", json!({"export_id": "disk", "size": MIB}));
+    let mut disk = Attached::new(&server, "disk", vec![0; MIB]);
+    disk.write(0, &bytes(1, MIB));
+    full.store(true, Ordering::Relaxed);
+    let begun = Instant::now();
+    let create =
+        nbd_server().args(["snapshot", "create", "disk"]).env("NBD_SERVER_ADMIN_SOCK", server.socket()).output();
+    let (created, took) = (create.unwrap(), begun.elapsed());
+    let said = String::from_utf8(created.stderr).unwrap();
+    assert!(took < Duration::from_secs(12 + 20), "{took:?}: {said}");
+    assert_eq!(created.status.code(), Some(1), "{said}");
+    for part in ["waiting for the store for ", "HTTP 507 StorageFull", "gave up after"] {
+        assert!(said.contains(part), "{part} in {said}");
+    }
+    full.store(false, Ordering::Relaxed);
+    server.ok("POST", "/v1/exports/disk/snapshot", Value::Null);
+    assert_eq!(status(&server)["dirty_chunks"], 0);
+    server.stop();
+}
+
+#[test]
+fn a_store_that_throttles_or_is_undecided_keeps_no_export_from_being_created() {
+    let moto = Moto::with_bucket("disks");
+    let (requests, undecided) = (Arc::new(AtomicUsize::new(0)), AtomicUsize::new(0));
+    let count = Arc::clone(&requests);
+    let proxy = Proxy::answering(&moto.endpoint(), move |head| {
+        let creates_head = head.starts_with("PUT ") && head.contains("/volume.json ");
+        if creates_head && undecided.fetch_add(1, Ordering::Relaxed).is_multiple_of(2) {
+            return Some(s3_error("409 Conflict", "ConditionalRequestConflict"));
+        }
+        let throttled = (count.fetch_add(1, Ordering::Relaxed) + 1).is_multiple_of(5);
+        throttled.then(|| s3_error("503 Slow Down", "SlowDown"))
+    });
+    let mut server = TestServer::on_s3(&proxy.endpoint(), "disks", &["--chunk-size", "1MiB"]);
+    let to_start = requests.load(Ordering::Relaxed);
+    assert!(to_start <= 80, "{to_start} requests until it was ready");
+    server.ok("POST", "/v1/exports/create", json!({"export_id": "disk", "size": MIB}));
+    let mut disk = Attached::new(&server, "disk", vec![0; MIB]);
+    disk.write(0, &bytes(1, MIB));
+    server.ok("POST", "/v1/exports/disk/snapshot", Value::Null);
+    server.ok("POST", "/v1/exports/clone", json!({"export_id": "copy", "source_export_id": "disk"}));
+    let (code, refused) = server.api("POST", "/v1/exports/create", json!({"export_id": "copy", "size": MIB}));
+    assert_eq!(code, 409, "{refused}");
+    Attached::new(&server, "copy", disk.image.clone()).check_all();
+    server.stop();
 }

@@ -130,7 +130,9 @@ impl Import {
                 }
             }
         });
-        progress.during(store.services().import(&self.name, geometry, chunks.boxed(), cancelled)).await
+        let services = store.services();
+        let import = services.import(&self.name, geometry, chunks.boxed(), cancelled);
+        progress.during_on(|| services.store.outage(), import).await
     }
 
     fn progress(&self, what: &'static str, total_bytes: u64) -> Progress {

@@ -27,7 +27,7 @@ pub(super) async fn publish(
     let (path, status) = (format!("/v1/exports/{name}/{call}"), format!("/v1/exports/{name}/status"));
     let mut interrupts = Interrupts::listen_for_server()?;
     let mut ticks = tokio::time::interval(POLL);
-    let (mut progress, mut cancelling) = (None, false);
+    let (progress, mut cancelling) = (Progress::new(what, 0, false), false);
     let mut publishing = std::pin::pin!(client.post(&path, None));
     loop {
         tokio::select! {
@@ -36,8 +36,11 @@ pub(super) async fn publish(
                 // Only to be shown: if it fails, the call itself will say why.
                 let Ok(status) = client.get(&status).await else { continue };
                 let total = number(&status["progress"], "total_bytes");
+                let store = &status["store"];
+                let fails = store["reachable"] == false;
+                progress.wait_for_store(fails.then(|| store["last_error"].as_str().unwrap_or_default()));
                 if total > 0 {
-                    let progress = progress.get_or_insert_with(|| Progress::new(what, total, false));
+                    progress.plan(total);
                     progress.reach(number(&status["progress"], "done_bytes").min(total));
                 }
             }

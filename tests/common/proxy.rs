@@ -1,5 +1,5 @@
 //! A TCP proxy of the test's own in front of an S3 endpoint: it can be cut, frozen and healed, by hand or in the middle
-//! of an upload, and it can lose the conditions of requests.
+//! of an upload, it can lose the conditions of requests, and answer some of them itself.
 
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
@@ -39,6 +39,17 @@ struct Shared {
     changed: Condvar,
 }
 
+/// What to answer to a request with that head, in the store's place.
+type Answer = Arc<dyn Fn(&str) -> Option<String> + Send + Sync>;
+
+/// What becomes of requests, while they may pass.
+#[derive(Clone)]
+enum Requests {
+    Passed,
+    WithoutConditions,
+    Answered(Answer),
+}
+
 /// The proxy; it ends with its value.
 #[derive(Debug)]
 pub struct Proxy {
@@ -49,15 +60,20 @@ pub struct Proxy {
 impl Proxy {
     /// In front of `upstream`, a URL such as `http://127.0.0.1:9000`; everything passes.
     pub fn start(upstream: &str) -> Self {
-        Self::with(upstream, false)
+        Self::with(upstream, Requests::Passed)
     }
 
     /// The same, but `If-Match` and `If-None-Match` never arrive.
     pub fn losing_conditions(upstream: &str) -> Self {
-        Self::with(upstream, true)
+        Self::with(upstream, Requests::WithoutConditions)
     }
 
-    fn with(upstream: &str, lose_conditions: bool) -> Self {
+    /// The same, but the requests for whose head there is an answer do not arrive.
+    pub fn answering(upstream: &str, answer: impl Fn(&str) -> Option<String> + Send + Sync + 'static) -> Self {
+        Self::with(upstream, Requests::Answered(Arc::new(answer)))
+    }
+
+    fn with(upstream: &str, requests: Requests) -> Self {
         let upstream: SocketAddr = upstream.trim_start_matches("http://").parse().unwrap();
         // An address that nobody else uses: while the proxy is cut its port is free, and must not become another's.
         let [.., a, b] = std::process::id().to_be_bytes();
@@ -68,7 +84,7 @@ impl Proxy {
         let inner = Inner { state: State::Open, fuse: None, streams: Vec::new(), ended: false };
         let shared = Arc::new(Shared { inner: Mutex::new(inner), changed: Condvar::new() });
         let accepting = Arc::clone(&shared);
-        spawn(move || accepting.accept(listener, upstream, lose_conditions));
+        spawn(move || accepting.accept(listener, upstream, &requests));
         Self { address, shared }
     }
 
@@ -125,7 +141,7 @@ impl Shared {
         self.changed.notify_all();
     }
 
-    fn accept(self: Arc<Self>, listener: TcpListener, upstream: SocketAddr, lose_conditions: bool) {
+    fn accept(self: Arc<Self>, listener: TcpListener, upstream: SocketAddr, requests: &Requests) {
         let address = listener.local_addr().unwrap();
         listener.set_nonblocking(true).unwrap();
         let mut listening = Some(listener);
@@ -145,7 +161,7 @@ impl Shared {
                 (_, Some(listener)) => {
                     if let Ok((client, _)) = listener.accept() {
                         client.set_nonblocking(false).unwrap();
-                        self.connect(client, upstream, lose_conditions);
+                        self.connect(client, upstream, requests.clone());
                         continue;
                     }
                 }
@@ -155,7 +171,7 @@ impl Shared {
     }
 
     /// Two threads per connection, each of which ends with it.
-    fn connect(self: &Arc<Self>, client: TcpStream, upstream: SocketAddr, lose_conditions: bool) {
+    fn connect(self: &Arc<Self>, client: TcpStream, upstream: SocketAddr, requests: Requests) {
         let Ok(server) = TcpStream::connect(upstream) else { return };
         {
             let mut inner = self.inner.lock().unwrap();
@@ -167,7 +183,10 @@ impl Shared {
         let (from, to) = (client.try_clone().unwrap(), server.try_clone().unwrap());
         let shared = Arc::clone(self);
         spawn(move || {
-            let _ = if lose_conditions { shared.requests(&from, &to) } else { shared.copy(&from, &to) };
+            let _ = match requests {
+                Requests::Passed => shared.copy(&from, &to),
+                requests => shared.requests(&from, &to, &requests),
+            };
             let _ = to.shutdown(Shutdown::Write);
         });
         let shared = Arc::clone(self);
@@ -201,11 +220,11 @@ impl Shared {
         if inner.state == State::Cut { Err(io::ErrorKind::ConnectionReset.into()) } else { Ok(()) }
     }
 
-    /// Request by request, its conditions under names that mean nothing.
-    fn requests(&self, from: &TcpStream, mut to: &TcpStream) -> io::Result<()> {
-        let mut from = BufReader::new(from);
+    /// Request by request: its conditions under names that mean nothing, or answered here.
+    fn requests(&self, client: &TcpStream, mut to: &TcpStream, requests: &Requests) -> io::Result<()> {
+        let mut from = BufReader::new(client);
         loop {
-            let mut body = 0;
+            let (mut head, mut body) = (String::new(), 0);
             loop {
                 let mut line = String::new();
                 if from.read_line(&mut line)? == 0 {
@@ -215,15 +234,25 @@ impl Shared {
                 if let Some(len) = lower.strip_prefix("content-length:") {
                     body = len.trim().parse().unwrap();
                 }
-                self.pass(line.len())?;
-                if lower.starts_with("if-match:") || lower.starts_with("if-none-match:") {
+                let conditional = lower.starts_with("if-match:") || lower.starts_with("if-none-match:");
+                if conditional && matches!(requests, Requests::WithoutConditions) {
                     line.insert_str(0, "x-lost-");
                 }
-                to.write_all(line.as_bytes())?;
+                head.push_str(&line);
                 if line == "\r\n" {
                     break;
                 }
             }
+            self.pass(head.len())?;
+            if let Requests::Answered(answer) = requests
+                && let Some(answer) = answer(&head)
+            {
+                io::copy(&mut (&mut from).take(body), &mut io::sink())?;
+                let mut back = client;
+                back.write_all(answer.as_bytes())?;
+                continue;
+            }
+            to.write_all(head.as_bytes())?;
             self.copy((&mut from).take(body), to)?;
         }
     }
