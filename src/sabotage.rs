@@ -60,7 +60,7 @@ pub enum Rule {
 
 /// All rules by the names under which they are chosen.
 #[cfg(feature = "sabotage")]
-const NAMES: [(&str, Rule); 46] = [
+const NAMES: &[(&str, Rule)] = &[
     ("skip-mark", Rule::SkipMark),
     ("mark-before-whole-overwrite", Rule::MarkBeforeWholeOverwrite),
     ("bytes-before-mark", Rule::BytesBeforeMark),
