@@ -3,6 +3,8 @@
 //! The seam is as narrow as the cache needs: named files with positioned reads and writes, holes, and the syncs that
 //! the durability rules speak of. All calls block; `cache` alone decides on which thread.
 
+pub(crate) mod private;
+
 use std::fmt::Debug;
 use std::fs;
 use std::io;
@@ -32,7 +34,7 @@ pub struct Space {
 pub trait Disk: Debug + Send + Sync {
     /// Opens a file that must exist, for reading and writing.
     fn open(&self, path: &Path) -> io::Result<Arc<dyn DiskFile>>;
-    /// Creates an empty file, replacing one of that name.
+    /// Creates an empty file for its owner alone, replacing one of that name.
     fn create(&self, path: &Path) -> io::Result<Arc<dyn DiskFile>>;
     /// Replaces `to` by `from` in one step.
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()>;
@@ -41,7 +43,7 @@ pub trait Disk: Debug + Send + Sync {
     fn exchange(&self, a: &Path, b: &Path) -> io::Result<()>;
     /// Removes a file; it is no error if there is none.
     fn remove(&self, path: &Path) -> io::Result<()>;
-    /// Creates a folder and those above it, unless they exist.
+    /// Creates a folder and those above it, for their owner alone, unless they exist.
     fn create_dir(&self, path: &Path) -> io::Result<()>;
     /// Removes an empty folder; it is no error if there is none.
     fn remove_dir(&self, path: &Path) -> io::Result<()>;
@@ -134,8 +136,8 @@ pub fn remove_file(disk: &dyn Disk, dir: &Path, name: &str) -> io::Result<()> {
 const WRITE_PIECE_BYTES: usize = 32 << 10;
 
 /// The kernel's files. What they hold is images: only their owner may read them.
-const FILE_MODE: Mode = Mode::from_raw_mode(0o600);
-const FOLDER_MODE: Mode = Mode::from_raw_mode(0o700);
+const FILE_MODE: Mode = Mode::from_raw_mode(private::FILE_MODE);
+const FOLDER_MODE: Mode = Mode::from_raw_mode(private::FOLDER_MODE);
 
 /// The kernel's files, found by their paths or below a folder that stays open.
 #[derive(Debug, Clone, Default)]

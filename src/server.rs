@@ -19,6 +19,7 @@ mod log_limit;
 mod logging;
 mod notify;
 mod passed;
+mod private;
 mod ready;
 mod store;
 mod watched;
@@ -215,6 +216,7 @@ impl Server {
         let clock: Arc<dyn Clock> = Arc::new(SystemClock);
         let access = config.access();
         let store = WatchedStore::connect(&access, &clock, background.clone())?;
+        private::mend(&config.cache_root, &access.store, &access.export_root).await;
         store.probe(&access).await?;
         let disk =
             cache_root.disk().map_err(|source| ServerError::CacheRoot { path: config.cache_root.clone(), source })?;

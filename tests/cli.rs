@@ -351,6 +351,39 @@ fn mode_and_group(path: &Path) -> (u32, u32) {
 }
 
 #[test]
+fn image_data_is_for_its_owner_alone_and_a_start_narrows_what_is_wider() {
+    let mut server = TestServer::start(&[], &[]);
+    let (cache, store) = (server.cache_root(), server.local_root());
+    for folder in [&cache, &store] {
+        fs::set_permissions(folder, fs::Permissions::from_mode(0o755)).unwrap();
+    }
+    server.ok("POST", "/v1/exports/create", json!({"export_id": "vm", "size": 1 << 20}));
+    let of_cache = ["vm", "vm/cache.raw", "vm/cache.meta"].map(|name| cache.join(name));
+    let of_store = ["exports", "exports/vm", "exports/vm/volume.json"].map(|name| store.join(name));
+    let images: Vec<_> = of_cache.into_iter().chain(of_store).collect();
+    for path in &images {
+        let wanted = if path.is_dir() { 0o700 } else { 0o600 };
+        assert_eq!(mode_and_group(path).0, wanted, "{}", path.display());
+        fs::set_permissions(path, fs::Permissions::from_mode(0o755)).unwrap();
+    }
+    assert!(!server.log().contains("had access to"));
+    server.stop();
+    server.start_again();
+    for path in &images {
+        assert_eq!(mode_and_group(path).0 & 0o077, 0, "{}", path.display());
+    }
+    let log = server.log();
+    for part in
+        ["--cache-root: other users of this machine had access to 3 files and folders", "--local-root: other users"]
+    {
+        assert_eq!(log.matches(part).count(), 1, "{part} in {log}");
+    }
+    for root in [&cache, &store] {
+        assert_eq!(mode_and_group(root).0, 0o755, "the roots themselves are the user's");
+    }
+}
+
+#[test]
 fn the_admin_socket_is_for_a_group_only_if_one_is_named() {
     let dir = tempfile::tempdir().unwrap();
     let socket = dir.path().join("run/deep/admin.sock");
