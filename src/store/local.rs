@@ -3,12 +3,14 @@
 //!
 //! An object is the plain file `<root>/<key>`, so any tool can read and copy the store. Names at the root that start
 //! with a dot are the store's own (`.tmp`, `.lock`) and never objects. What differs from S3: `a` and `a/b` cannot both
-//! be objects, and a segment of a key is 255 bytes at most. The directory must be one file system.
+//! be objects, and a segment of a key is 255 bytes at most. The directory must be one file system. Its path may go through
+//! links; nothing below it may. Files and folders are made for their owner alone.
 //!
 //! A write goes tmp file → fsync → lock, compare, rename, fsync of the directory → answer; `local/folder.rs` has the details.
 //! Everything here blocks, so everything runs on the blocking threads; calls are bounded by the kernel's own patience
 //! with the disk, waiting for the lock by [`LOCK_PATIENCE`].
 
+mod beneath;
 mod folder;
 mod tmp;
 
@@ -45,8 +47,14 @@ impl LocalStore {
     /// # Errors
     /// The I/O error, with the path it is about, if the directory cannot be created, read or written.
     pub fn open(root: PathBuf, clock: Arc<dyn Clock>) -> io::Result<Self> {
-        let folder = Folder::open(root.clone(), clock)
-            .map_err(|e| io::Error::new(e.kind(), format!("cannot use {} as an object store: {e}", root.display())))?;
+        let folder = Folder::open(root.clone(), clock).map_err(|fault| {
+            let e = match fault {
+                Fault::Io(e) => e,
+                Fault::Forbidden(reason) => io::Error::new(io::ErrorKind::InvalidInput, reason),
+                other => io::Error::other(format!("{other:?}")),
+            };
+            io::Error::new(e.kind(), format!("cannot use {} as an object store: {e}", root.display()))
+        })?;
         Ok(Self { folder: Arc::new(folder), background: Background::default() })
     }
 

@@ -13,19 +13,24 @@
 //! nobody has locked: never one that another server is still writing. Between the two, a writer that has just made its file
 //! and not locked it yet may lose it; it notices, and makes another.
 
+use std::ffi::{CStr, CString, OsStr};
 use std::fs::{self, File, FileTimes, TryLockError};
 use std::io::{self, ErrorKind};
-use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use bytes::Bytes;
-use rustix::fs::{Mode, OFlags};
+use rustix::fs::{AtFlags, Dir, DirEntry, FileType, OFlags};
 use rustix::io::Errno;
 
+use super::beneath::{listable, no_object, open_plain, open_root, step, step_or_make, sync};
 use super::tmp::Tmp;
 use crate::clock::Clock;
+use crate::disk::private::FOLDER_MODE;
 use crate::slices::{SLICE_BYTES, slices_mut};
 use crate::store::{Condition, Key, MAX_LISTED, Object, Version};
 use crate::units::ByteRange;
@@ -83,30 +88,74 @@ struct Standing {
     version: Version,
 }
 
+/// Where an object is, or would be: its folders from the root down, and its name in the last.
+struct Place {
+    folders: Vec<OwnedFd>,
+    /// The names of those folders but the root.
+    steps: Vec<String>,
+    name: String,
+    path: PathBuf,
+}
+
+impl Place {
+    fn folder(&self) -> BorrowedFd<'_> {
+        // The root is there at least.
+        self.folders[self.folders.len() - 1].as_fd()
+    }
+
+    /// What stands there; an error if it is no object.
+    fn standing(&self) -> Result<Option<Standing>, Fault> {
+        match rustix::fs::statat(self.folder(), &*self.name, AtFlags::SYMLINK_NOFOLLOW) {
+            Ok(found) if FileType::from_raw_mode(found.st_mode) == FileType::RegularFile => {
+                let (file, metadata) = self.open()?.ok_or(Fault::Missing)?;
+                drop(file);
+                Ok(Some(Standing { modified: metadata.modified()?, version: version_of(&metadata) }))
+            }
+            Ok(_) => Err(no_object(&self.path)),
+            Err(Errno::NOENT) => Ok(None),
+            Err(e) => Err(e.into()),
+        }
+    }
+
+    fn open(&self) -> Result<Option<(File, fs::Metadata)>, Fault> {
+        open_plain(self.folder(), &self.name, OFlags::RDONLY, &self.path)
+    }
+}
+
 impl Folder {
     /// Creates what is missing and sweeps what was left over.
-    pub(super) fn open(root: PathBuf, clock: Arc<dyn Clock>) -> io::Result<Self> {
-        fs::create_dir_all(root.join(TMP_DIR))?;
+    pub(super) fn open(root: PathBuf, clock: Arc<dyn Clock>) -> Result<Self, Fault> {
+        fs::DirBuilder::new().recursive(true).mode(FOLDER_MODE).create(&root)?;
         let folder = Self { root, clock };
+        let root = open_root(&folder.root)?;
+        let tmp = step_or_make(&root, TMP_DIR, &folder.root.join(TMP_DIR))?;
         drop(folder.open_lock_file()?);
-        sync_dir(&folder.root)?;
+        sync(&root)?;
         if let Some(parent) = folder.root.canonicalize()?.parent() {
             // The root's own name, too, must outlive a power loss; a parent that may not be read was not ours to make.
-            match sync_dir(parent) {
+            match File::open(parent).and_then(|parent| parent.sync_all()) {
                 Err(e) if e.kind() == ErrorKind::PermissionDenied => {}
                 other => other?,
             }
         }
-        folder.sweep()?;
+        folder.sweep(&tmp)?;
         Ok(folder)
     }
 
-    fn sweep(&self) -> io::Result<()> {
-        for entry in fs::read_dir(self.root.join(TMP_DIR))? {
-            let path = entry?.path();
+    fn sweep(&self, tmp: &OwnedFd) -> Result<(), Fault> {
+        for name in entries(listable(tmp)?)? {
+            let (name, _) = name?;
+            let path = self.root.join(TMP_DIR).join(OsStr::from_bytes(name.to_bytes()));
             // Another server may sweep, or finish its write, at the same time: what is gone is gone.
-            let Ok(file) = File::open(&path) else { continue };
-            if file.try_lock().is_ok() && fs::remove_file(&path).is_ok() {
+            let file = match open_plain(tmp, &*name, OFlags::RDONLY, &path) {
+                Ok(Some((file, _))) => file,
+                Err(Fault::Forbidden(what)) => {
+                    tracing::warn!("left where it is: {what}");
+                    continue;
+                }
+                Ok(None) | Err(_) => continue,
+            };
+            if file.try_lock().is_ok() && rustix::fs::unlinkat(tmp, &name, AtFlags::empty()).is_ok() {
                 tracing::info!(path = %path.display(), "removed what a writer that died had left");
             }
         }
@@ -120,9 +169,36 @@ impl Folder {
         Ok(self.root.join(key.as_str()))
     }
 
+    /// Walks to the place of a key, as `step` does it; `None` if a folder on the way is not there.
+    fn walk(
+        &self,
+        key: &Key,
+        step: impl Fn(BorrowedFd<'_>, &str, &Path) -> Result<Option<OwnedFd>, Fault>,
+    ) -> Result<Option<Place>, Fault> {
+        let path = self.path(key)?;
+        let (steps, name) = key.as_str().rsplit_once('/').unwrap_or(("", key.as_str()));
+        let steps: Vec<_> = steps.split('/').filter(|step| !step.is_empty()).map(str::to_owned).collect();
+        let mut folders = vec![open_root(&self.root)?];
+        let mut at = self.root.clone();
+        for name in &steps {
+            at.push(name);
+            let Some(next) = step(folders[folders.len() - 1].as_fd(), name, &at)? else { return Ok(None) };
+            folders.push(next);
+        }
+        Ok(Some(Place { folders, steps, name: name.to_owned(), path }))
+    }
+
+    fn find(&self, key: &Key) -> Result<Option<Place>, Fault> {
+        self.walk(key, |folder, name, path| step(folder, name, path))
+    }
+
+    fn open_object(&self, key: &Key) -> Result<(File, fs::Metadata), Fault> {
+        self.find(key)?.ok_or(Fault::Missing)?.open()?.ok_or(Fault::Missing)
+    }
+
     /// The whole object.
     pub(super) fn read(&self, key: &Key, max_bytes: u64) -> Result<Object, Fault> {
-        let (file, metadata) = open_object(&self.path(key)?)?;
+        let (file, metadata) = self.open_object(key)?;
         if metadata.len() > max_bytes {
             return Err(Fault::TooLarge { max_bytes });
         }
@@ -131,7 +207,7 @@ impl Folder {
 
     /// A range of the object.
     pub(super) fn read_range(&self, key: &Key, range: ByteRange) -> Result<Bytes, Fault> {
-        let (file, metadata) = open_object(&self.path(key)?)?;
+        let (file, metadata) = self.open_object(key)?;
         if range.end() > metadata.len() {
             return Err(Fault::Short(format!("it ends at byte {}, before {range} does", metadata.len())));
         }
@@ -140,19 +216,23 @@ impl Folder {
 
     /// The length of the object in bytes.
     pub(super) fn len(&self, key: &Key) -> Result<u64, Fault> {
-        Ok(open_object(&self.path(key)?)?.1.len())
+        Ok(self.open_object(key)?.1.len())
     }
 
     /// A new, empty tmp file.
     pub(super) fn tmp(&self) -> Result<Tmp, Fault> {
-        Tmp::create(&self.root.join(TMP_DIR))
+        let root = open_root(&self.root)?;
+        let path = self.root.join(TMP_DIR);
+        Tmp::create(step_or_make(root, TMP_DIR, &path)?, &path)
     }
 
     /// Turns a tmp file into the object, if the condition holds, and returns once that is durable.
     pub(super) fn commit(&self, tmp: Tmp, key: &Key, condition: &Condition) -> Result<Version, Fault> {
-        let path = self.path(key)?;
         let _lock = self.lock()?;
-        let standing = standing(&path)?;
+        let standing = match self.find(key)? {
+            Some(place) => place.standing()?,
+            None => None,
+        };
         let holds = match (condition, &standing) {
             (Condition::Always, _) | (Condition::IfAbsent, None) => true,
             (Condition::IfVersion(expected), Some(standing)) => standing.version == *expected,
@@ -163,28 +243,25 @@ impl Folder {
         }
         self.date(tmp.file(), standing.map(|s| s.modified))?;
         tmp.file().sync_all()?;
-        let parent = path.parent().unwrap_or(&self.root);
-        make_folders(parent)?;
-        fs::rename(tmp.path(), &path)?;
-        sync_dir(parent)?;
+        let made = self.walk(key, |folder, name, path| step_or_make(folder, name, path).map(Some))?;
+        let place = made.ok_or(Fault::Missing)?;
+        tmp.rename(place.folder(), &place.name)?;
+        sync(place.folder())?;
         Ok(version_of(&tmp.file().metadata()?))
     }
 
     /// Removes the object, and the folders it leaves empty.
     pub(super) fn remove(&self, key: &Key) -> Result<(), Fault> {
-        let path = self.path(key)?;
         let _lock = self.lock()?;
-        if standing(&path)?.is_none() {
+        let Some(place) = self.find(key)? else { return Ok(()) };
+        if place.standing()?.is_none() {
             return Ok(());
         }
-        fs::remove_file(&path)?;
-        let folders = path.ancestors().skip(1).take_while(|folder| *folder != self.root);
-        for (depth, folder) in folders.enumerate() {
-            if depth == 0 {
-                sync_dir(folder)?;
-            }
-            // Under the lock no writer is between making a folder and filling it. A folder in use refuses to go.
-            if fs::remove_dir(folder).is_err() {
+        rustix::fs::unlinkat(place.folder(), &*place.name, AtFlags::empty())?;
+        sync(place.folder())?;
+        // Under the lock no writer is between making a folder and filling it. A folder in use refuses to go.
+        for (above, name) in place.folders.iter().zip(&place.steps).rev() {
+            if rustix::fs::unlinkat(above, name, AtFlags::REMOVEDIR).is_err() {
                 break;
             }
         }
@@ -194,17 +271,15 @@ impl Folder {
     /// Every object below a prefix, sorted.
     pub(super) fn list(&self, prefix: &Key) -> Result<Vec<Key>, Fault> {
         let mut keys = Vec::new();
-        let mut pending = vec![(self.path(prefix)?, prefix.as_str().to_owned())];
-        while let Some((folder, name)) = pending.pop() {
-            for entry in entries(&folder)? {
-                let entry = entry?;
-                let Some(key) = key_below(&name, &entry) else { continue };
-                // readdir names the type as well: no further call per entry.
-                let kind = entry.file_type()?;
-                if kind.is_dir() {
-                    pending.push((entry.path(), key.as_str().to_owned()));
-                } else if kind.is_file() {
-                    keys.push(key);
+        let mut pending = vec![prefix.clone()];
+        while let Some(folder) = pending.pop() {
+            for entry in self.entries(&folder)? {
+                let (name, kind) = entry?;
+                let Some(key) = key_below(&folder, &name) else { continue };
+                match kind {
+                    FileType::Directory => pending.push(key),
+                    FileType::RegularFile => keys.push(key),
+                    _ => {}
                 }
                 bound(keys.len() + pending.len())?;
             }
@@ -216,10 +291,10 @@ impl Folder {
     /// The folders right below a prefix, sorted.
     pub(super) fn list_folders(&self, prefix: &Key) -> Result<Vec<String>, Fault> {
         let mut names = Vec::new();
-        for entry in entries(&self.path(prefix)?)? {
-            let entry = entry?;
-            if entry.file_type()?.is_dir() && key_below(prefix.as_str(), &entry).is_some() {
-                names.push(entry.file_name().to_string_lossy().into_owned());
+        for entry in self.entries(prefix)? {
+            let (name, kind) = entry?;
+            if kind == FileType::Directory && key_below(prefix, &name).is_some() {
+                names.push(name.to_string_lossy().into_owned());
                 bound(names.len())?;
             }
         }
@@ -227,8 +302,20 @@ impl Folder {
         Ok(names)
     }
 
-    fn open_lock_file(&self) -> io::Result<File> {
-        File::options().write(true).create(true).truncate(false).open(self.root.join(LOCK_FILE))
+    /// The entries of a folder; none if there is no such folder (any more).
+    fn entries(&self, folder: &Key) -> Result<impl Iterator<Item = Result<(CString, FileType), Fault>>, Fault> {
+        let found = match self.find(folder)? {
+            Some(place) => step(place.folder(), &place.name, &place.path)?,
+            None => None,
+        };
+        let listed = found.map(|folder| entries(listable(folder)?)).transpose()?;
+        Ok(listed.into_iter().flatten())
+    }
+
+    fn open_lock_file(&self) -> Result<File, Fault> {
+        let flags = OFlags::WRONLY | OFlags::CREATE;
+        let opened = open_plain(open_root(&self.root)?, LOCK_FILE, flags, &self.root.join(LOCK_FILE))?;
+        opened.map(|(file, _)| file).ok_or(Fault::Missing)
     }
 
     /// The lock, released when the file is dropped.
@@ -273,43 +360,6 @@ fn version_of(metadata: &fs::Metadata) -> Version {
     Version(format!("{}.{:09}-{}-{}", metadata.mtime(), metadata.mtime_nsec(), metadata.len(), metadata.ino()))
 }
 
-/// What stands at a path; an error if it is there but no object.
-fn standing(path: &Path) -> Result<Option<Standing>, Fault> {
-    match fs::symlink_metadata(path) {
-        Ok(metadata) if metadata.is_file() => {
-            Ok(Some(Standing { modified: metadata.modified()?, version: version_of(&metadata) }))
-        }
-        Ok(_) => Err(no_object(path)),
-        Err(e) if is_missing(&e) => Ok(None),
-        Err(e) => Err(e.into()),
-    }
-}
-
-/// Opens an object without following a link at its name, and without waiting for the other end of a pipe.
-fn open_object(path: &Path) -> Result<(File, fs::Metadata), Fault> {
-    let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
-    let file = match rustix::fs::open(path, flags, Mode::empty()) {
-        Ok(fd) => File::from(fd),
-        Err(Errno::LOOP) => return Err(no_object(path)),
-        Err(e) if is_missing(&e.into()) => return Err(Fault::Missing),
-        Err(e) => return Err(e.into()),
-    };
-    let metadata = file.metadata()?;
-    if metadata.is_file() { Ok((file, metadata)) } else { Err(no_object(path)) }
-}
-
-fn no_object(path: &Path) -> Fault {
-    Fault::Forbidden(format!(
-        "{} is a folder, a link or a special file where a plain file should be; remove it or choose another name",
-        path.display()
-    ))
-}
-
-/// No such name, or a file where one of its folders would be.
-fn is_missing(e: &io::Error) -> bool {
-    matches!(e.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory)
-}
-
 fn read_exactly(file: &File, offset: u64, len: u64) -> Result<Bytes, Fault> {
     let mut bytes = vec![0; usize::try_from(len).map_err(|e| Fault::Forbidden(e.to_string()))?];
     for (slice, at) in slices_mut(&mut bytes).zip((offset..).step_by(SLICE_BYTES)) {
@@ -321,34 +371,30 @@ fn read_exactly(file: &File, offset: u64, len: u64) -> Result<Bytes, Fault> {
     Ok(bytes.into())
 }
 
-/// Creates a folder and those above it, each durable in its parent before the next.
-fn make_folders(folder: &Path) -> Result<(), Fault> {
-    let missing: Vec<&Path> = folder.ancestors().take_while(|folder| !folder.is_dir()).collect();
-    for folder in missing.into_iter().rev() {
-        fs::create_dir(folder)?;
-        if let Some(parent) = folder.parent() {
-            sync_dir(parent)?;
-        }
-    }
-    Ok(())
-}
-
-fn sync_dir(folder: &Path) -> io::Result<()> {
-    File::open(folder)?.sync_all()
-}
-
-/// The entries of a folder; none if there is no such folder (any more).
-fn entries(folder: &Path) -> io::Result<impl Iterator<Item = io::Result<fs::DirEntry>>> {
-    match fs::read_dir(folder) {
-        Ok(entries) => Ok(Some(entries).into_iter().flatten()),
-        Err(e) if is_missing(&e) => Ok(None.into_iter().flatten()),
-        Err(e) => Err(e),
-    }
+/// The names in a folder and what they are, without those of the folder itself and the one above.
+fn entries(folder: OwnedFd) -> Result<impl Iterator<Item = Result<(CString, FileType), Fault>>, Fault> {
+    let listing = Dir::read_from(&folder)?;
+    let named = move |entry: rustix::io::Result<DirEntry>| {
+        let entry = entry?;
+        // A listing names the kind as well on most file systems: no further call per entry.
+        let kind = match entry.file_type() {
+            FileType::Unknown => {
+                let found = rustix::fs::statat(&folder, entry.file_name(), AtFlags::SYMLINK_NOFOLLOW)?;
+                FileType::from_raw_mode(found.st_mode)
+            }
+            known => known,
+        };
+        Ok((entry.file_name().to_owned(), kind))
+    };
+    let is_entry = |entry: &Result<(CString, FileType), Fault>| {
+        !entry.as_ref().is_ok_and(|(name, _)| matches!(name.to_bytes(), b"." | b".."))
+    };
+    Ok(listing.map(named).filter(is_entry))
 }
 
 /// The key of a folder's entry, unless no key can have that name.
-fn key_below(folder: &str, entry: &fs::DirEntry) -> Option<Key> {
-    format!("{folder}/{}", entry.file_name().to_str()?).parse().ok()
+fn key_below(folder: &Key, name: &CStr) -> Option<Key> {
+    format!("{folder}/{}", name.to_str().ok()?).parse().ok()
 }
 
 fn bound(count: usize) -> Result<(), Fault> {

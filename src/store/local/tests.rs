@@ -213,3 +213,119 @@ async fn ten_thousand_folders_are_listed_in_well_under_a_second() {
     assert!(start.elapsed() < Duration::from_secs(1), "{:?}", start.elapsed());
     assert_eq!((names.len(), &*names[0], &*names[9_999]), (10_000, "vm-00000", "vm-09999"));
 }
+
+fn fifo(path: &std::path::Path) {
+    rustix::fs::mknodat(rustix::fs::CWD, path, rustix::fs::FileType::Fifo, 0o600.into(), 0).unwrap();
+}
+
+/// Runs what must not hang on a thread of its own.
+fn in_time<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
+    let (done, ended) = std::sync::mpsc::channel();
+    std::thread::spawn(move || done.send(work()));
+    ended.recv_timeout(Duration::from_secs(60)).expect("it hangs")
+}
+
+#[test]
+fn special_files_in_the_stores_own_places_hang_no_open_and_are_named() {
+    let open = |root: &std::path::Path| {
+        let root = root.to_owned();
+        in_time(move || LocalStore::open(root, Arc::new(SystemClock)).map(drop))
+    };
+    let (root, _store) = store();
+    fifo(&root.path().join(".tmp/pipe"));
+    let _socket = std::os::unix::net::UnixListener::bind(root.path().join(".tmp/socket")).unwrap();
+    std::os::unix::fs::symlink("/etc/passwd", root.path().join(".tmp/link")).unwrap();
+    open(root.path()).unwrap();
+    assert_eq!(tmp_files(root.path()), 3, "what is no file of a writer is left");
+
+    let lock = root.path().join(".lock");
+    std::fs::remove_file(&lock).unwrap();
+    let _socket = std::os::unix::net::UnixListener::bind(&lock).unwrap();
+    assert!(open(root.path()).unwrap_err().to_string().contains(".lock"));
+    std::fs::remove_file(&lock).unwrap();
+    fifo(&lock);
+    assert!(open(root.path()).unwrap_err().to_string().contains(".lock"));
+}
+
+#[tokio::test]
+async fn a_pipe_or_a_socket_in_the_place_of_an_object_or_a_folder_is_refused_by_name() {
+    let (root, store) = store();
+    std::fs::create_dir_all(root.path().join("exports")).unwrap();
+    fifo(&root.path().join("exports/pipe"));
+    let _socket = std::os::unix::net::UnixListener::bind(root.path().join("exports/socket")).unwrap();
+    for name in ["exports/pipe", "exports/socket", "exports/pipe/volume.json", "exports/socket/volume.json"] {
+        let at = key(name);
+        let errors = [
+            store.get(&at, 99).await.map(drop).unwrap_err(),
+            store.put(&at, "x".into(), Condition::IfAbsent).await.map(drop).unwrap_err(),
+            store.delete(&at).await.unwrap_err(),
+        ];
+        for error in errors {
+            assert!(matches!(error, StoreError::Refused { .. }), "{error}");
+            assert!(error.to_string().contains(name.trim_end_matches("/volume.json")), "{error}");
+        }
+    }
+    assert_eq!(store.list_folders(&key("exports")).await.unwrap(), Vec::<String>::new());
+}
+
+#[tokio::test]
+async fn a_folder_that_is_a_link_leads_nowhere_and_the_root_may_be_one() {
+    let (root, _store) = store();
+    let elsewhere = tempfile::tempdir().unwrap();
+    let link = elsewhere.path().join("store");
+    std::os::unix::fs::symlink(root.path(), &link).unwrap();
+    let store = LocalStore::open(link, Arc::new(SystemClock)).unwrap();
+    let outside = tempfile::tempdir().unwrap();
+    std::fs::write(outside.path().join("volume.json"), "outside").unwrap();
+    std::fs::create_dir(root.path().join("exports")).unwrap();
+    std::os::unix::fs::symlink(outside.path(), root.path().join("exports/vm")).unwrap();
+    let there = key("exports/vm/volume.json");
+    let errors = [
+        store.get(&there, 99).await.map(drop).unwrap_err(),
+        store.put(&there, "x".into(), Condition::Always).await.map(drop).unwrap_err(),
+        store.put(&key("exports/vm/new/object"), "x".into(), Condition::IfAbsent).await.map(drop).unwrap_err(),
+        store.delete(&there).await.unwrap_err(),
+        store.list(&key("exports/vm")).await.map(drop).unwrap_err(),
+        store.list_folders(&key("exports/vm")).await.map(drop).unwrap_err(),
+    ];
+    for error in errors {
+        assert!(matches!(error, StoreError::Refused { .. }), "{error}");
+        assert!(error.to_string().contains("exports/vm is a link"), "{error}");
+    }
+    assert_eq!(std::fs::read(outside.path().join("volume.json")).unwrap(), b"outside");
+    assert_eq!(std::fs::read_dir(outside.path()).unwrap().count(), 1);
+}
+
+#[tokio::test]
+async fn a_root_that_is_gone_is_an_outage_and_no_object_missing() {
+    let (root, store) = store();
+    let head = key("exports/vm/volume.json");
+    store.put(&head, "head".into(), Condition::IfAbsent).await.unwrap();
+    let away = root.path().with_extension("away");
+    std::fs::rename(root.path(), &away).unwrap();
+    let unavailable = |error: StoreError| matches!(error, StoreError::Unavailable { .. });
+    assert!(unavailable(store.get(&head, 99).await.map(drop).unwrap_err()));
+    assert!(unavailable(store.list(&key("exports")).await.map(drop).unwrap_err()));
+    assert!(unavailable(store.put(&head, "x".into(), Condition::IfAbsent).await.map(drop).unwrap_err()));
+    std::fs::rename(&away, root.path()).unwrap();
+    assert_eq!(&store.get(&head, 99).await.unwrap().bytes[..], b"head");
+}
+
+#[tokio::test]
+async fn what_the_store_makes_is_for_its_owner_alone_whatever_was_there_before() {
+    use std::os::unix::fs::PermissionsExt;
+    let root = tempfile::tempdir().unwrap();
+    std::fs::set_permissions(root.path(), PermissionsExt::from_mode(0o755)).unwrap();
+    let store = LocalStore::open(root.path().to_owned(), Arc::new(SystemClock)).unwrap();
+    store.put(&key("exports/vm/volume.json"), "head".into(), Condition::IfAbsent).await.unwrap();
+    let blob = futures_util::stream::iter([Ok(Bytes::from(vec![7; 1 << 20]))]).boxed();
+    store.upload(&key("exports/vm/snapshots/s/delta.blob"), 9 << 20, blob).await.unwrap();
+    let mode = |name: &str| std::fs::metadata(root.path().join(name)).unwrap().permissions().mode() & 0o777;
+    for folder in [".tmp", "exports", "exports/vm", "exports/vm/snapshots"] {
+        assert_eq!(mode(folder), 0o700, "{folder}");
+    }
+    for file in [".lock", "exports/vm/volume.json", "exports/vm/snapshots/s/delta.blob"] {
+        assert_eq!(mode(file), 0o600, "{file}");
+    }
+    assert_eq!(mode("."), 0o755, "the root's mode is its owner's");
+}

@@ -5,15 +5,17 @@
 //! gigabytes to write: all of that at the cost of the clients of the same machine. The disk is waited for slice by slice,
 //! as longer writes keep the core for longer before they wait; so what is far away is written the other way.
 
-use std::fs::{self, File, TryLockError};
+use std::fs::{File, TryLockError};
 use std::io::{self, ErrorKind};
-use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use bytes::Bytes;
-use rustix::fs::OFlags;
+use rustix::fs::{AtFlags, OFlags};
 
+use super::beneath::open_plain;
 use super::folder::Fault;
 use crate::disk::{DIRECT_ALIGNMENT, Medium};
 use crate::slices::{SLICE_BYTES, slices};
@@ -26,6 +28,8 @@ const SWEEP_TIME: Duration = Duration::from_millis(2);
 /// A file that nobody knows but its writer; removed when dropped before it got a name.
 #[derive(Debug)]
 pub(super) struct Tmp {
+    folder: OwnedFd,
+    name: String,
     path: PathBuf,
     file: File,
     len: u64,
@@ -43,14 +47,16 @@ fn is_ours(file: &File) -> io::Result<bool> {
 }
 
 impl Tmp {
-    /// A new, empty one in a folder.
-    pub(super) fn create(dir: &Path) -> Result<Self, Fault> {
+    /// A new, empty one in a folder that errors call `dir`.
+    pub(super) fn create(folder: OwnedFd, dir: &Path) -> Result<Self, Fault> {
         for _ in 0..CREATE_ATTEMPTS {
             // Never a name again: a sweep may still be about to remove what had it.
-            let path = dir.join(uuid::Uuid::now_v7().simple().to_string());
-            let file = File::options().write(true).create_new(true).open(&path)?;
+            let name = uuid::Uuid::now_v7().simple().to_string();
+            let path = dir.join(&name);
+            let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL;
+            let Some((file, _)) = open_plain(&folder, &name, flags, &path)? else { continue };
             if is_ours(&file)? {
-                return Ok(Self { path, file, len: 0, direct: None });
+                return Ok(Self { folder, name, path, file, len: 0, direct: None });
             }
             std::thread::sleep(SWEEP_TIME);
         }
@@ -61,15 +67,16 @@ impl Tmp {
     /// The same, for a blob.
     pub(super) fn for_blob(mut self) -> Self {
         if Medium::of(&self.file) == Medium::Disk {
-            let flags = OFlags::DIRECT.bits().cast_signed();
             // One that cannot do it says so here, or at the first write.
-            self.direct = File::options().write(true).custom_flags(flags).open(&self.path).ok();
+            let opened = open_plain(&self.folder, &self.name, OFlags::WRONLY | OFlags::DIRECT, &self.path);
+            self.direct = opened.ok().flatten().map(|(file, _)| file);
         }
         self
     }
 
-    pub(super) fn path(&self) -> &Path {
-        &self.path
+    /// Gives it its name, in place of what has it.
+    pub(super) fn rename(&self, folder: impl AsFd, name: &str) -> Result<(), Fault> {
+        Ok(rustix::fs::renameat(&self.folder, &self.name, folder, name)?)
     }
 
     pub(super) fn file(&self) -> &File {
@@ -120,12 +127,14 @@ impl Tmp {
 impl Drop for Tmp {
     fn drop(&mut self) {
         // After a commit the name is gone; after a crash the sweep does this.
-        let _ = fs::remove_file(&self.path);
+        let _ = rustix::fs::unlinkat(&self.folder, &self.name, AtFlags::empty());
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use proptest::prelude::*;
 
     use super::*;
@@ -160,7 +169,8 @@ mod tests {
             pieces in prop::collection::vec(piece(), 0..8), directly: bool, refused: bool,
         ) {
             let dir = tempfile::tempdir_in("/var/tmp").unwrap();
-            let mut tmp = Tmp::create(dir.path()).unwrap();
+            let folder = crate::store::local::beneath::open_root(dir.path()).unwrap();
+            let mut tmp = Tmp::create(folder, dir.path()).unwrap();
             if directly {
                 tmp = tmp.for_blob();
             }
@@ -177,7 +187,7 @@ mod tests {
                 tmp = tmp.append(&[piece]).unwrap();
             }
             let tmp = tmp.sync().unwrap();
-            prop_assert!(fs::read(tmp.path()).unwrap() == all);
+            prop_assert!(fs::read(&tmp.path).unwrap() == all);
         }
     }
 }
