@@ -8,7 +8,7 @@ use std::borrow::Cow;
 use std::collections::HashMap;
 use std::fmt::{self, Write as _};
 
-use serde::de::{self, Visitor};
+use serde::de::{self, IgnoredAny, Visitor};
 use serde::{Deserialize, Deserializer};
 
 use super::{Entry, Manifest};
@@ -23,6 +23,8 @@ const MAX_SHOWN_CHARS: usize = 80;
 const MAX_PROBLEM_BYTES: usize = 256;
 /// What one entry may take in a file, white space and all.
 const MAX_ENTRY_BYTES: u64 = 512;
+/// How many refs a manifest may have beyond one for each chunk: an older tool may keep one for every snapshot it took.
+const MAX_UNUSED_REFS: u64 = 4096;
 /// What everything but the entries may take.
 const MAX_REST_BYTES: u64 = 16 << 20;
 
@@ -48,6 +50,85 @@ pub fn max_bytes(geometry: Geometry) -> u64 {
 #[derive(Deserialize)]
 pub(super) struct Versioned {
     pub(super) version: u64,
+}
+
+/// What a manifest has of each kind; found out before any of it is kept in memory.
+#[derive(Deserialize)]
+struct Shape {
+    version: u64,
+    #[serde(default)]
+    refs: Count,
+    #[serde(default)]
+    entries: Count,
+}
+
+impl Shape {
+    /// No image needs more than these. A ref that no chunk uses is one that an older tool kept.
+    fn check(&self, geometry: Option<Geometry>) -> Result<(), String> {
+        let chunks = geometry.map_or(MAX_CHUNKS, |geometry| u64::from(geometry.chunk_count()));
+        for (field, found, most) in
+            [("refs", self.refs.0, chunks + MAX_UNUSED_REFS), ("entries", self.entries.0, chunks)]
+        {
+            if found > most {
+                return Err(format!(
+                    "{field}: there are {found}, more than the {most} that an image of {chunks} chunks may have"
+                ));
+            }
+        }
+        Ok(())
+    }
+}
+
+#[derive(Deserialize)]
+struct Sizes {
+    image_size: u64,
+    chunk_size: u64,
+}
+
+/// How many elements a list has; 0 for what is no list, which is found out later.
+#[derive(Default)]
+struct Count(u64);
+
+impl<'de> Deserialize<'de> for Count {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Elements;
+        impl<'de> Visitor<'de> for Elements {
+            type Value = Count;
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a list")
+            }
+            fn visit_seq<A: de::SeqAccess<'de>>(self, mut list: A) -> Result<Count, A::Error> {
+                let mut count = Count(0);
+                while list.next_element::<IgnoredAny>()?.is_some() {
+                    count.0 += 1;
+                }
+                Ok(count)
+            }
+            fn visit_map<A: de::MapAccess<'de>>(self, mut map: A) -> Result<Count, A::Error> {
+                while map.next_entry::<IgnoredAny, IgnoredAny>()?.is_some() {}
+                Ok(Count(0))
+            }
+            fn visit_bool<E: de::Error>(self, _: bool) -> Result<Count, E> {
+                Ok(Count(0))
+            }
+            fn visit_i64<E: de::Error>(self, _: i64) -> Result<Count, E> {
+                Ok(Count(0))
+            }
+            fn visit_u64<E: de::Error>(self, _: u64) -> Result<Count, E> {
+                Ok(Count(0))
+            }
+            fn visit_f64<E: de::Error>(self, _: f64) -> Result<Count, E> {
+                Ok(Count(0))
+            }
+            fn visit_str<E: de::Error>(self, _: &str) -> Result<Count, E> {
+                Ok(Count(0))
+            }
+            fn visit_unit<E: de::Error>(self) -> Result<Count, E> {
+                Ok(Count(0))
+            }
+        }
+        deserializer.deserialize_any(Elements)
+    }
 }
 
 #[derive(Deserialize)]
@@ -163,9 +244,19 @@ fn decode_fields(
     root: &ExportRoot,
 ) -> Result<Manifest, String> {
     let not_a_manifest = |problem: String| format!("not a manifest: {problem}");
-    let version = from_json::<Versioned>(bytes).map_err(not_a_manifest)?.version;
+    let shape = from_json::<Shape>(bytes).map_err(not_a_manifest)?;
+    let version = shape.version;
     if version != VERSION {
         return Err(format!("its version is {version}, this server knows {VERSION}: use the tool that wrote it"));
+    }
+    if let Err(problem) = shape.check(expected) {
+        // Too many for this image may be few enough for another one: then its sizes are what is wrong.
+        let sizes: Sizes = from_json(bytes).map_err(not_a_manifest)?;
+        if let Some(expected) = expected {
+            same("image_size", sizes.image_size, expected.image_size())?;
+            same("chunk_size", sizes.chunk_size, expected.chunk_size())?;
+        }
+        return Err(problem);
     }
     let raw: RawManifest<'_> = from_json(bytes).map_err(not_a_manifest)?;
     let geometry = geometry_of(raw.image_size, raw.chunk_size)?;

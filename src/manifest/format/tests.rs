@@ -209,3 +209,17 @@ proptest! {
         prop_assert_eq!(decoded, manifest);
     }
 }
+
+#[test]
+fn refs_beyond_what_the_chunks_can_need_are_refused_before_they_are_kept() {
+    let geometry = sample().geometry();
+    let most = usize::try_from(MAX_UNUSED_REFS).unwrap() + geometry.chunk_count() as usize;
+    let with = |refs: usize| {
+        let more: String = (2..refs).map(|i| format!(",{{\"id\": {i}, \"path\": \"{BLOB}\"}}")).collect();
+        let text = GOLDEN.replace("base.blob\"}\n", &format!("base.blob\"}}{more}\n"));
+        decode(text.as_bytes(), &key("exports/disk/m.json"), &id(), Some(geometry), &root())
+    };
+    with(most).unwrap();
+    let error = with(most + 1).unwrap_err().to_string();
+    assert!(error.starts_with("exports/disk/m.json: refs: there are 4102, more than the 4101"), "{error}");
+}
