@@ -197,8 +197,11 @@ impl Patience<'_> {
     pub(crate) async fn pause_after(&mut self, failure: StoreError) -> Result<(), StoreError> {
         self.failures += 1;
         // Full jitter: servers that lost the same store must not come back in step.
-        let delay = rand::random_range(Duration::ZERO..=self.policy.ceiling(self.failures));
-        let time_is_up = delay >= self.left() && self.failures >= self.at_least;
+        let drawn = rand::random_range(Duration::ZERO..=self.policy.ceiling(self.failures));
+        let left = self.left();
+        let time_is_up = left <= self.policy.first_delay && self.failures >= self.at_least;
+        // A long delay does not use up the time for a last attempt.
+        let delay = if left.is_zero() { drawn } else { drawn.min(left / 2) };
         if time_is_up || self.failures >= MAX_ATTEMPTS {
             return Err(self.gave_up(failure));
         }

@@ -234,6 +234,19 @@ async fn a_read_of_published_data_that_is_refused_waits_until_it_is_not() {
     assert!(outage.last_error.ends_with("go away"), "{}", outage.last_error);
 }
 
+#[tokio::test]
+async fn a_short_limit_is_used_to_its_end() {
+    for _ in 0..300 {
+        let (store, clock) = (Scripted::new(&[Step::Outage]), FakeClock::new());
+        let policy = RetryPolicy { limit: Duration::from_secs(5), ..RetryPolicy::default() };
+        let retrying = Retrying::new(store.clone(), policy, clock.clone());
+        retrying.get(&key(), 9).await.unwrap_err();
+        let waited = clock.monotonic();
+        assert!(waited < policy.limit && waited >= policy.limit - DEFAULT_FIRST_DELAY, "{waited:?}");
+        assert!(store.calls() < 100, "{}", store.calls());
+    }
+}
+
 /// How often a transfer is sent, and how long that takes, if each attempt fails after `takes`.
 async fn transfer(takes: Duration) -> (u32, Duration) {
     let (clock, policy) = (FakeClock::new(), RetryPolicy { limit: Duration::from_secs(5), ..RetryPolicy::default() });
