@@ -84,6 +84,9 @@ pub enum ServerError {
         "--cache-root {path} is a copy of another cache root: two servers that write one export from copies of one cache lose data. Start with an empty --cache-root, and keep this folder if it holds what was not published; or, if the original will never be used again, delete {path}/.id and start once more", path = .0.display()
     )]
     CacheCopied(PathBuf),
+    /// The libraries for HTTP, TLS and object storage panic at such a date.
+    #[error("the system's clock is set to a date before 1970: set the clock, then start again")]
+    NoDate,
     /// No admin client could connect.
     #[error(transparent)]
     Admin(#[from] BindError),

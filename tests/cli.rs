@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use common::server::{TestServer, nbd_server, run_to_end};
+use common::server::{S3_KEYS, TestServer, nbd_server, run_to_end};
 use serde_json::{Value, json};
 
 /// A `serve` that would work, in a directory of its own, with further flags.
@@ -457,4 +457,38 @@ fn systemd_is_told_that_the_server_is_ready_lives_and_stops() {
     server.signal(15);
     while next() != "STOPPING=1" {}
     assert_eq!(server.wait().code(), Some(0));
+}
+
+/// A library that sets the clock of a process back to 1969.
+fn clock_before_1970(dir: &Path) -> PathBuf {
+    let (source, library) = (dir.join("clock.c"), dir.join("clock.so"));
+    let text = "#define _GNU_SOURCE
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
+int clock_gettime(clockid_t id, struct timespec *now) {
+    int failed = syscall(SYS_clock_gettime, id, now);
+    if (!failed && id == CLOCK_REALTIME) now->tv_sec = now->tv_sec % 1000 - 100000;
+    return failed;
+}";
+    fs::write(&source, text).unwrap();
+    let mut cc = Command::new("cc");
+    cc.args(["-shared", "-fPIC", "-o"]).arg(&library).arg(&source);
+    assert!(cc.status().unwrap().success());
+    library
+}
+
+#[test]
+fn a_clock_before_1970_is_refused_at_the_start_and_no_panic() {
+    let dir = tempfile::tempdir().unwrap();
+    let library = clock_before_1970(dir.path());
+    let said = ["the system's clock is set to a date before 1970: set the clock"];
+    let s3 = ["--storage-backend=s3", "--bucket=disks", "--endpoint-url=http://127.0.0.1:9"];
+    for args in [&s3[..], &[]] {
+        let mut start = serve(dir.path(), args);
+        let text = refused(start.envs(S3_KEYS).env("LD_PRELOAD", &library), 1, &said);
+        assert!(!text.contains("panicked"), "{text}");
+    }
+    let import = ["import", library.to_str().unwrap(), "vm", "--local-root", dir.path().to_str().unwrap()];
+    refused(nbd_server().args(import).env("LD_PRELOAD", &library), 1, &said);
 }

@@ -1,6 +1,7 @@
 //! The store of a configuration, with all that stands around it: retries, counters, news of its health.
 
 use std::sync::Arc;
+use std::time::SystemTime;
 
 use super::ServerError;
 use crate::background::Background;
@@ -32,6 +33,9 @@ impl WatchedStore {
         clock: &Arc<dyn Clock>,
         background: Background,
     ) -> Result<Self, ServerError> {
+        if clock.now() == SystemTime::UNIX_EPOCH {
+            return Err(ServerError::NoDate);
+        }
         let policy = RetryPolicy { limit: access.timeout, ..RetryPolicy::default() };
         let health = Arc::new(Health::new(clock.now()));
         let store: SharedStore = match &access.store {

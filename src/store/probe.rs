@@ -14,6 +14,7 @@ use super::keys::ExportRoot;
 use super::retry::{Patience, Request, Retrying};
 use super::{Condition, Key, Object, Store, StoreError, Version};
 use crate::sabotage::{Rule, breaks};
+use crate::units::RandomId;
 
 /// How many writers race for one key.
 pub const RACERS: usize = 8;
@@ -77,7 +78,7 @@ pub async fn probe(store: &Retrying, root: &ExportRoot) -> Result<(), ProbeError
         return Ok(());
     }
     // Two servers may start at once.
-    let name = uuid::Uuid::now_v7().simple();
+    let name = RandomId::generate();
     let one = root.probe(&format!("{name}-one"));
     let race = root.probe(&format!("{name}-race"));
     let verdict = async {

@@ -19,6 +19,7 @@ use super::beneath::open_plain;
 use super::folder::Fault;
 use crate::disk::{DIRECT_ALIGNMENT, Medium};
 use crate::slices::{SLICE_BYTES, slices};
+use crate::units::RandomId;
 
 /// How many files are made until one is not taken by the sweep of a server that starts at that very moment.
 const CREATE_ATTEMPTS: usize = 100;
@@ -51,7 +52,7 @@ impl Tmp {
     pub(super) fn create(folder: OwnedFd, dir: &Path) -> Result<Self, Fault> {
         for _ in 0..CREATE_ATTEMPTS {
             // Never a name again: a sweep may still be about to remove what had it.
-            let name = uuid::Uuid::now_v7().simple().to_string();
+            let name = RandomId::generate().to_string();
             let path = dir.join(&name);
             let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL;
             let Some((file, _)) = open_plain(&folder, &name, flags, &path)? else { continue };
