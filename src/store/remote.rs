@@ -18,6 +18,7 @@ mod http;
 mod listing;
 mod memory;
 mod redirect;
+mod secrets;
 mod upload;
 
 use std::fmt;

@@ -2,7 +2,8 @@
 //!
 //! The crate hides the HTTP status of most failures in a type of its own. So the HTTP client ([`super::http`]) turns every
 //! answer that is no success into a [`Rejection`]: host, status, code and message, cut to size, where a redirect points, and
-//! nothing else of the request or the answer, so that no credential can get into an error text.
+//! nothing else of the request or the answer; what of the request is a credential is masked ([`super::secrets`]), so that
+//! none can get into an error text.
 //!
 //! The crate fetches its credentials by the same client. So not every answer is about the object: that it is absent is
 //! believed of a store's own words alone.

@@ -18,6 +18,7 @@ use reqwest::redirect::Policy;
 
 use super::CONNECT_TIMEOUT;
 use super::answer::Rejection;
+use super::secrets::Secrets;
 use crate::sabotage::{Rule, breaks};
 
 /// How much of an error's body is read.
@@ -67,13 +68,16 @@ struct Gate(reqwest::Client);
 impl HttpService for Gate {
     async fn call(&self, request: HttpRequest) -> Result<HttpResponse, HttpError> {
         let (method, uri) = (request.method().clone(), request.uri().clone());
+        let secrets = Secrets::of(&request);
         let response = self.0.execute(translated(request)?).await.map_err(failure)?;
         if response.status().is_success() {
             let (parts, body) = hyper::Response::from(response).into_parts();
             return Ok(HttpResponse::from_parts(parts, HttpResponseBody::new(body.map_err(failure))));
         }
-        let (status, headers) = (response.status().as_u16(), response.headers().clone());
-        let body = beginning(response).await;
+        let (status, mut headers) = (response.status().as_u16(), response.headers().clone());
+        secrets.mask(&mut headers);
+        // Before anything is cut: a part of a secret is one, too.
+        let body = secrets.masked(&beginning(response).await);
         // "Unknown" is the one kind the crate would not repeat even if its retries were on.
         Err(HttpError::new(HttpErrorKind::Unknown, Rejection::new(&method, &uri, status, &headers, &body)))
     }
