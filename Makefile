@@ -27,6 +27,7 @@ deb: setup
 	mkdir -p target/release/man
 	target/release/nbd-server man target/release/man
 	target/release/nbd-server completions bash >target/release/man/nbd-server.bash
+	scripts/licenses.py target/release/THIRD-PARTY-LICENSES
 	.tools/bin/cargo-deb --no-build
 
 # Writes docs/benchmarks.md. On a machine that does nothing else meanwhile.

@@ -56,6 +56,7 @@ fn the_package_holds_a_service_that_starts_as_its_unit_says() {
         ("usr/lib/sysusers.d/nbd-server.conf", 0o644),
         ("etc/nbd-server/config.toml", 0o644),
         ("usr/share/doc/nbd-server-objects/operations.md", 0o644),
+        ("usr/share/doc/nbd-server-objects/THIRD-PARTY-LICENSES", 0o644),
         ("usr/share/man/man1/nbd-server-serve.1", 0o644),
         ("usr/share/bash-completion/completions/nbd-server", 0o644),
     ] {
@@ -94,6 +95,37 @@ fn the_package_holds_a_service_that_starts_as_its_unit_says() {
     let mut server = TestServer::start(&["--config", config], &[("NBD_SERVER_ADMIN_GROUP", "")]);
     server.ok("POST", "/v1/exports/create", json!({"export_id": "vm", "size": 4096}));
     server.stop();
+}
+
+#[test]
+fn the_package_names_every_crate_in_the_program_with_its_licence_and_the_text() {
+    let dir = tempfile::tempdir().unwrap();
+    let notices = dir.path().join("notices");
+    common::package::write_notices(&notices);
+    let notices = fs::read_to_string(notices).unwrap();
+    let mut named = std::collections::BTreeMap::<String, Vec<String>>::new();
+    for group in notices.split(&format!("\n{}\n", "=".repeat(78))).skip(1) {
+        let (names, text) = group.split_once(&format!("\n{}\n", "-".repeat(78))).unwrap();
+        for name in names.lines() {
+            let (name, licence) = name.split_once(" (").unwrap();
+            assert!(licence.ends_with(')'), "{name} ({licence}");
+            named.entry(name.to_owned()).or_default().push(text.to_owned());
+        }
+    }
+    let mut tree = Command::new(env!("CARGO"));
+    tree.args(["tree", "--locked", "--offline", "--edges", "normal,no-proc-macro", "--prefix", "none"]);
+    let crates = succeeds(tree.args(["--format", "{p}"]).current_dir(env!("CARGO_MANIFEST_DIR")));
+    let crates =
+        crates.lines().skip(1).map(|line| line.split(' ').take(2).collect::<Vec<_>>().join(" ").replace(" v", " "));
+    let crates = crates.collect::<std::collections::BTreeSet<_>>();
+    assert!(crates.len() > 100, "{crates:?}");
+    let has_text = |texts: &Vec<String>| texts.iter().any(|text| text.len() > 500);
+    let missing = crates.iter().filter(|name| !named.get(*name).is_some_and(has_text)).collect::<Vec<_>>();
+    assert!(missing.is_empty(), "{missing:?}");
+    // The C code in them, too.
+    let allocator = named.iter().find(|(name, _)| name.starts_with("libmimalloc-sys ")).unwrap().1;
+    assert!(allocator.iter().any(|text| text.contains("Microsoft")), "{allocator:?}");
+    assert!(named.keys().any(|name| name.starts_with("std ")));
 }
 
 #[test]

@@ -16,6 +16,7 @@ nbd-server status
 [ "$(stat --format '%U %a' /var/lib/nbd-server)" = 'nbd-server 700' ]
 ls /usr/share/man/man1/nbd-server-export-create.1*
 bash -n /usr/share/bash-completion/completions/nbd-server
+grep '^ring .*(' /usr/share/doc/nbd-server-objects/THIRD-PARTY-LICENSES
 
 # A device, and a snapshot of it.
 nbd-server export create vm-1 16MiB
