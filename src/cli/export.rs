@@ -5,7 +5,7 @@ use serde_json::{Value, json};
 
 use super::table::{Row, pairs, table};
 use super::{CliError, Common, number, size, snapshot_or_none, text};
-use crate::config::Surroundings;
+use crate::config::{Surroundings, chunk_bytes};
 use crate::units::{ExportId, SnapshotId};
 
 /// What can be done with exports.
@@ -50,7 +50,7 @@ pub struct Create {
     #[arg(value_name = "SIZE", value_parser = size::parse)]
     size: u64,
     /// Unit of fetching and publishing: a power of two from 4KiB to 64MiB [default: the server's --chunk-size]
-    #[arg(long, value_name = "BYTES", value_parser = size::parse)]
+    #[arg(long, value_name = "BYTES", value_parser = chunk_bytes)]
     chunk_size: Option<u64>,
     #[command(flatten)]
     common: Common,
