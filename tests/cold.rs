@@ -24,7 +24,7 @@ use nbd_server::store::remote::RemoteStore;
 use nbd_server::store::retry::{RetryPolicy, Retrying};
 use nbd_server::units::{ChunkIndex, Geometry};
 use nbd_server::volume::registry::Registry;
-use nbd_server::volume::{Services, Volume, VolumeError};
+use nbd_server::volume::{FETCHES, Services, Volume, VolumeError};
 use tempfile::TempDir;
 
 /// As fast as it can be: what counts here is what is asked for.
@@ -120,6 +120,25 @@ async fn misses_of_many_chunks_are_all_asked_for_at_once() {
         assert_eq!(bytes.unwrap()[0], byte_of(i * 29 % 64));
     }
     assert_eq!(cold.store.asked().len(), 32);
+}
+
+#[tokio::test]
+async fn however_many_misses_there_are_the_store_sees_a_bounded_number_at_a_time() {
+    let (most, misses) = (FETCHES as usize, u64::from(FETCHES) * 3);
+    let cold = Cold::new(misses).await;
+    cold.store.answer(false);
+    let read_all = (0..misses).map(|i| {
+        let volume = cold.volume.clone();
+        // In no order that is read ahead of.
+        tokio::spawn(async move { read(&volume, (i * 389 % misses) * CHUNK, 1).await })
+    });
+    let reads: Vec<_> = read_all.collect();
+    assert_eq!(cold.asked(most).await, most);
+    cold.store.answer(true);
+    for (i, bytes) in (0..misses).zip(futures_util::future::join_all(reads).await) {
+        assert_eq!(bytes.unwrap()[0], byte_of(i * 389 % misses));
+    }
+    assert_eq!(cold.store.asked().len(), misses as usize);
 }
 
 #[tokio::test]

@@ -1,7 +1,7 @@
 //! What fetches and publishes may use of memory and of the store's streams, over all volumes of a server, and who goes first.
 //!
-//! A fetch that a client waits for takes memory from a budget of which background work has half at most, held or in line for,
-//! and a core to check the chunk that only clients' fetches take; it has no other limit. So it queues behind one that nobody
+//! A fetch that a client waits for takes its turn (`turns`): one of [`FETCHES`] places, and memory from a budget of which
+//! background work has half at most, held or in line for. It has a core to check the chunk that only clients' fetches take. So it queues behind one that nobody
 //! waits for only where clients use more than their own half. Background work (read-ahead, prefetch, compaction) fetches with
 //! few streams, fewer while clients' fetches are under way, and a publish lets clients go first; neither gives way for ever.
 //!
@@ -17,14 +17,20 @@ use bytes::Bytes;
 use parking_lot::Mutex;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, SemaphorePermit, watch};
 
+use super::turns::{Place, Turn, Turns};
 use crate::cache::aside::AsideMemory;
 use crate::clock::Clock;
 use crate::disk::DIRECT_ALIGNMENT;
 use crate::slices::SLICE_BYTES;
+use crate::units::ExportId;
 
 /// The most bytes of chunks on their way from the store to the disk, over all volumes of a server.
 pub const FILL_BUDGET_BYTES: u64 = 256 << 20;
-/// The part of it for chunks that nobody waits for yet.
+/// The most fetches into caches under way at a time, over all volumes of a server: with small chunks the bytes alone would allow
+/// tens of thousands, each with a connection to the store. Object storage gives its best to far fewer. Those of compactions are
+/// among [`BACKGROUND_FETCHES`] and come on top.
+pub const FETCHES: u32 = 256;
+/// The part of the bytes for chunks that nobody waits for yet.
 pub const BACKGROUND_BYTES: u64 = FILL_BUDGET_BYTES / 2;
 /// The most fetches under way for which one begins that nobody waits for, over all volumes of a server: object storage gives
 /// about its best to so many streams.
@@ -66,7 +72,7 @@ type Counter = fn(&mut Now) -> &mut u32;
 /// What all fetches of a server share.
 #[derive(Debug)]
 pub(crate) struct FillBudget {
-    memory: Semaphore,
+    turns: Arc<Turns>,
     background_memory: Arc<Semaphore>,
     background_streams: Arc<Semaphore>,
     cores: Semaphore,
@@ -79,7 +85,7 @@ impl FillBudget {
     /// A budget that nothing has been taken from.
     pub(crate) fn new(clock: Arc<dyn Clock>) -> Arc<Self> {
         Arc::new(Self {
-            memory: Semaphore::new(permits(FILL_BUDGET_BYTES) as usize),
+            turns: Turns::new(FETCHES as usize, FILL_BUDGET_BYTES),
             background_memory: Arc::new(Semaphore::new(permits(BACKGROUND_BYTES) as usize)),
             background_streams: Arc::new(Semaphore::new(BACKGROUND_FETCHES as usize)),
             cores: Semaphore::new(cores()),
@@ -89,10 +95,10 @@ impl FillBudget {
         })
     }
 
-    /// Waits until `bytes` more may be held; they may be while the permit lives.
-    pub(super) async fn take(&self, bytes: u64) -> Option<SemaphorePermit<'_>> {
-        // A chunk has at most 64 MiB, a quarter of the budget, so nobody waits for ever.
-        self.memory.acquire_many(permits(bytes)).await.ok()
+    /// Waits until a fetch of `bytes` for the cache of an export may begin.
+    pub(super) async fn turn(&self, export_id: &ExportId, bytes: u64) -> Option<Turn> {
+        // A chunk has at most 64 MiB, a quarter of the budget, so none waits for ever.
+        self.turns.take(export_id, bytes).await
     }
 
     /// One of the processor's cores, to check the hash of a chunk that a client waits for, or of one that none does. Chunks that
@@ -106,9 +112,9 @@ impl FillBudget {
         self.count(|now| &mut now.waiting)
     }
 
-    /// A stream for a fetch that a client waits for: there always is one.
+    /// A stream for a fetch that a client waits for, once that has its turn.
     pub(super) fn stream(self: &Arc<Self>) -> Stream {
-        Stream { _fetch: self.count(|now| &mut now.fetches), background: None }
+        Stream { _fetch: self.count(|now| &mut now.fetches), background: None, _place: None }
     }
 
     /// Waits until a fetch of `bytes` that nobody waits for has its turn. The memory is its own until it drops the permit.
@@ -121,7 +127,7 @@ impl FillBudget {
             _ = now.wait_for(|now| now.fetches < BACKGROUND_FETCHES) => {}
             () = self.clock.sleep(BACKGROUND_PATIENCE) => {}
         }
-        (memory, Stream { _fetch: self.count(|now| &mut now.fetches), background })
+        (memory, Stream { _fetch: self.count(|now| &mut now.fetches), background, _place: None })
     }
 
     /// Waits while clients wait for missing chunks, for a limited time.
@@ -161,9 +167,15 @@ impl Drop for Counted {
 pub(super) struct Stream {
     _fetch: Counted,
     background: Option<OwnedSemaphorePermit>,
+    _place: Option<Place>,
 }
 
 impl Stream {
+    /// With a place among the fetches under way, which is free again when the stream is.
+    pub(super) fn in_place(self, place: Place) -> Self {
+        Self { _place: Some(place), ..self }
+    }
+
     /// Whether a client waits for what comes over it.
     pub(super) fn is_for_client(&self) -> bool {
         self.background.is_none()
@@ -434,7 +446,11 @@ mod tests {
         held.clear();
         let half = soon(BACKGROUND_BYTES).await.expect("all of its memory");
         assert!(soon(1).await.is_none());
-        assert!(tokio::time::timeout(BACKGROUND_PATIENCE, budget.take(FILL_BUDGET_BYTES / 2)).await.is_ok());
+        assert!(
+            tokio::time::timeout(BACKGROUND_PATIENCE, budget.turn(&"disk".parse().unwrap(), FILL_BUDGET_BYTES / 2))
+                .await
+                .is_ok()
+        );
         drop(half);
     }
 

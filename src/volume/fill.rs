@@ -13,9 +13,10 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use futures_util::stream::{self, StreamExt};
 use parking_lot::Mutex;
-use tokio::sync::{SemaphorePermit, watch};
+use tokio::sync::watch;
 
 use super::budget::Stream;
+use super::turns::{Memory, Turn};
 use super::{Services, Volume, VolumeError};
 use crate::cache::{self, Cache, states::Content};
 use crate::manifest::Source;
@@ -195,18 +196,19 @@ impl Volume {
         tell.send_replace(end);
     }
 
-    /// Fetches a chunk once there is memory for it. Those that hold all of it in an outage do so for as long as a request may
-    /// take; who waits for them meanwhile, and has waited for as long, is told what they are told.
+    /// Fetches a chunk when its turn comes. Those that have theirs in an outage keep it for as long as a request may take;
+    /// what waits for them meanwhile, and has waited for as long, is told what they are told.
     async fn fetch_in_turn(
         &self,
         chunk: ChunkIndex,
         source: &Remote,
         stream: Stream,
-    ) -> Result<(Bytes, Option<SemaphorePermit<'_>>), VolumeError> {
+    ) -> Result<(Bytes, Memory), VolumeError> {
         let started = Instant::now();
         let fetched = async {
-            let memory = self.services.fill_budget.take(source.range.len()).await;
-            Ok((self.fetch(chunk, source, Some(stream)).await?, memory))
+            let turn = self.services.fill_budget.turn(&self.export_id, source.range.len()).await;
+            let Turn { place, memory } = turn.ok_or_else(|| VolumeError::Closed(self.export_id.clone()))?;
+            Ok((self.fetch(chunk, source, Some(stream.in_place(place))).await?, memory))
         };
         tokio::select! {
             biased;

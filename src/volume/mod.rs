@@ -30,6 +30,7 @@ mod recover;
 pub mod registry;
 mod seen;
 pub mod snapshots;
+mod turns;
 
 use std::pin::pin;
 use std::sync::Arc;
@@ -50,7 +51,7 @@ use crate::store::keys::{ExportKeys, ExportRoot};
 use crate::store::retry::{Patience, RetryPolicy};
 use crate::units::{ByteRange, ChunkIndex, ExportId, Geometry, RandomId};
 use ahead::ReadAhead;
-pub use budget::DEFAULT_PUBLISH_BYTES;
+pub use budget::{DEFAULT_PUBLISH_BYTES, FETCHES};
 use budget::{FillBudget, PublishBudget};
 pub use change::Change;
 use faults::Faults;
