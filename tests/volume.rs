@@ -598,6 +598,59 @@ async fn of_two_servers_that_publish_one_export_one_wins_and_the_other_keeps_its
 }
 
 #[tokio::test]
+async fn closed_and_read_only_exports_are_so_after_a_restart_until_they_are_opened() {
+    let mut site = Site::new();
+    publish_eight(&mut site).await;
+    let disk = Hooked::new(RealDisk);
+    let registry = site.start_on("a", Arc::new(disk.clone())).await;
+    image(&registry, "disk").await;
+    // Its room was taken with the first use of an export.
+    disk.fail("create", ".exports.json.spare", io::ErrorKind::StorageFull);
+    registry.unload(&id("disk")).await.unwrap();
+    disk.serve_all();
+    drop(registry);
+    let registry = site.start("a").await;
+    assert!(registry.list().is_empty() && registry.volume(&id("disk")).await.is_err());
+
+    registry.open(id("disk"), true).await.unwrap();
+    registry.close().await;
+    let registry = site.start("a").await;
+    let volume = registry.volume(&id("disk")).await.unwrap();
+    assert!(matches!(volume.write(0, vec![1].into()).await, Err(VolumeError::ReadOnly(_))));
+    assert!(!site.elsewhere().await.volume(&id("disk")).await.unwrap().read_only(), "as in any fresh cache root");
+}
+
+#[tokio::test]
+async fn an_export_is_writable_again_once_it_is_opened_so_and_an_unreadable_state_is_refused() {
+    let mut site = Site::new();
+    publish_eight(&mut site).await;
+    let disk = Hooked::new(RealDisk);
+    let registry = site.start_on("a", Arc::new(disk.clone())).await;
+    disk.fail("write_at", ".exports.json.spare", io::ErrorKind::Other);
+    image(&registry, "disk").await;
+    let refused = registry.unload(&id("disk")).await.unwrap_err();
+    assert!(refused.to_string().contains(".exports.json"), "{refused}");
+    assert_eq!(image(&registry, "disk").await[0], 1, "a close that cannot be kept changes nothing");
+    disk.serve_all();
+    for read_only in [true, false] {
+        registry.unload(&id("disk")).await.unwrap();
+        registry.open(id("disk"), read_only).await.unwrap();
+    }
+    registry.close().await;
+    let registry = site.start("a").await;
+    write(&registry.volume(&id("disk")).await.unwrap(), 0, 0xaa, 1).await;
+    registry.close().await;
+    let file = site.cache_root("a").join(".exports.json");
+    let good = std::fs::read_to_string(&file).unwrap();
+    for bad in ["{".to_owned(), good.replace("\"version\": 1", "\"version\": 2")] {
+        std::fs::write(&file, bad).unwrap();
+        let services = Arc::new(site.services(Arc::new(RealDisk)));
+        let refused = Registry::discover(services, site.cache_root("a")).await.unwrap_err().to_string();
+        assert!(refused.contains(file.to_str().unwrap()), "{refused}");
+    }
+}
+
+#[tokio::test]
 async fn a_conflict_shows_with_the_head_that_was_found_until_a_reset() {
     let mut site = Site::new();
     let first = publish_eight(&mut site).await;

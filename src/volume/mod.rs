@@ -20,6 +20,7 @@ pub mod faults;
 mod fill;
 mod head;
 pub mod image;
+mod kept;
 mod meter;
 mod objects;
 mod open;

@@ -15,6 +15,7 @@ use parking_lot::{Mutex, RwLock};
 use super::export::Export;
 use super::faults::Fault;
 use super::head::Swap;
+use super::kept::{self, Kept, KeptStates};
 use super::open::local_error;
 use super::snapshots::Line;
 use super::{Outage, PublishProgress, Services, Volume, VolumeError};
@@ -218,6 +219,10 @@ pub struct Registry {
     exports: RwLock<BTreeMap<ExportId, Arc<Export>>>,
     /// What is being created or loaded, so that two calls never make one export twice.
     arriving: Mutex<BTreeSet<ExportId>>,
+    /// Which exports are closed or read-only, also after a restart.
+    kept: tokio::sync::Mutex<KeptStates>,
+    /// The room for that is taken once there is an export.
+    kept_room: tokio::sync::OnceCell<()>,
 }
 
 /// Keeps other calls from creating or loading an export while it lives.
@@ -239,7 +244,15 @@ impl Registry {
     /// # Errors
     /// [`ExportError::StoreUnavailable`] if the store cannot be listed. One bad export is no error.
     pub async fn discover(services: Arc<Services>, cache_root: PathBuf) -> Result<Arc<Self>, ExportError> {
-        let registry = Arc::new(Self { services, cache_root, exports: RwLock::default(), arriving: Mutex::default() });
+        let kept = KeptStates::load(&services, &cache_root).await?;
+        let registry = Arc::new(Self {
+            services,
+            cache_root,
+            exports: RwLock::default(),
+            arriving: Mutex::default(),
+            kept: tokio::sync::Mutex::new(kept),
+            kept_room: tokio::sync::OnceCell::new(),
+        });
         let folders = registry.services.store.list_folders(registry.services.root.prefix()).await?;
         let ids: Vec<ExportId> = folders.iter().filter_map(|name| name.parse().ok()).collect();
         stream::iter(ids).for_each_concurrent(EXPORTS_AT_A_TIME, |id| registry.discover_one(id)).await;
@@ -248,6 +261,7 @@ impl Registry {
     }
 
     async fn discover_one(&self, id: ExportId) {
+        let Kept::Open { read_only } = self.kept.lock().await.of(&id) else { return };
         let head = match self.services.read_head(&id).await {
             Ok(Some(stored)) => Ok(stored.head),
             Ok(None) => return,
@@ -256,7 +270,7 @@ impl Registry {
         if let Err(reason) = &head {
             tracing::error!(export = %id, "cannot be served: {reason}");
         }
-        self.exports.write().insert(id, Export::new(head, false));
+        self.exports.write().insert(id, Export::new(head, read_only));
     }
 
     /// Caches without an export in the store are reported, for they may hold what was never published; those with an
@@ -264,6 +278,9 @@ impl Registry {
     async fn discover_local(&self) {
         for name in self.list_local(&self.cache_root).await {
             let Ok(id) = name.parse::<ExportId>() else { continue };
+            if self.kept.lock().await.of(&id) == Kept::Closed {
+                continue;
+            }
             let files = self.list_local(&self.cache_root.join(id.as_str())).await;
             let known = self.exports.read().contains_key(&id);
             if known && files.iter().any(|name| name == JOURNAL_FILE) {
@@ -332,7 +349,13 @@ impl Registry {
         })
     }
 
+    /// Has an export be so from now on, also after a restart.
+    async fn keep(&self, id: &ExportId, kept: Kept) -> Result<(), ExportError> {
+        self.kept.lock().await.keep(&self.services, &self.cache_root, id, kept).await
+    }
+
     async fn open_export(&self, id: &ExportId, export: &Arc<Export>) -> Result<Arc<Volume>, ExportError> {
+        self.kept_room.get_or_init(|| kept::reserve(&self.services, &self.cache_root)).await;
         export.open(&self.services, self.cache_root.join(id.as_str()), id).await
     }
 
@@ -379,6 +402,8 @@ impl Registry {
         // Once the head is there, another server may open the export and publish it: nobody takes a head back. So whatever keeps
         // this server from having a cache of it is found out before.
         self.rehearse_cache(&head).await?;
+        // One of that name may have been closed before it was deleted in the store.
+        self.keep(&id, Kept::Open { read_only: false }).await?;
         match self.services.create_head(&head).await {
             Ok(Swap::Landed) => {}
             Ok(Swap::Lost { .. }) => {
@@ -451,6 +476,12 @@ impl Registry {
         };
         let export = Export::new(Ok(head), read_only);
         let volume = self.open_export(&id, &export).await?;
+        if let Err(e) = self.keep(&id, Kept::Open { read_only }).await {
+            if let Err(unsealed) = volume.close().await {
+                tracing::warn!(export = %id, "closed without a clean stop; the next open recovers it: {unsealed}");
+            }
+            return Err(e);
+        }
         tracing::info!(export = %id, read_only, "loaded");
         self.exports.write().insert(id, export);
         Ok(volume.status())
@@ -513,12 +544,22 @@ impl Registry {
         in_full(async move { volume.reset().await }).await
     }
 
-    /// Unloads an export here; cache and remote data stay.
+    /// Unloads an export here, until it is opened again; cache and remote data stay.
     ///
     /// # Errors
-    /// [`ExportError::NotFound`], [`ExportError::Busy`].
+    /// [`ExportError::NotFound`], [`ExportError::Busy`]; those of the disk that keeps it closed after a restart.
     pub async fn unload(&self, id: &ExportId) -> Result<(), ExportError> {
         let export = self.export(id)?;
+        let before = self.kept.lock().await.of(id);
+        self.keep(id, Kept::Closed).await?;
+        let unloaded = self.unload_one(id, &export).await;
+        if unloaded.is_err() {
+            self.keep(id, before).await?;
+        }
+        unloaded
+    }
+
+    async fn unload_one(&self, id: &ExportId, export: &Arc<Export>) -> Result<(), ExportError> {
         if let Some(volume) = export.end_openings().await {
             let _operation = volume.begin(Operation::Closing)?;
             if let Err(e) = volume.close().await {
@@ -527,7 +568,7 @@ impl Registry {
         }
         // Of two calls one may have gone on to load it anew.
         let mut exports = self.exports.write();
-        if exports.get(id).is_some_and(|known| Arc::ptr_eq(known, &export)) {
+        if exports.get(id).is_some_and(|known| Arc::ptr_eq(known, export)) {
             exports.remove(id);
         }
         drop(exports);

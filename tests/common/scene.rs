@@ -610,7 +610,13 @@ pub async fn recovers(
         published_is_whole(&sim.state(), name, history, k)?;
     }
     let state = sim.state();
-    let spares = ["cache.meta.spare", "snapshot.journal.json.spare", "snapshot.journal.json.spare2"];
+    let spares = [
+        ".exports.json.spare",
+        ".exports.json.spare2",
+        "cache.meta.spare",
+        "snapshot.journal.json.spare",
+        "snapshot.journal.json.spare2",
+    ];
     let known = [&["cache.raw", "cache.meta", "clone.seed.json"], &spares[..]].concat();
     if let Some(path) = state.paths().find(|path| !known.contains(&path.file_name().unwrap().to_str().unwrap())) {
         return Err(format!("{} is left", path.display()));
