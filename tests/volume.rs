@@ -602,7 +602,7 @@ async fn of_two_servers_that_publish_one_export_one_wins_and_the_other_keeps_its
 async fn closed_and_read_only_exports_are_so_after_a_restart_until_they_are_opened() {
     let mut site = Site::new();
     publish_eight(&mut site).await;
-    let disk = Hooked::new(RealDisk);
+    let disk = Hooked::new(RealDisk::default());
     let registry = site.start_on("a", Arc::new(disk.clone())).await;
     image(&registry, "disk").await;
     // Its room was taken with the first use of an export.
@@ -625,7 +625,7 @@ async fn closed_and_read_only_exports_are_so_after_a_restart_until_they_are_open
 async fn an_export_is_writable_again_once_it_is_opened_so_and_an_unreadable_state_is_refused() {
     let mut site = Site::new();
     publish_eight(&mut site).await;
-    let disk = Hooked::new(RealDisk);
+    let disk = Hooked::new(RealDisk::default());
     let registry = site.start_on("a", Arc::new(disk.clone())).await;
     disk.fail("write_at", ".exports.json.spare", io::ErrorKind::Other);
     image(&registry, "disk").await;
@@ -645,7 +645,7 @@ async fn an_export_is_writable_again_once_it_is_opened_so_and_an_unreadable_stat
     let good = std::fs::read_to_string(&file).unwrap();
     for bad in ["{".to_owned(), good.replace("\"version\": 1", "\"version\": 2")] {
         std::fs::write(&file, bad).unwrap();
-        let services = Arc::new(site.services(Arc::new(RealDisk)));
+        let services = Arc::new(site.services(Arc::new(RealDisk::default())));
         let refused = Registry::discover(services, site.cache_root("a")).await.unwrap_err().to_string();
         assert!(refused.contains(file.to_str().unwrap()), "{refused}");
     }
