@@ -75,8 +75,12 @@ pub trait DiskFile: Debug + Send + Sync {
     fn len(&self) -> io::Result<u64>;
     /// Cuts or extends the file to `len` bytes; an extension is a hole.
     fn set_len(&self, len: u64) -> io::Result<()>;
-    /// Makes a range read as zeros and frees its space; the length stays.
+    /// Makes a range read as zeros and frees its space, if the file system can; the length stays.
     fn punch(&self, range: ByteRange) -> io::Result<()>;
+    /// Frees the space of a range whose bytes mean nothing, before and after; where the file system cannot, they stay.
+    fn free(&self, range: ByteRange) -> io::Result<()> {
+        self.punch(range)
+    }
     /// Takes the space that later writes to a range need, and extends the file to hold it. What was written stays.
     fn allocate(&self, range: ByteRange) -> io::Result<()>;
     /// Makes all completed writes durable.
@@ -320,6 +324,30 @@ impl RealFile {
     }
 }
 
+/// Whether a file system has no such operation: NFS before 4.2, many of FUSE.
+fn is_unsupported(result: &rustix::io::Result<()>) -> bool {
+    use rustix::io::Errno;
+    matches!(result, Err(Errno::OPNOTSUPP | Errno::NOSYS))
+}
+
+impl RealFile {
+    fn punch_hole(&self, range: ByteRange) -> rustix::io::Result<()> {
+        let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        rustix::fs::fallocate(&self.file, flags, range.offset(), range.len())
+    }
+
+    fn write_zeros(&self, range: ByteRange) -> io::Result<()> {
+        const ZEROS: [u8; WRITE_PIECE_BYTES] = [0; WRITE_PIECE_BYTES];
+        let mut at = range.offset();
+        while at < range.end() {
+            let piece = (range.end() - at).min(ZEROS.len() as u64);
+            self.file.write_all_at(&ZEROS[..usize::try_from(piece).map_err(io::Error::other)?], at)?;
+            at += piece;
+        }
+        Ok(())
+    }
+}
+
 impl DiskFile for RealFile {
     fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
         self.file.read_exact_at(buf, offset)
@@ -358,8 +386,13 @@ impl DiskFile for RealFile {
         if range.is_empty() {
             return Ok(());
         }
-        let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-        Ok(rustix::fs::fallocate(&self.file, flags, range.offset(), range.len())?)
+        let punched = self.punch_hole(range);
+        if is_unsupported(&punched) { self.write_zeros(range) } else { Ok(punched?) }
+    }
+
+    fn free(&self, range: ByteRange) -> io::Result<()> {
+        let punched = if range.is_empty() { Ok(()) } else { self.punch_hole(range) };
+        if is_unsupported(&punched) { Ok(()) } else { Ok(punched?) }
     }
 
     fn allocate(&self, range: ByteRange) -> io::Result<()> {
@@ -380,7 +413,8 @@ impl DiskFile for RealFile {
         match rustix::fs::seek(&self.file, SeekFrom::Data(0)) {
             Err(Errno::NXIO) => Ok(false),
             Err(e) => Err(e.into()),
-            Ok(_) => Ok(true),
+            // A file system that knows no holes calls all of a file data.
+            Ok(_) => Ok(self.file.metadata()?.blocks() > 0),
         }
     }
 

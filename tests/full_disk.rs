@@ -28,12 +28,21 @@ struct SmallDisk {
 
 impl SmallDisk {
     fn new() -> Self {
+        Self::mounted("tmpfs")
+    }
+
+    fn mounted(file_system: &str) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let mut unshare = Command::new("unshare");
         // Without root, as the root of a user namespace.
         unshare.arg(if is_root() { "-m" } else { "-rm" });
-        let script = r#"mount -t tmpfs -o size="$1" tmpfs "$0" && echo mounted && exec sleep infinity"#;
-        unshare.args(["sh", "-c", script]).arg(dir.path()).arg(DISK).stdin(Stdio::null()).stdout(Stdio::piped());
+        let script = r#"mount -t "$2" -o size="$1" none "$0" && echo mounted && exec sleep infinity"#;
+        unshare
+            .args(["sh", "-c", script])
+            .arg(dir.path())
+            .args([DISK, file_system])
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped());
         let mut holder = unshare.spawn().expect("unshare, of util-linux: run `make setup`");
         let mut line = String::new();
         BufReader::new(holder.stdout.take().unwrap()).read_line(&mut line).unwrap();
@@ -201,5 +210,35 @@ fn a_server_that_dies_on_a_full_disk_starts_reads_and_flushes_on_it_again() {
     assert_eq!(server.log().matches("there is space again").count(), 1, "{}", server.log());
     client.flush();
     client.check(0, refused_at + CHUNK);
+    server.stop();
+}
+
+/// ramfs has neither holes to punch nor space to take ahead.
+#[test]
+fn a_file_system_without_holes_serves_a_cache() {
+    let disk = SmallDisk::mounted("ramfs");
+    let mut server = disk.server();
+    server.ok("POST", "/v1/exports/create", json!({"export_id": "disk", "size": SIZE}));
+    let mut client = Attached::new(&server, "disk", vec![0; SIZE]);
+    // What lies there means nothing after the reset, and must not shine through.
+    client.write(0, &bytes(1, 8 * CHUNK));
+    server.ok("POST", "/v1/exports/disk/snapshot", Value::Null);
+    client.write(0, &bytes(2, 8 * CHUNK));
+    server.ok("POST", "/v1/exports/disk/cache/reset", Value::Null);
+    client.image[..8 * CHUNK].copy_from_slice(&bytes(1, 8 * CHUNK));
+    client.check_all();
+    for (from, len) in [(10, 100), (CHUNK, CHUNK), (3 * CHUNK - 7, CHUNK + 20)] {
+        client.zero(from, len);
+        client.check_all();
+    }
+    // Into zeros that were a whole chunk of other bytes.
+    client.write(CHUNK + 5, &bytes(3, 10));
+    client.check_all();
+    client.flush();
+    server.ok("POST", "/v1/exports/disk/snapshot", Value::Null);
+    server.kill9();
+    server.start_again();
+    client.move_to(&server);
+    client.check_all();
     server.stop();
 }

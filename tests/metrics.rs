@@ -107,6 +107,7 @@ fn a_scrape_counts_what_clients_did() {
     ] {
         assert_eq!(page.get(name, &[vm]), expected, "{name}");
     }
+    assert!(page.get("nbd_server_export_cache_free_bytes", &[vm]) > 0.0);
     assert_eq!(page.get("nbd_server_connections", &[]), 1.0);
     assert_eq!(page.get("nbd_server_attached_total", &[]), 1.0);
     assert_eq!(page.get("nbd_server_build_info", &[env!("CARGO_PKG_VERSION")]), 1.0);

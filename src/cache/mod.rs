@@ -411,7 +411,9 @@ impl Cache {
             Content::Clean => self.transition(chunk, state, Content::Dirty)?,
             Content::Dirty => self.leave_cut(chunk, piece, Content::Dirty)?,
         }
-        self.raw.punch(piece).map_err(|e| self.error("punch", RAW_FILE, e))?;
+        // A chunk of zeros is never read from the file.
+        let emptied = if piece == whole { self.raw.free(piece) } else { self.raw.punch(piece) };
+        emptied.map_err(|e| self.error("punch", RAW_FILE, e))?;
         Ok(true)
     }
 

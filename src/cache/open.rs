@@ -201,7 +201,7 @@ impl Opening {
         for run in states.chunk_by(|a, b| a.is_resident() == b.is_resident()) {
             let end = (at + run.len() as u64 * self.geometry.chunk_size()).min(self.geometry.image_size());
             let range = ByteRange::new(at, end - at);
-            let punched = range.filter(|_| !run[0].is_resident()).map_or(Ok(()), |range| raw.punch(range));
+            let punched = range.filter(|_| !run[0].is_resident()).map_or(Ok(()), |range| raw.free(range));
             if let Err(e) = punched {
                 tracing::warn!(export = %self.export_id, "the space of dropped chunks was not freed: {e}");
             }
@@ -410,7 +410,7 @@ impl Cache {
         }
         // A hole rather than a truncation: the file has its full length at every moment.
         let whole = ByteRange::new(0, self.geometry.image_size());
-        let emptied = whole.map_or(Ok(()), |whole| self.raw.punch(whole));
+        let emptied = whole.map_or(Ok(()), |whole| self.raw.free(whole));
         emptied.map_err(|e| self.error("punch", RAW_FILE, e))
     }
 

@@ -41,6 +41,13 @@ impl Attached {
         assert_eq!(self.try_write(offset, data), 0, "write of {} bytes at {offset}", data.len());
     }
 
+    /// Has a range read as zeros.
+    #[track_caller]
+    pub fn zero(&mut self, offset: usize, len: usize) {
+        assert_eq!(self.raw.call(0, cmd::WRITE_ZEROES, offset as u64, len as u64, &[]).errno, 0);
+        self.image[offset..offset + len].fill(0);
+    }
+
     #[track_caller]
     pub fn flush(&mut self) {
         assert_eq!(self.raw.call(0, cmd::FLUSH, 0, 0, &[]).errno, 0, "FLUSH");

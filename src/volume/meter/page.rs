@@ -15,7 +15,7 @@ use crate::volume::registry::Registry;
 /// A number that every open export has: what it is, its name, its help, and where it is read.
 type Reading = (Kind, &'static str, &'static str, fn(&Volume) -> u64);
 
-const READINGS: [Reading; 13] = [
+const READINGS: [Reading; 14] = [
     (Kind::Gauge, "nbd_server_export_image_bytes", "Size of the image.", |v| v.geometry.image_size()),
     (Kind::Gauge, "nbd_server_export_resident_bytes", "Data in the local cache, in whole chunks.", |v| {
         v.bytes_of(v.cache.counts().0)
@@ -23,6 +23,12 @@ const READINGS: [Reading; 13] = [
     (Kind::Gauge, "nbd_server_export_dirty_bytes", "Data that is not published yet, in whole chunks.", |v| {
         v.bytes_of(v.cache.counts().1)
     }),
+    (
+        Kind::Gauge,
+        "nbd_server_export_cache_free_bytes",
+        "Room left on the file system of the cache; 0 if it does not say.",
+        |v| v.cache.space().map_or(0, |space| space.free),
+    ),
     (Kind::Gauge, "nbd_server_export_generation", "Publishes of the export that the cache builds on.", |v| {
         v.cache.base().generation.0
     }),
