@@ -207,6 +207,7 @@ fn a_server_that_dies_on_a_full_disk_starts_reads_and_flushes_on_it_again() {
     disk.make_room();
     client.write(refused_at, &bytes(6, CHUNK));
     assert_eq!(status(&server)["state"], "ready");
+    server.wait_for_log("there is space again");
     assert_eq!(server.log().matches("there is space again").count(), 1, "{}", server.log());
     client.flush();
     client.check(0, refused_at + CHUNK);

@@ -59,8 +59,8 @@ impl Cache {
         if !self.full.full.swap(true, Ordering::Relaxed) {
             tracing::warn!(
                 export = %self.export_id,
-                "no space left for the cache in {} ({e}): writes are refused until there is; free some, publish and trim the \
-                 cache, or move it to a larger disk",
+                "no space left for the cache in {} ({e}): writes are refused until there is; free some, or move the cache to a \
+                 larger disk",
                 self.dir.display()
             );
         }
