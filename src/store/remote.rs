@@ -19,15 +19,17 @@ mod listing;
 mod memory;
 mod redirect;
 mod secrets;
+mod token;
 mod upload;
 
 use std::fmt;
 use std::future::Future;
+use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
-use futures_util::TryStreamExt;
+use futures_util::{FutureExt, TryStreamExt};
 use object_store::list::PaginatedListStore;
 use object_store::multipart::MultipartStore;
 use object_store::path::Path;
@@ -106,8 +108,12 @@ async fn timed<T>(
     conditional: Conditional,
     work: impl Future<Output = object_store::Result<T>>,
 ) -> Result<T, StoreError> {
-    match tokio::time::timeout(limit, work).await {
-        Ok(outcome) => outcome.map_err(|e| judge(e, request, conditional)),
+    // The crate panics on values that it takes for valid, such as credentials that it was lent: that ends this request.
+    match tokio::time::timeout(limit, AssertUnwindSafe(work).catch_unwind()).await {
+        Ok(Ok(outcome)) => outcome.map_err(|e| judge(e, request, conditional)),
+        Ok(Err(_)) => {
+            Err(request.unavailable("the client library cannot work with what it was given, such as a credential"))
+        }
         Err(_) => Err(request.unavailable(format!("no answer within {} s", limit.as_secs()))),
     }
 }
@@ -146,7 +152,8 @@ impl RemoteStore {
         range: Option<GetRange>,
         check: impl FnOnce(&GetResult) -> Result<(), StoreError>,
     ) -> Result<(Bytes, ObjectMeta), StoreError> {
-        let options = GetOptions { range, ..GetOptions::default() };
+        let mut options = GetOptions { range, ..GetOptions::default() };
+        options.extensions.insert(http::Content);
         let path = path(request)?;
         let asked = self.objects.get_opts(&path, options);
         let result = timed(request, SILENCE_LIMIT, Conditional::No, asked).await?;

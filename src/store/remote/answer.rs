@@ -45,6 +45,11 @@ pub(super) struct Rejection {
     directions: String,
 }
 
+/// An answer that asking again would not change: too long, or not of what was asked for.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
+pub(super) struct Unusable(pub(super) String);
+
 /// Code and message of an error's body; empty where there are none.
 fn words(body: &str) -> (String, String) {
     let json = serde_json::from_str(body).ok();
@@ -126,6 +131,9 @@ pub(super) fn judge(error: object_store::Error, request: Request<'_>, conditiona
     while let Some(e) = cause {
         if let Some(rejection) = e.downcast_ref::<Rejection>() {
             return rejection.meaning(request, conditional);
+        }
+        if let Some(unusable) = e.downcast_ref::<Unusable>() {
+            return request.refused(unusable.clone());
         }
         cause = e.source();
     }

@@ -6,14 +6,15 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use object_store::aws::AmazonS3Builder;
-use object_store::azure::MicrosoftAzureBuilder;
+use object_store::aws::{AmazonS3Builder, AmazonS3ConfigKey};
+use object_store::azure::{AzureConfigKey, MicrosoftAzureBuilder};
 use object_store::gcp::GoogleCloudStorageBuilder;
 use object_store::list::PaginatedListStore;
 use object_store::multipart::MultipartStore;
 use object_store::{ClientOptions, ObjectStore, RetryConfig};
 
 use super::http::Connector;
+use super::token::{Copy, Trimmed, read_token, trimmed};
 use super::upload::Discards;
 use super::{RemoteStore, VersionTag};
 use crate::clock::Clock;
@@ -83,13 +84,23 @@ pub enum RemoteConfigError {
         /// What is wrong with it.
         reason: &'static str,
     },
-    /// A variable of the environment cannot be a credential; its value is not shown.
-    #[error(
-        "{variable} holds a line break or another control character: set it without, as of a file that ends in one"
-    )]
-    ControlCharacter {
+    /// A variable of the environment cannot be what it is for; its value is not shown, since it may be a credential.
+    #[error("{variable} {reason}")]
+    Variable {
         /// Its name.
         variable: &'static str,
+        /// What is wrong with its value, and the remedy.
+        reason: &'static str,
+    },
+    /// The file that a variable names cannot be read, or cannot be a token; its content is not shown.
+    #[error("the file {path} of {variable} cannot be read as a token: {reason}; name the token's file there")]
+    TokenFile {
+        /// The variable's name.
+        variable: &'static str,
+        /// The variable's value.
+        path: String,
+        /// What is wrong.
+        reason: String,
     },
     /// The client could not be made of these values.
     #[error("cannot connect to the {backend} store: {source}")]
@@ -177,6 +188,32 @@ const AZURE_SOURCES: &[&str] = &[
 const AZURE_REMEDY: &str = "set AZURE_STORAGE_ACCOUNT_KEY or AZURE_STORAGE_SAS_TOKEN; with a managed identity set \
      AZURE_MSI_ENDPOINT=http://169.254.169.254/metadata/identity/oauth2/token instead";
 
+/// What is asked for credentials, by whole URL.
+const URL_VARIABLES: &[&str] = &[
+    "AWS_ENDPOINT_URL_STS",
+    "AWS_CONTAINER_CREDENTIALS_FULL_URI",
+    "AWS_METADATA_ENDPOINT",
+    "AZURE_AUTHORITY_HOST",
+    "AZURE_MSI_ENDPOINT",
+    "AZURITE_BLOB_STORAGE_URL",
+];
+/// What becomes part of a URL, such as a host.
+const URL_PARTS: &[&str] =
+    &["AZURE_STORAGE_ACCOUNT_NAME", "AZURE_TENANT_ID", "GCE_METADATA_HOST", "GCE_METADATA_ROOT", "GCE_METADATA_IP"];
+/// Files that hold a token, read again whenever credentials are renewed; what each is used with, and what takes its place.
+const TOKEN_FILES: &[(&str, &str, &[&str])] = &[
+    ("AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_ROLE_ARN", &["AWS_ACCESS_KEY_ID"]),
+    ("AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE", "AWS_CONTAINER_CREDENTIALS_FULL_URI", &["AWS_ACCESS_KEY_ID"]),
+    (
+        "AZURE_FEDERATED_TOKEN_FILE",
+        "AZURE_CLIENT_ID",
+        &["AZURE_STORAGE_ACCOUNT_KEY", "AZURE_STORAGE_ACCESS_KEY", "AZURE_STORAGE_TOKEN"],
+    ),
+];
+/// What the client library looks up by itself.
+const GOOGLE_OWN_VARIABLES: &[&str] = &["GCE_METADATA_HOST", "GCE_METADATA_ROOT", "GCE_METADATA_IP"];
+const AZURE_OWN_VARIABLES: &[&str] = &["AZURITE_BLOB_STORAGE_URL"];
+
 /// The environment, as something to look names up in; an empty value counts as none.
 struct Environment<'a>(&'a dyn Fn(&str) -> Option<String>);
 
@@ -189,15 +226,51 @@ impl Environment<'_> {
         names.iter().any(|name| self.get(name).is_some())
     }
 
-    /// Refuses what no header can carry: the client library would panic.
+    /// Refuses what no header, URL or token file can be: the client library would panic, some of it long after the start.
     fn check(&self, names: &[&'static str]) -> Result<(), RemoteConfigError> {
-        let control = |name: &str| self.get(name).is_some_and(|value| value.contains(char::is_control));
-        // A whole file as a value.
-        let mut sent = names.iter().filter(|name| **name != "GOOGLE_SERVICE_ACCOUNT_KEY");
-        match sent.find(|name| control(name)) {
-            Some(variable) => Err(RemoteConfigError::ControlCharacter { variable }),
-            None => Ok(()),
+        let fine = |value: &str| value.bytes().all(|c| matches!(c, b' '..=b'~'));
+        for &variable in names {
+            let Some(value) = self.get(variable) else { continue };
+            let refuse = |reason| Err(RemoteConfigError::Variable { variable, reason });
+            // A whole file as a value.
+            let text = variable == "GOOGLE_SERVICE_ACCOUNT_KEY" || variable.ends_with("_FILE");
+            if !text && value.contains(char::is_control) {
+                return refuse(
+                    "holds a line break or another control character: set it without, as of a file that ends in one",
+                );
+            }
+            if !text && !is_path(variable) && !fine(&value) {
+                return refuse("holds a character that no request can carry: use letters, digits and signs of ASCII");
+            }
+            if URL_VARIABLES.contains(&variable) && !is_url(&value) {
+                return refuse("is not a URL: give scheme and host, as in http://169.254.169.254");
+            }
+            if variable == "AWS_ENDPOINT_URL_STS" && !value.starts_with("https://") {
+                return refuse("does not start with https://, by which alone a token is sent");
+            }
+            let below = value.starts_with('/') && is_url(&format!("http://host{value}"));
+            if variable == "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI" && !below {
+                return refuse("is not the path of a URL: it starts with / and has no spaces");
+            }
+            if URL_PARTS.contains(&variable) && !is_url(&format!("http://{value}/")) {
+                return refuse("cannot be part of a URL: it has spaces or other characters that no name of a host has");
+            }
+            if self.uses_token_file(variable) {
+                read_token(&value).map_err(|reason| RemoteConfigError::TokenFile { variable, path: value, reason })?;
+            }
         }
+        Ok(())
+    }
+
+    /// Whether a variable names a token file that credentials are made of.
+    fn uses_token_file(&self, variable: &str) -> bool {
+        let row = TOKEN_FILES.iter().find(|(name, ..)| *name == variable);
+        row.is_some_and(|(_, with, instead)| self.has_any(&[with]) && !self.has_any(instead))
+    }
+
+    /// The value of a setting for the client library: of a token file, the path of a copy.
+    fn sent(&self, key: &str, value: String, copies: &mut Vec<Copy>) -> object_store::Result<String> {
+        if self.uses_token_file(&key.to_ascii_uppercase()) { trimmed(value, copies) } else { Ok(value) }
     }
 
     /// The variables that are set, under the names the client library knows.
@@ -233,11 +306,13 @@ impl RemoteStore {
         let place = format!("{} bucket {bucket}{at}", config.kind.name());
         let plain = endpoint.as_deref().is_some_and(|url| url.starts_with("http://"));
         let options = ClientOptions::new().with_allow_http(plain);
-        environment.check(match config.kind {
-            RemoteKind::S3 | RemoteKind::R2 => AWS_VARIABLES,
-            RemoteKind::Gcs => GOOGLE_VARIABLES,
-            RemoteKind::Azure => AZURE_VARIABLES,
-        })?;
+        let (passed_on, looked_up): (_, &[&str]) = match config.kind {
+            RemoteKind::S3 | RemoteKind::R2 => (AWS_VARIABLES, &[]),
+            RemoteKind::Gcs => (GOOGLE_VARIABLES, GOOGLE_OWN_VARIABLES),
+            RemoteKind::Azure => (AZURE_VARIABLES, AZURE_OWN_VARIABLES),
+        };
+        environment.check(passed_on)?;
+        environment.check(looked_up)?;
         match config.kind {
             RemoteKind::S3 | RemoteKind::R2 => {
                 let store = config.aws(&environment, options, bucket, endpoint)?;
@@ -341,17 +416,24 @@ impl RemoteConfig {
             .with_region(self.region.as_deref().filter(|region| !region.is_empty()).unwrap_or(region))
             .with_virtual_hosted_style_request(false)
             // One key at a time is all we delete, and plain DELETE is what every S3 speaks.
-            .with_config(object_store::aws::AmazonS3ConfigKey::DisableBulkDelete, "true")
+            .with_config(AmazonS3ConfigKey::DisableBulkDelete, "true")
             .with_retry(no_retries())
             .with_client_options(options)
             .with_http_connector(Connector);
         if let Some(endpoint) = endpoint {
             builder = builder.with_endpoint(endpoint);
         }
-        for (key, value) in environment.settings(AWS_VARIABLES) {
+        let mut copies = Vec::new();
+        for (key, value) in environment.settings::<AmazonS3ConfigKey>(AWS_VARIABLES) {
+            let value = environment.sent(key.as_ref(), value, &mut copies).map_err(|e| self.rejected(e))?;
             builder = builder.with_config(key, value);
         }
-        builder.build().map_err(|e| self.rejected(e))
+        let store = builder.clone().build().map_err(|e| self.rejected(e))?;
+        if copies.is_empty() {
+            return Ok(store);
+        }
+        let provider = Arc::new(Trimmed::new(Arc::clone(store.credentials()), copies));
+        builder.with_credentials(provider).build().map_err(|e| self.rejected(e))
     }
 
     fn google(
@@ -400,11 +482,31 @@ impl RemoteConfig {
         if let Some(endpoint) = endpoint {
             builder = builder.with_endpoint(endpoint);
         }
-        for (key, value) in environment.settings(AZURE_VARIABLES) {
+        let mut copies = Vec::new();
+        for (key, value) in environment.settings::<AzureConfigKey>(AZURE_VARIABLES) {
+            let value = environment.sent(key.as_ref(), value, &mut copies).map_err(|e| self.rejected(e))?;
             builder = builder.with_config(key, value);
         }
-        builder.build().map_err(|e| self.rejected(e))
+        let store = builder.clone().build().map_err(|e| self.rejected(e))?;
+        if copies.is_empty() {
+            return Ok(store);
+        }
+        let provider = Arc::new(Trimmed::new(Arc::clone(store.credentials()), copies));
+        builder.with_credentials(provider).build().map_err(|e| self.rejected(e))
     }
+}
+
+/// Whether a value is the path of a file, which is sent nowhere.
+fn is_path(variable: &str) -> bool {
+    matches!(variable, "GOOGLE_SERVICE_ACCOUNT" | "GOOGLE_SERVICE_ACCOUNT_PATH" | "GOOGLE_APPLICATION_CREDENTIALS")
+}
+
+/// Whether both the client library and its HTTP client take a text for the URL of a host.
+fn is_url(text: &str) -> bool {
+    let uri: Option<hyper::Uri> = text.parse().ok();
+    (text.starts_with("http://") || text.starts_with("https://"))
+        && uri.is_some_and(|uri| uri.host().is_some_and(|host| !host.is_empty()))
+        && reqwest::Url::parse(text).is_ok()
 }
 
 /// The URL of a service: scheme, host and port, perhaps a path; without the slash at its end.

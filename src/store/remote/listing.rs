@@ -4,6 +4,8 @@
 //! the pages are made smaller until the name is alone on its page, and the listing goes on behind it: a stray object must not
 //! keep a server from finding its exports.
 
+use std::collections::HashSet;
+
 use object_store::list::PaginatedListOptions;
 use object_store::{Error, ListResult, path};
 
@@ -15,6 +17,8 @@ use crate::store::{Key, MAX_LISTED, StoreError};
 const PAGE_NAMES: usize = 1_000;
 /// The most pages one listing takes.
 const MAX_LIST_PAGES: usize = MAX_LISTED / PAGE_NAMES;
+/// The most pages of a listing that tell of no name behind those before: services send few, one that sends many never ends.
+pub(super) const MAX_IDLE_PAGES: usize = 100;
 /// The most names that a listing leaves out; each takes ten pages to get around.
 pub(super) const MAX_STRAYS: usize = 100;
 
@@ -30,7 +34,7 @@ impl RemoteStore {
         let below = format!("{prefix}/");
         let delimiter = delimiter.map(Into::into);
         let mut options = PaginatedListOptions { delimiter, ..PaginatedListOptions::default() };
-        let mut strays = 0;
+        let (mut strays, mut idle, mut last, mut tokens) = (0, 0, String::new(), HashSet::new());
         for _ in 0..MAX_LIST_PAGES {
             let page = || {
                 let listed = self.pages.list_paginated(Some(&below), options.clone());
@@ -44,11 +48,22 @@ impl RemoteStore {
             };
             match self.policy.run(&*self.clock, &self.health, request, Overtime::Cut, page).await? {
                 Ok(page) => {
+                    let names = page.result.objects.iter().map(|object| object.location.as_ref());
+                    let greatest = names.chain(page.result.common_prefixes.iter().map(AsRef::as_ref)).max();
+                    let goes_on = greatest.filter(|name| *name > last.as_str()).map(str::to_owned);
                     take(page.result);
-                    options.page_token = page.page_token;
-                    if options.page_token.is_none() {
-                        return Ok(());
+                    let Some(token) = page.page_token else { return Ok(()) };
+                    if !tokens.insert(token.clone()) {
+                        return Err(request
+                            .refused("the listing goes in circles: a page names itself or one before as the next"));
                     }
+                    idle += usize::from(goes_on.is_none());
+                    if idle > MAX_IDLE_PAGES {
+                        let text = format!("the listing does not end: {idle} pages had no name behind those before");
+                        return Err(request.refused(text));
+                    }
+                    last = goes_on.unwrap_or(last);
+                    options.page_token = Some(token);
                 }
                 Err(stray) => {
                     options = around(&stray, options).map_err(|reason| request.refused(reason))?;

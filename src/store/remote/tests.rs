@@ -173,6 +173,180 @@ async fn a_range_is_taken_only_if_it_is_the_one_asked_for_and_all_of_it() {
 }
 
 #[tokio::test]
+async fn a_whole_object_is_taken_for_a_range_that_covers_all_of_it() {
+    let read = async |script: Answer| {
+        let endpoint = Endpoint::start(&[script]).await;
+        endpoint.store().get_range(&key(), ByteRange::new(0, 10).unwrap()).await
+    };
+    assert_eq!(read(sized("200 OK", "0123456789")).await.unwrap(), "0123456789");
+    let error = read(sized("200 OK", "0123456789a")).await.unwrap_err();
+    let said = "asked for bytes 0 to 9, it sent all 11 bytes: it ignores ranges";
+    assert!(matches!(error, StoreError::Refused { .. }) && error.to_string().ends_with(said), "{error}");
+    for short in [sized("200 OK", "012345678"), answer("200 OK", "Content-Length: 10\r\n", "0123")] {
+        assert!(read(short).await.is_err());
+    }
+}
+
+#[tokio::test]
+async fn an_upload_counts_once_the_store_says_that_all_of_it_is_there() {
+    let ok = sized("200 OK", "");
+    let head = |len: u64| answer("200 OK", &format!("Content-Length: {len}\r\n"), "");
+    let whole = MIN_PART_BYTES + 1;
+    let multipart = [sized("200 OK", CREATED), ok.clone(), ok.clone(), sized("200 OK", ASSEMBLED)];
+    for (found, fine) in [(head(whole), true), (head(whole - 1), false), (sized("404 Not Found", ""), false)] {
+        let endpoint = Endpoint::start(&[&multipart[..], &[found.clone()]].concat()).await;
+        let uploaded = upload_two_parts(&endpoint).await;
+        assert_eq!(uploaded.is_ok(), fine, "{uploaded:?}");
+        assert!(fine || matches!(uploaded, Err(StoreError::Refused { .. })), "{uploaded:?}");
+        assert_eq!(endpoint.lines().iter().filter(|line| line.starts_with("HEAD")).count(), 1);
+    }
+    for (len, fine) in [(2, true), (1, false)] {
+        let endpoint = Endpoint::start(&[ok.clone(), head(len)]).await;
+        assert_eq!(call(&endpoint.store(), "upload").await.is_ok(), fine);
+        assert_eq!(endpoint.lines().len(), 2);
+    }
+}
+
+fn page(names: &[&str], more: &str) -> Answer {
+    let entry = |name: &&str| {
+        format!(
+            "<Contents><Key>exports/{name}</Key><Size>1</Size><LastModified>2024-01-01T00:00:00.000Z</LastModified></Contents>"
+        )
+    };
+    let token = format!("<NextContinuationToken>{more}</NextContinuationToken>");
+    let names: String = names.iter().map(entry).collect();
+    sized(
+        "200 OK",
+        &format!("<ListBucketResult>{names}{}</ListBucketResult>", if more.is_empty() { "" } else { &token }),
+    )
+}
+
+#[tokio::test]
+async fn a_listing_that_never_ends_is_given_up_early_and_named() {
+    let prefix: Key = "exports".parse().unwrap();
+    // A token that comes again, at once or in a circle; names on every page or on none.
+    for script in [
+        vec![page(&["a"], "t1")],
+        vec![page(&["a"], "t1"), page(&["b"], "t2"), page(&["c"], "t1")],
+        vec![page(&[], "t1")],
+    ] {
+        let endpoint = Endpoint::start(&script).await;
+        let error = endpoint.store().list(&prefix).await.unwrap_err();
+        assert!(matches!(error, StoreError::Refused { .. }) && error.to_string().contains("exports"), "{error}");
+        assert!(endpoint.lines().len() <= 3, "{:?}", endpoint.lines());
+    }
+    // Always another token, never another name: up to the limit it may still end.
+    for (idle, ends) in [(listing::MAX_IDLE_PAGES, true), (listing::MAX_IDLE_PAGES + 1, false)] {
+        let mut script = vec![page(&["a"], "t")];
+        script.extend((0..idle).map(|at| page(&[], &format!("t{at}"))));
+        script.push(page(&["b"], ""));
+        let endpoint = Endpoint::start(&script).await;
+        let listed = endpoint.store().list(&prefix).await;
+        assert_eq!(listed.is_ok(), ends, "{listed:?}");
+    }
+}
+
+#[tokio::test]
+async fn an_answer_that_is_no_content_has_a_limit_and_an_object_has_its_callers() {
+    let prefix: Key = "exports".parse().unwrap();
+    for (len, fits) in [(http::MAX_ANSWER_BYTES, true), (http::MAX_ANSWER_BYTES + 1, false)] {
+        let body = "<ListBucketResult></ListBucketResult>";
+        let whole = sized("200 OK", &format!("{}{body}", " ".repeat(len - body.len())));
+        let endpoint = Endpoint::start(&[whole]).await;
+        let listed = endpoint.store().list(&prefix).await;
+        assert_eq!(listed.is_ok(), fits, "{listed:?}");
+        if let Err(error) = listed {
+            assert!(matches!(error, StoreError::Refused { .. }) && error.to_string().contains("exports"), "{error}");
+            assert_eq!(endpoint.lines().len(), 1);
+        }
+    }
+    let object = sized("200 OK", &" ".repeat(http::MAX_ANSWER_BYTES + 1));
+    Endpoint::start(&[object]).await.store().get(&key(), 1 << 30).await.unwrap();
+    // The answer that creates a multipart upload, without an end.
+    let endless = format!("HTTP/1.1 200 OK\r\nETag: \"1\"\r\n\r\n{}", " ".repeat(http::MAX_ANSWER_BYTES + 1));
+    let endpoint = Endpoint::start(&[Answer::Stalls(endless)]).await;
+    let error = upload_two_parts(&endpoint).await.unwrap_err();
+    assert!(matches!(error, StoreError::Refused { .. }) && error.to_string().contains("volume.json"), "{error}");
+}
+
+/// A lost connection is silent for ever, a new one is served.
+#[tokio::test]
+async fn after_a_request_without_an_answer_all_others_use_new_connections() {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("http://{}", listener.local_addr().unwrap());
+    let (lost, lost_now) = tokio::sync::watch::channel(false);
+    let on_dead = Arc::new(Mutex::new(0));
+    let asked_dead = on_dead.clone();
+    tokio::spawn(async move {
+        while let Ok((mut stream, _)) = listener.accept().await {
+            let (lost_now, asked_dead) = (lost_now.clone(), asked_dead.clone());
+            let born_lost = *lost_now.borrow();
+            tokio::spawn(async move {
+                while read_request(&mut stream).await.is_some() {
+                    if *lost_now.borrow() && !born_lost {
+                        *asked_dead.lock().unwrap() += 1;
+                        continue;
+                    }
+                    tokio::time::sleep(Duration::from_millis(200)).await;
+                    let _ = stream.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\nETag: \"1\"\r\n\r\n7").await;
+                }
+            });
+        }
+    });
+    let store = Endpoint { url, requests: Arc::default() }.store();
+    let key = key();
+    let read = || store.get(&key, 9);
+    // Several connections, all of them in the pool.
+    for outcome in futures_util::future::join_all([read(), read(), read(), read()]).await {
+        outcome.unwrap();
+    }
+    lost.send(true).unwrap();
+    assert!(tokio::time::timeout(http::SUSPECT_AFTER + Duration::from_millis(100), read()).await.is_err());
+    for outcome in futures_util::future::join_all([read(), read(), read(), read()]).await {
+        outcome.unwrap();
+    }
+    assert_eq!(*on_dead.lock().unwrap(), 1);
+}
+
+/// What the library would panic on arrives while the server runs: from a service that lends credentials.
+#[tokio::test]
+async fn a_credential_that_no_request_can_carry_is_an_error_of_that_request() {
+    let lent = r#"{"AccessKeyId":"A\nB","SecretAccessKey":"s","Token":"t","Expiration":"2999-01-01T00:00:00Z"}"#;
+    let endpoint = Endpoint::start(&[sized("200 OK", lent)]).await;
+    let store = endpoint.store_of(
+        RemoteKind::S3,
+        &[
+            ("AWS_CONTAINER_CREDENTIALS_FULL_URI", &endpoint.url),
+            ("AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE", "/proc/self/comm"),
+        ],
+    );
+    let error = store.get(&key(), 9).await.unwrap_err();
+    assert!(matches!(error, StoreError::Unavailable { .. }) && error.to_string().contains("credential"), "{error}");
+}
+
+#[tokio::test]
+async fn white_space_at_the_ends_of_a_token_file_is_cut_off_also_when_it_is_exchanged() {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    let path = file.path().to_str().unwrap();
+    let lent = |expires: &str| {
+        let body = r#"{"AccessKeyId":"A","SecretAccessKey":"s","Token":"t","Expiration":"E"}"#.replace('E', expires);
+        sized("200 OK", &body)
+    };
+    let endpoint = Endpoint::start(&[lent("2020-01-01T00:00:00Z")]).await;
+    std::fs::write(path, " first-token\r\n").unwrap();
+    let store = endpoint.store_of(
+        RemoteKind::S3,
+        &[("AWS_CONTAINER_CREDENTIALS_FULL_URI", &endpoint.url), ("AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE", path)],
+    );
+    let _ = store.get(&key(), 9).await;
+    std::fs::write(path, "next\n").unwrap();
+    let _ = store.get(&key(), 9).await;
+    let requests = endpoint.requests.lock().unwrap().join("").to_ascii_lowercase();
+    assert!(requests.contains("authorization: first-token\r\n"), "{requests}");
+    assert!(requests.contains("authorization: next\r\n"), "{requests}");
+}
+
+#[tokio::test]
 async fn a_whole_object_is_taken_only_if_it_is_whole() {
     let endpoint = Endpoint::start(&[answer("200 OK", "Content-Length: 10\r\n", "0123")]).await;
     let error = endpoint.store().get(&key(), 100).await.unwrap_err();
@@ -420,7 +594,8 @@ async fn upload_two_parts_to(store: RemoteStore) -> Result<(), StoreError> {
 async fn a_part_that_was_throttled_is_sent_again() {
     let busy = sized("503 Slow Down", "");
     let ok = sized("200 OK", "");
-    let script = [sized("200 OK", CREATED), busy.clone(), busy, ok.clone(), ok, sized("200 OK", ASSEMBLED)];
+    let found = answer("200 OK", &format!("Content-Length: {}\r\n", MIN_PART_BYTES + 1), "");
+    let script = [sized("200 OK", CREATED), busy.clone(), busy, ok.clone(), ok, sized("200 OK", ASSEMBLED), found];
     let endpoint = Endpoint::start(&script).await;
     upload_two_parts(&endpoint).await.unwrap();
     let lines = endpoint.lines();

@@ -2,16 +2,17 @@
 //!
 //! A body that fits one part becomes one put. A longer one becomes a multipart upload: parts of one size (R2 insists)
 //! but the last, each repeated on its own, since putting a part twice puts it once. The parts in flight share the link, so
-//! each may take as long as all of them together. If anything fails, or the caller goes away, the parts are discarded; a
+//! each may take as long as all of them together. At the end the store is asked how long the object is. If anything fails, or the caller goes away, the parts are discarded; a
 //! bucket rule that expires incomplete uploads catches what a crash leaves.
 
 use std::future::Future;
+use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
-use futures_util::StreamExt;
+use futures_util::{FutureExt, StreamExt};
 use object_store::multipart::{MultipartStore, PartId};
 use object_store::path::Path;
 use object_store::{MultipartId, ObjectStoreExt, PutPayload};
@@ -103,20 +104,34 @@ pub(super) async fn upload(store: &RemoteStore, key: &Key, max_bytes: u64, body:
     if cutter.ended(key).await? {
         let limit = allowance(first.len);
         let payload = first.payload(store.keeps_payloads);
-        return repeat(store, request, limit, || store.objects.put(&path, payload.clone())).await.map(drop);
+        repeat(store, request, limit, || store.objects.put(&path, payload.clone())).await?;
+        return check_len(store, request, &path, cutter.total).await;
     }
     let id = repeat(store, request, SILENCE_LIMIT, || store.parts.create_multipart(&path)).await?;
     let pending =
         Pending { parts: Arc::clone(&store.parts), discards: store.discards.clone(), path, id, settled: false };
     match send_parts(store, request, &pending, first, &mut cutter, part_bytes).await {
         Ok(()) => {
+            let path = pending.path.clone();
             pending.keep();
-            Ok(())
+            check_len(store, request, &path, cutter.total).await
         }
         Err(e) => {
             pending.discard().await;
             Err(e)
         }
+    }
+}
+
+/// An upload counts once the store says of the object that it is as long as what was sent.
+async fn check_len(store: &RemoteStore, request: Request<'_>, path: &Path, total: u64) -> Result<(), StoreError> {
+    match repeat(store, request, SILENCE_LIMIT, || store.objects.head(path)).await {
+        Ok(meta) if meta.size == total => Ok(()),
+        Ok(meta) => Err(request.refused(format!("the object has {} bytes where {total} were sent", meta.size))),
+        Err(StoreError::NotFound { .. }) => {
+            Err(request.refused(format!("the store took {total} bytes and has no such object")))
+        }
+        Err(e) => Err(e),
     }
 }
 
@@ -306,10 +321,15 @@ impl Drop for Pending {
 }
 
 async fn abort(parts: Arc<dyn MultipartStore>, path: Path, id: MultipartId) {
-    match tokio::time::timeout(SILENCE_LIMIT, parts.abort_multipart(&path, &id)).await {
-        Ok(Ok(())) => {}
-        Ok(Err(e)) => tracing::warn!(%path, error = %e, "could not discard an incomplete upload; its parts may remain"),
-        Err(_) => tracing::warn!(%path, "could not discard an incomplete upload in time; its parts may remain"),
+    let aborted = AssertUnwindSafe(parts.abort_multipart(&path, &id)).catch_unwind();
+    match tokio::time::timeout(SILENCE_LIMIT, aborted).await {
+        Ok(Ok(Ok(()))) => {}
+        Ok(Ok(Err(e))) => {
+            tracing::warn!(%path, error = %e, "could not discard an incomplete upload; its parts may remain")
+        }
+        Ok(Err(_)) | Err(_) => {
+            tracing::warn!(%path, "could not discard an incomplete upload in time; its parts may remain")
+        }
     }
 }
 

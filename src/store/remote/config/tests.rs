@@ -88,7 +88,11 @@ fn missing_credentials_fail_at_once_and_name_the_variables() {
 #[test]
 fn other_sources_of_credentials_are_accepted() {
     for variable in AWS_OTHER_SOURCES {
-        let value = if *variable == "AWS_SKIP_SIGNATURE" { "true" } else { "http://169.254.169.254" };
+        let value = match *variable {
+            "AWS_SKIP_SIGNATURE" => "true",
+            "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI" => "/v2/credentials",
+            _ => "http://169.254.169.254",
+        };
         connect(&config(RemoteKind::S3), &[(variable, value)]).unwrap();
     }
 }
@@ -113,4 +117,35 @@ fn an_endpoint_that_is_no_plain_url_is_refused_and_a_password_in_it_not_repeated
     let endpoint_url = Some("https://user:hushhush@host".to_owned());
     let text = refusal(&RemoteConfig { endpoint_url, ..config(RemoteKind::S3) }, KEYS);
     assert!(!text.contains("hushhush") && text.contains("--endpoint-url"), "{text}");
+}
+
+#[test]
+fn a_variable_that_the_client_library_would_panic_on_is_refused_by_name_with_a_remedy() {
+    let empty = tempfile::NamedTempFile::new().unwrap();
+    let empty = empty.path().to_str().unwrap();
+    let azure = ("AZURE_STORAGE_ACCOUNT_NAME", "account");
+    for (kind, environment) in [
+        (RemoteKind::S3, &[("AWS_METADATA_ENDPOINT", "169.254.169.254")][..]),
+        (RemoteKind::S3, &[("AWS_METADATA_ENDPOINT", "http:// host")]),
+        (RemoteKind::S3, &[("AWS_CONTAINER_CREDENTIALS_FULL_URI", "localhost/x")]),
+        (RemoteKind::S3, &[("AWS_CONTAINER_CREDENTIALS_RELATIVE_URI", "no slash")]),
+        (RemoteKind::S3, &[("AWS_ENDPOINT_URL_STS", "http://sts.example")]),
+        (RemoteKind::S3, &[("AWS_SESSION_TOKEN", "caf\u{e9}")]),
+        (RemoteKind::S3, &[("AWS_WEB_IDENTITY_TOKEN_FILE", "/nonexistent"), ("AWS_ROLE_ARN", "arn")]),
+        (RemoteKind::S3, &[("AWS_WEB_IDENTITY_TOKEN_FILE", empty), ("AWS_ROLE_ARN", "arn")]),
+        (RemoteKind::Gcs, &[("GCE_METADATA_HOST", "a b")]),
+        (RemoteKind::Azure, &[("AZURE_MSI_ENDPOINT", "169.254.169.254"), azure]),
+        (RemoteKind::Azure, &[("AZURE_TENANT_ID", "a b"), azure]),
+        (RemoteKind::Azure, &[("AZURE_AUTHORITY_HOST", "login"), azure]),
+        (RemoteKind::Azure, &[("AZURE_FEDERATED_TOKEN_FILE", "/nonexistent"), ("AZURE_CLIENT_ID", "x"), azure]),
+    ] {
+        let text = refusal(&config(kind), environment);
+        assert!(text.contains(environment[0].0) && !text.contains("caf"), "{environment:?}: {text}");
+    }
+    // Left over beside a pair of keys, it is not used.
+    connect(
+        &config(RemoteKind::S3),
+        &[KEYS, &[("AWS_WEB_IDENTITY_TOKEN_FILE", "/nonexistent"), ("AWS_ROLE_ARN", "arn")]].concat(),
+    )
+    .unwrap();
 }
