@@ -14,7 +14,7 @@ use super::keys::ExportRoot;
 use super::retry::{Patience, Request, Retrying};
 use super::{Condition, Key, Object, Store, StoreError, Version};
 use crate::sabotage::{Rule, breaks};
-use crate::units::RandomId;
+use crate::units::{ByteRange, RandomId};
 
 /// How many writers race for one key.
 pub const RACERS: usize = 8;
@@ -64,6 +64,9 @@ pub enum Finding {
     /// A read does not return what the last successful write wrote.
     #[error("it does not return the content that was written last")]
     WrongContent,
+    /// A ranged read does not return just the range.
+    #[error("it does not return exactly the bytes of a range of an object")]
+    WrongRange,
     /// Several of the racers were told that they won.
     #[error("of {RACERS} writers that raced for one object, {0} were told that they won")]
     Winners(usize),
@@ -192,6 +195,13 @@ async fn alone(store: &Retrying, key: &Key) -> Result<(), ProbeError> {
         Outcome::Rejected(Some(read)) if read.bytes == content && read.version == swapped => {}
         Outcome::Rejected(Some(read)) if read.bytes == content => return unfit(Finding::VersionDiffers),
         Outcome::Rejected(_) => return unfit(Finding::WrongContent),
+    }
+    // Part of it, as chunks are read.
+    let inner = 1..content.len() - 1;
+    if let Some(range) = ByteRange::new(1, inner.len() as u64)
+        && store.get_range(key, range).await? != content.slice(inner)
+    {
+        return unfit(Finding::WrongRange);
     }
     store.delete(key).await?;
     match put(store, key, &"gone".into(), &Condition::IfVersion(swapped)).await? {

@@ -26,6 +26,8 @@ enum Flaw {
     Races,
     /// Keeps what was there.
     ForgetsWrites,
+    /// Serves another range than it was asked for.
+    OtherRange,
     /// Says that the condition does not hold, and writes nevertheless.
     RejectsAndWrites,
 }
@@ -148,7 +150,8 @@ impl Store for Flawed {
     }
 
     async fn get_range(&self, key: &Key, range: ByteRange) -> Result<Bytes, StoreError> {
-        self.inner.get_range(key, range).await
+        let bytes = self.inner.get_range(key, range).await?;
+        Ok(if self.flaw == Flaw::OtherRange { bytes.slice(1..) } else { bytes })
     }
     async fn len(&self, key: &Key) -> Result<u64, StoreError> {
         self.inner.len(key).await
@@ -207,6 +210,7 @@ async fn each_broken_promise_is_found_and_named_even_if_requests_are_throttled()
         (Flaw::RefusesCreation, Finding::NewRefused),
         (Flaw::OtherTagOnRead, Finding::VersionDiffers),
         (Flaw::RejectsAndWrites, Finding::ExistingReplaced),
+        (Flaw::OtherRange, Finding::WrongRange),
         (Flaw::Races, Finding::Winners(RACERS)),
         (Flaw::ForgetsWrites, Finding::StaleReplaced),
     ] {
