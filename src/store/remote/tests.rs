@@ -194,7 +194,7 @@ async fn an_upload_counts_once_the_store_says_that_all_of_it_is_there() {
     let whole = MIN_PART_BYTES + 1;
     let multipart = [sized("200 OK", CREATED), ok.clone(), ok.clone(), sized("200 OK", ASSEMBLED)];
     for (found, fine) in [(head(whole), true), (head(whole - 1), false), (sized("404 Not Found", ""), false)] {
-        let endpoint = Endpoint::start(&[&multipart[..], &[found.clone()]].concat()).await;
+        let endpoint = Endpoint::start(&[&multipart[..], &[found]].concat()).await;
         let uploaded = upload_two_parts(&endpoint).await;
         assert_eq!(uploaded.is_ok(), fine, "{uploaded:?}");
         assert!(fine || matches!(uploaded, Err(StoreError::Refused { .. })), "{uploaded:?}");
