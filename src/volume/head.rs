@@ -29,7 +29,7 @@ pub(super) enum Swap {
     /// created may appear after all if an attempt had no answer and the head found is deleted meanwhile.
     Lost {
         /// The head found.
-        found: StoredHead,
+        found: Box<StoredHead>,
         /// Whether every attempt had an answer.
         answered: bool,
     },
@@ -128,7 +128,7 @@ impl Services {
             match (found, from) {
                 (Some(found), _) if found.head == *next => return Ok(Swap::Landed),
                 (Some(found), Some(from)) if found.version == from.version => {}
-                (Some(found), _) => return Ok(Swap::Lost { found, answered: !may_land }),
+                (Some(found), _) => return Ok(Swap::Lost { found: Box::new(found), answered: !may_land }),
                 (None, Some(_)) => return Err(SwapError { error: head_is_gone(&key), may_land, acknowledged }),
                 (None, None) => {}
             }

@@ -22,7 +22,7 @@ const STEP: OFlags = OFlags::PATH.union(OFlags::DIRECTORY).union(OFlags::CLOEXEC
 pub(super) fn open_root(root: &Path) -> io::Result<OwnedFd> {
     rustix::fs::openat(CWD, root, STEP, Mode::empty()).map_err(|e| {
         let e = io::Error::from(e);
-        io::Error::new(io::ErrorKind::Other, format!("the store's folder {} cannot be opened: {e}", root.display()))
+        io::Error::other(format!("the store's folder {} cannot be opened: {e}", root.display()))
     })
 }
 

@@ -221,7 +221,7 @@ fn fifo(path: &std::path::Path) {
 /// Runs what must not hang on a thread of its own.
 fn in_time<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
     let (done, ended) = std::sync::mpsc::channel();
-    std::thread::spawn(move || done.send(work()));
+    std::thread::Builder::new().spawn(move || done.send(work())).unwrap();
     ended.recv_timeout(Duration::from_secs(60)).expect("it hangs")
 }
 
