@@ -337,7 +337,7 @@ impl RealFile {
     }
 
     fn write_zeros(&self, range: ByteRange) -> io::Result<()> {
-        const ZEROS: [u8; WRITE_PIECE_BYTES] = [0; WRITE_PIECE_BYTES];
+        static ZEROS: [u8; WRITE_PIECE_BYTES] = [0; WRITE_PIECE_BYTES];
         let mut at = range.offset();
         while at < range.end() {
             let piece = (range.end() - at).min(ZEROS.len() as u64);
