@@ -6,6 +6,7 @@ mod common;
 use std::io::Write;
 use std::net::TcpStream;
 use std::process::Command;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -68,6 +69,45 @@ fn the_payload_that_is_only_announced_costs_nothing() {
     assert_eq!(other.read(0, 4096), [0; 4096]);
     let more_mib = own_bytes().saturating_sub(before) >> 20;
     assert!(more_mib < 64, "{more_mib} MiB more for {} announcements", clients.len());
+}
+
+#[test]
+fn clients_that_move_a_byte_at_a_time_starve_nobody() {
+    let _alone = alone();
+    let (shared_bytes, connection_bytes) = (64 << 20, 4 << 20);
+    let limits = Limits { shared_bytes, connection_bytes, stalled: Duration::from_secs(6), ..Limits::default() };
+    let served = Served::with(limits);
+    let over = AtomicBool::new(false);
+    let over = &over;
+    std::thread::scope(|scope| {
+        // More than there is, by readers and by writers. None of them ever stalls; each ends with this test at the latest.
+        let drips = move || {
+            (0..600).take_while(move |_| {
+                std::thread::sleep(Duration::from_millis(100));
+                !over.load(Ordering::Relaxed)
+            })
+        };
+        for nth in 0..34 {
+            let mut reader = Raw::attach(&served, "disk", Mode::Simple);
+            for cookie in 0..32 {
+                let request = reader.encode(0, cmd::READ, cookie, 0, MIB);
+                reader.send(&request);
+            }
+            let mut writer = Raw::attach(&served, "disk", Mode::Simple);
+            let request = writer.encode(0, cmd::WRITE, nth, 8 * MIB, 2 * MIB);
+            writer.send(&request);
+            scope.spawn(move || drips().take_while(|_| reader.try_take(1).is_ok()).count());
+            scope.spawn(move || drips().take_while(|_| writer.stream.write_all(&[7]).is_ok()).count());
+        }
+        let mut other = Raw::attach(&served, "disk2", Mode::Simple);
+        for _ in 0..4 {
+            assert_eq!(other.read(0, MIB).len() as u64, MIB);
+            assert_eq!(other.write(0, &[1; 1 << 20]).errno, 0);
+        }
+        let mut other = Raw::attach(&served, "disk", Mode::Simple);
+        assert_eq!(other.read(0, 2 * MIB).len() as u64, 2 * MIB, "as much as any of them");
+        over.store(true, Ordering::Relaxed);
+    });
 }
 
 #[test]

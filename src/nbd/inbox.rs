@@ -8,13 +8,12 @@ use std::future::poll_fn;
 use std::io;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::time::Duration;
 
 use bytes::{BufMut, Bytes, BytesMut};
 use tokio::io::{AsyncRead, AsyncReadExt, ReadBuf};
 
-use super::limits::within;
 use super::pool::{self, Lease, Pool};
+use super::shares::Account;
 
 /// The receive buffer, in bytes: room for 60 requests with 4 KiB each.
 const BUFFER_BYTES: usize = 256 << 10;
@@ -51,15 +50,15 @@ pub(super) struct Inbox<R> {
     end: usize,
     /// The last request had a long payload, and so may the next one: a receive takes little more than its header.
     wary: bool,
-    stalled: Duration,
+    account: Arc<Account>,
 }
 
 impl<R: AsyncRead + Unpin> Inbox<R> {
     /// `early`: what came behind the handshake; clients need not wait.
-    pub(super) fn new(reader: R, early: &[u8], stalled: Duration, pool: &Arc<Pool>) -> Self {
+    pub(super) fn new(reader: R, early: &[u8], account: Arc<Account>, pool: &Arc<Pool>) -> Self {
         let mut buffer = pool.lease(BUFFER_BYTES.max(early.len()));
         buffer[..early.len()].copy_from_slice(early);
-        Self { reader, buffer, start: 0, end: early.len(), wary: false, stalled }
+        Self { reader, buffer, start: 0, end: early.len(), wary: false, account }
     }
 
     /// The stream itself; what was received and not taken is lost.
@@ -86,12 +85,13 @@ impl<R: AsyncRead + Unpin> Inbox<R> {
     /// Receives once more. Between requests a client may be silent for as long as it likes; inside one it may not.
     pub(super) async fn receive(&mut self) -> Result<(), Gone> {
         let inside = self.is_inside_request();
-        let stalled = self.stalled;
+        let account = Arc::clone(&self.account);
         let reading = self.read();
-        let got = if inside { within(stalled, reading).await.map_err(|_| Gone::Stalled)?? } else { reading.await? };
+        let got = if inside { account.client(reading).await.map_err(|_| Gone::Stalled)?? } else { reading.await? };
         if got == 0 {
             return Err(if inside { Gone::Cut } else { Gone::Closed });
         }
+        account.moved(got);
         self.end += got;
         Ok(())
     }
@@ -151,10 +151,12 @@ impl<R: AsyncRead + Unpin> Inbox<R> {
         let mut got = here;
         while got < payload.len() {
             let reading = self.reader.read(&mut payload[got..]);
-            match within(self.stalled, reading).await.map_err(|_| Gone::Stalled)?? {
-                0 => return Err(Gone::Cut),
-                more => got += more,
+            let more = self.account.client(reading).await.map_err(|_| Gone::Stalled)??;
+            if more == 0 {
+                return Err(Gone::Cut);
             }
+            self.account.moved(more);
+            got += more;
         }
         self.wary = true;
         Ok(())
@@ -176,9 +178,11 @@ impl<R: AsyncRead + Unpin> Inbox<R> {
             let left = len - payload.len();
             let mut rest = (&mut payload).limit(left);
             let reading = self.reader.read_buf(&mut rest);
-            if within(self.stalled, reading).await.map_err(|_| Gone::Stalled)?? == 0 {
+            let more = self.account.client(reading).await.map_err(|_| Gone::Stalled)??;
+            if more == 0 {
                 return Err(Gone::Cut);
             }
+            self.account.moved(more);
         }
         self.wary = true;
         Ok(payload.freeze())
@@ -199,7 +203,8 @@ impl<R: AsyncRead + Unpin> Inbox<R> {
 
     /// Receives once more, inside a request even if nothing of it is in the buffer.
     async fn more(&mut self) -> Result<(), Gone> {
-        match within(self.stalled, self.receive()).await {
+        let account = Arc::clone(&self.account);
+        match account.client(self.receive()).await {
             Err(_) => Err(Gone::Stalled),
             Ok(Err(Gone::Closed)) => Err(Gone::Cut),
             Ok(received) => received,
@@ -212,10 +217,17 @@ const _: () = assert!(DIRECT_PAYLOAD_BYTES + WARY_BYTES < BUFFER_BYTES && BUFFER
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
+    use crate::nbd::shares::Shares;
     use tokio::io::AsyncWriteExt;
 
     const SOON: Duration = Duration::from_millis(50);
+
+    fn account() -> Arc<Account> {
+        Shares::new(1 << 30, SOON).account("vm")
+    }
 
     #[tokio::test]
     async fn payloads_of_every_length_arrive_as_sent_however_the_stream_is_cut() {
@@ -226,7 +238,7 @@ mod tests {
             let all: Vec<u8> = (0..lengths.iter().sum()).map(byte).collect();
             let sent = all.clone();
             tokio::spawn(async move { client.write_all(&sent[3..]).await });
-            let mut inbox = Inbox::new(server, &all[..3], SOON, &Arc::default());
+            let mut inbox = Inbox::new(server, &all[..3], account(), &Arc::default());
             let mut at = 0;
             for len in lengths {
                 let gathered = len <= DIRECT_PAYLOAD_BYTES && inbox.gather(len).await.unwrap() == &all[at..at + len];
@@ -245,7 +257,7 @@ mod tests {
     async fn there_is_a_buffer_only_while_there_is_something_in_it() {
         let (mut client, server) = tokio::io::duplex(BUFFER_BYTES * 2);
         let pool = Arc::<Pool>::default();
-        let mut inbox = Inbox::new(server, &[], SOON, &pool);
+        let mut inbox = Inbox::new(server, &[], account(), &pool);
         for len in [1, BUFFER_BYTES + 1] {
             assert!(tokio::time::timeout(SOON, inbox.receive()).await.is_err(), "still waiting");
             assert_eq!(pool.kept(), 1);
@@ -269,7 +281,7 @@ mod tests {
     #[tokio::test]
     async fn silence_is_allowed_between_requests_and_not_inside_one() {
         let (mut client, server) = tokio::io::duplex(1024);
-        let mut inbox = Inbox::new(server, &[], SOON, &Arc::default());
+        let mut inbox = Inbox::new(server, &[], account(), &Arc::default());
         assert!(tokio::time::timeout(SOON * 3, inbox.receive()).await.is_err(), "still waiting");
         client.write_all(&[1]).await.unwrap();
         inbox.receive().await.unwrap();
@@ -285,12 +297,12 @@ mod tests {
             let (mut client, server) = tokio::io::duplex(1024);
             client.write_all(&[1; 50]).await.unwrap();
             drop(client);
-            assert!(matches!(Inbox::new(server, &[], SOON, &Arc::default()).payload(len).await, Err(Gone::Cut)));
+            assert!(matches!(Inbox::new(server, &[], account(), &Arc::default()).payload(len).await, Err(Gone::Cut)));
             let (mut client, server) = tokio::io::duplex(1024);
             client.write_all(&[1; 50]).await.unwrap();
             drop(client);
             assert!(matches!(
-                Inbox::new(server, &[], SOON, &Arc::default()).payload_into(&mut vec![0; len]).await,
+                Inbox::new(server, &[], account(), &Arc::default()).payload_into(&mut vec![0; len]).await,
                 Err(Gone::Cut)
             ));
         }

@@ -1,11 +1,6 @@
 //! What one client, and all of them together, may cost. Every wait and every buffer of this floor is bounded here.
 
-use std::future::poll_fn;
-use std::pin::pin;
-use std::task::Poll;
 use std::time::Duration;
-
-use tokio::time::error::Elapsed;
 
 use crate::metrics::Counter;
 
@@ -58,7 +53,8 @@ pub struct Limits {
     /// Payload bytes in flight that a connection always has for itself, so that small requests go on when greedy clients
     /// have used up `shared_bytes`. 256 KiB.
     pub allowance_bytes: usize,
-    /// How long a client may leave a reply untaken, or a request half sent, without one byte of progress. 60 s.
+    /// How long a client may leave a reply untaken, or a request half sent, without one byte of progress. While others
+    /// wait for a part of `shared_bytes` it is also the time in which a client has to move all that it holds of it. 60 s.
     pub stalled: Duration,
     /// How long a stop waits for what was accepted. 10 s.
     pub drain: Duration,
@@ -90,15 +86,6 @@ impl Default for Limits {
 // A request of the longest legal payload must fit, or it would wait for ever.
 const _: () = assert!((MAX_PAYLOAD_BYTES as u64) < MAX_DRAINED_PAYLOAD_BYTES);
 
-/// Waits for `future` no longer than `limit`. What is ready at once costs no timer.
-pub(super) async fn within<F: Future>(limit: Duration, future: F) -> Result<F::Output, Elapsed> {
-    let mut future = pin!(future);
-    match poll_fn(|context| Poll::Ready(future.as_mut().poll(context))).await {
-        Poll::Ready(done) => Ok(done),
-        Poll::Pending => tokio::time::timeout(limit, future).await,
-    }
-}
-
 /// How often clients met each limit.
 #[derive(Debug)]
 pub(super) struct Bites {
@@ -109,6 +96,7 @@ pub(super) struct Bites {
     pub(super) bytes: Bite,
     pub(super) payload: Bite,
     pub(super) stalled: Bite,
+    pub(super) slow: Bite,
     pub(super) drain: Bite,
 }
 
@@ -123,14 +111,15 @@ impl Bites {
             bytes: Bite::of("bytes"),
             payload: Bite::of("payload"),
             stalled: Bite::of("stalled"),
+            slow: Bite::of("slow"),
             drain: Bite::of("drain"),
         }
     }
 
     /// How often each limit has bitten.
-    pub(super) fn counts(&self) -> [(&'static str, u64); 8] {
-        let Self { connections, handshake, options, requests, bytes, payload, stalled, drain } = self;
-        [connections, handshake, options, requests, bytes, payload, stalled, drain]
+    pub(super) fn counts(&self) -> [(&'static str, u64); 9] {
+        let Self { connections, handshake, options, requests, bytes, payload, stalled, slow, drain } = self;
+        [connections, handshake, options, requests, bytes, payload, stalled, slow, drain]
             .map(|bite| (bite.limit, bite.count.get()))
     }
 }

@@ -23,6 +23,7 @@ mod readers;
 pub mod reply;
 pub mod request;
 mod serve;
+mod shares;
 mod socket;
 mod stream;
 pub mod tls;
@@ -43,6 +44,7 @@ use self::listen::Client;
 pub use self::listen::{DEFAULT_PORT, ListenAddr, ListenError, Listener, PassedSocket};
 use self::pool::Pool;
 use self::readers::{Reader, Readers};
+use self::shares::Shares;
 use self::tls::Tls;
 use crate::metrics::{Counter, Kind, Page};
 use crate::net::Failures;
@@ -66,7 +68,7 @@ struct Shared {
     /// `None`: there is no TLS.
     tls: Option<Arc<Tls>>,
     /// Payload bytes in flight beyond what each connection has for itself.
-    bytes: Arc<Semaphore>,
+    shares: Arc<Shares>,
     /// For busy connections.
     threads: Arc<Semaphore>,
     readers: Readers,
@@ -95,13 +97,13 @@ impl Server {
     /// A server of these exports, whose clients may or must use TLS.
     #[must_use]
     pub fn with_tls(registry: Arc<Registry>, limits: Limits, tls: Option<Arc<Tls>>) -> Self {
-        let bytes = Arc::new(Semaphore::new(limits.shared_bytes));
+        let shares = Shares::new(limits.shared_bytes, limits.stalled);
         Self {
             shared: Arc::new(Shared {
                 registry,
                 limits,
                 tls,
-                bytes,
+                shares,
                 threads: Arc::new(Semaphore::new(limits.threads)),
                 readers: Readers::new(),
                 pool: Arc::default(),

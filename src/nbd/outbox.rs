@@ -13,20 +13,22 @@ use std::future::poll_fn;
 use std::io::{self, IoSlice};
 use std::sync::Arc;
 use std::task::{Poll, Waker};
-use std::time::Duration;
 
 use parking_lot::Mutex;
 use tokio::io::{AsyncWrite, AsyncWriteExt};
 use tokio::sync::{Semaphore, SemaphorePermit};
 
 use super::errno::Errno;
-use super::limits::{Bites, Limits, within};
+use super::limits::{Bites, Limits};
 use super::pool::Pool;
 use super::reply::{Asked, Frames, Outcome};
+use super::shares::Account;
 use super::socket::Socket;
 
 /// How many stretches of memory one write takes at most; far below the system's 1024, and it lives on the stack.
 const GATHERED_SLICES: usize = 64;
+/// What the log says of a request that waits for memory.
+const BYTES_WAIT: &str = "the payload bytes in flight have reached their limit: reading from clients waits";
 /// Once this many bytes are gathered the reader lets the writer go first.
 const GATHERED_BYTES: usize = 256 << 10;
 
@@ -36,7 +38,7 @@ pub(super) struct Outbox {
     requests: Semaphore,
     allowance: Semaphore,
     connection: Semaphore,
-    shared: Arc<Semaphore>,
+    account: Arc<Account>,
     limits: Limits,
     socket: Socket,
     pool: Arc<Pool>,
@@ -82,7 +84,7 @@ impl Line {
     }
 }
 
-/// Parts of the limits, as permits of the semaphores of the same names.
+/// Parts of the limits: permits of the semaphores of the same names, and shared memory of the account.
 #[derive(Debug, Default)]
 struct Share {
     requests: usize,
@@ -118,12 +120,12 @@ impl Drop for Slot {
 pub(super) struct Waited(pub(super) bool);
 
 impl Outbox {
-    pub(super) fn new(limits: Limits, shared: Arc<Semaphore>, socket: Socket, pool: Arc<Pool>) -> Arc<Self> {
+    pub(super) fn new(limits: Limits, account: Arc<Account>, socket: Socket, pool: Arc<Pool>) -> Arc<Self> {
         Arc::new(Self {
             requests: Semaphore::new(limits.requests),
             allowance: Semaphore::new(limits.allowance_bytes),
             connection: Semaphore::new(limits.connection_bytes),
-            shared,
+            account,
             limits,
             socket,
             line: Mutex::new(Line::new(&pool)),
@@ -171,7 +173,11 @@ impl Outbox {
         let connection = bytes.min(self.limits.connection_bytes);
         let of_own = acquire(&self.connection, connection, bites, waited).await?;
         let shared = bytes.min(self.limits.shared_bytes);
-        acquire(&self.shared, shared, bites, waited).await?.forget();
+        if !self.account.try_take(shared) {
+            bites.bytes.note_wait(BYTES_WAIT);
+            *waited = Waited(true);
+            self.account.take(shared).await;
+        }
         of_own.forget();
         Some(Share { connection, shared, ..Share::default() })
     }
@@ -185,7 +191,9 @@ impl Outbox {
         give(&self.requests, share.requests);
         give(&self.allowance, share.allowance);
         give(&self.connection, share.connection);
-        give(&self.shared, share.shared);
+        if share.shared > 0 {
+            self.account.give_back(share.shared);
+        }
     }
 
     /// Whether the client has closed, or at least will send no more.
@@ -330,7 +338,7 @@ async fn acquire<'a>(
     if let Ok(permit) = from.try_acquire_many(permits(wanted)) {
         return Some(permit);
     }
-    bites.bytes.note_wait("the payload bytes in flight have reached their limit: reading from clients waits");
+    bites.bytes.note_wait(BYTES_WAIT);
     *waited = Waited(true);
     from.acquire_many(permits(wanted)).await.ok()
 }
@@ -386,19 +394,15 @@ impl Drop for Ticket {
 ///
 /// # Errors
 /// The connection's, or [`io::ErrorKind::TimedOut`] if the client does not take what it asked for.
-pub(super) async fn send_all<W: AsyncWrite + Unpin>(
-    writer: &mut W,
-    outbox: &Outbox,
-    stalled: Duration,
-) -> io::Result<()> {
+pub(super) async fn send_all<W: AsyncWrite + Unpin>(writer: &mut W, outbox: &Outbox) -> io::Result<()> {
     let mut frames = Frames::new(&outbox.pool);
     while let Some(sending) = outbox.next(&mut frames).await {
-        send(writer, sending.frames, stalled).await?;
+        send(writer, sending.frames, &outbox.account).await?;
     }
     Ok(())
 }
 
-async fn send<W: AsyncWrite + Unpin>(writer: &mut W, frames: &Frames, stalled: Duration) -> io::Result<()> {
+async fn send<W: AsyncWrite + Unpin>(writer: &mut W, frames: &Frames, account: &Account) -> io::Result<()> {
     let mut left = frames.slices().peekable();
     // How much of the first slice left has been sent.
     let mut sent = 0;
@@ -409,11 +413,12 @@ async fn send<W: AsyncWrite + Unpin>(writer: &mut W, frames: &Frames, stalled: D
             *slot = IoSlice::new(if i == 0 { &slice[sent..] } else { slice });
             count = i + 1;
         }
-        let write = within(stalled, writer.write_vectored(&slices[..count]));
+        let write = account.client(writer.write_vectored(&slices[..count]));
         let mut written = write.await.map_err(|_| io::Error::from(io::ErrorKind::TimedOut))??;
         if written == 0 {
             return Err(io::ErrorKind::WriteZero.into());
         }
+        account.moved(written);
         while let Some(slice) = left.peek() {
             let rest = slice.len() - sent;
             if written < rest {
@@ -426,7 +431,7 @@ async fn send<W: AsyncWrite + Unpin>(writer: &mut W, frames: &Frames, stalled: D
         }
     }
     // A stream that buffers (TLS) hands on what it holds.
-    within(stalled, writer.flush()).await.map_err(|_| io::Error::from(io::ErrorKind::TimedOut))?
+    account.client(writer.flush()).await.map_err(|_| io::Error::from(io::ErrorKind::TimedOut))?
 }
 
 #[cfg(test)]

@@ -61,6 +61,15 @@ enum End {
     Oversize(u64),
 }
 
+/// Why replies cannot be sent any more.
+#[derive(Debug, thiserror::Error)]
+enum Unsent {
+    #[error(transparent)]
+    Broken(#[from] std::io::Error),
+    #[error("the client was too slow for the memory that it held")]
+    TooSlow,
+}
+
 impl End {
     /// How much of what the client still sends is thrown away at the close, in bytes. A client in the middle of its longest
     /// request shall still get the replies to those before it; one that breaks the protocol is not owed that.
@@ -87,9 +96,10 @@ pub(super) async fn run<S>(
     let limits = shared.limits;
     let unloading = Arc::clone(&volume);
     let (reader, mut writer) = tokio::io::split(stream);
-    let outbox = Outbox::new(limits, Arc::clone(&shared.bytes), socket, Arc::clone(&shared.pool));
+    let account = shared.shares.account(volume.export_id().as_str());
+    let outbox = Outbox::new(limits, Arc::clone(&account), socket, Arc::clone(&shared.pool));
     let mut connection = Connection {
-        inbox: Inbox::new(reader, &early, limits.stalled, &shared.pool),
+        inbox: Inbox::new(reader, &early, Arc::clone(&account), &shared.pool),
         volume,
         attachment,
         outbox: &outbox,
@@ -97,7 +107,13 @@ pub(super) async fn run<S>(
     };
     drop(early);
     let (sent, discarded, mut reader) = {
-        let mut sending = pin!(outbox::send_all(&mut writer, &outbox, limits.stalled));
+        let mut sending = pin!(async {
+            tokio::select! {
+                biased;
+                () = account.is_cut_off() => Err(Unsent::TooSlow),
+                sent = outbox::send_all(&mut writer, &outbox) => Ok(sent?),
+            }
+        });
         let end = {
             let mut taking = pin!(connection.take_requests());
             let mut stopped = pin!(super::stopped(&mut stop));
@@ -141,8 +157,14 @@ pub(super) async fn run<S>(
     match sent {
         Ok(()) => super::close_gently(&mut reader, &mut writer, discarded).await,
         Err(error) => {
-            if error.kind() == std::io::ErrorKind::TimedOut {
-                shared.bites.stalled.log("a client did not take its replies: its connection is closed");
+            match &error {
+                Unsent::TooSlow => shared.bites.slow.log(
+                    "a client moved too little for the memory it held while others waited for some: its connection is closed",
+                ),
+                Unsent::Broken(broken) if broken.kind() == std::io::ErrorKind::TimedOut => {
+                    shared.bites.stalled.log("a client did not take its replies: its connection is closed");
+                }
+                Unsent::Broken(_) => {}
             }
             tracing::debug!("replies cannot be sent any more: {error}");
             outbox.abandon();

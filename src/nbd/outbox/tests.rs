@@ -1,7 +1,9 @@
 use super::*;
+use crate::nbd::shares::Shares;
 use crate::nbd::wire::{Mode, Request};
 use std::io::Read;
 use std::os::unix::net::UnixStream;
+use std::time::Duration;
 use tokio::io::AsyncReadExt;
 
 fn asked(cookie: u64) -> Asked {
@@ -13,8 +15,12 @@ fn no_socket() -> Socket {
     Socket::plain(Arc::new(UnixStream::pair().unwrap().0.into())).under_tls()
 }
 
+fn shares(limits: Limits) -> Arc<Shares> {
+    Shares::new(limits.shared_bytes, limits.stalled)
+}
+
 fn outbox(limits: Limits) -> Arc<Outbox> {
-    Outbox::new(limits, Arc::new(Semaphore::new(limits.shared_bytes)), no_socket(), Arc::default())
+    Outbox::new(limits, shares(limits).account("vm"), no_socket(), Arc::default())
 }
 
 #[tokio::test]
@@ -37,7 +43,7 @@ async fn replies_arrive_whole_however_small_the_pieces_the_client_takes() {
     outbox.close();
     let (mut ours, mut theirs) = tokio::io::duplex(13);
     let from = Arc::clone(&outbox);
-    let sender = tokio::spawn(async move { send_all(&mut ours, &from, Duration::from_secs(5)).await });
+    let sender = tokio::spawn(async move { send_all(&mut ours, &from).await });
     let mut got = Vec::new();
     theirs.read_to_end(&mut got).await.unwrap();
     sender.await.unwrap().unwrap();
@@ -59,9 +65,9 @@ async fn a_ticket_that_is_dropped_unanswered_answers_eio() {
 /// All that connections share, held by one of them; and another one.
 async fn beside_a_greedy_one() -> (Slot, Arc<Outbox>) {
     let limits = Limits { shared_bytes: 1 << 20, ..Limits::default() };
-    let shared = Arc::new(Semaphore::new(limits.shared_bytes));
+    let shared = shares(limits);
     let [greedy, modest] =
-        [Arc::clone(&shared), shared].map(|shared| Outbox::new(limits, shared, no_socket(), Arc::default()));
+        ["vm-1", "vm-2"].map(|export| Outbox::new(limits, shared.account(export), no_socket(), Arc::default()));
     let (held, _) = greedy.slot(limits.shared_bytes, &Bites::none()).await.unwrap();
     (held, modest)
 }
@@ -98,12 +104,12 @@ async fn a_small_request_waits_for_those_of_its_own_connection_but_not_for_greed
 
 #[tokio::test]
 async fn a_client_that_takes_nothing_is_given_up_after_the_deadline() {
-    let outbox = outbox(Limits::default());
+    let outbox = outbox(Limits { stalled: Duration::from_millis(20), ..Limits::default() });
     let (slot, _) = outbox.slot(0, &Bites::none()).await.unwrap();
     let late = Outbox::ticket(asked(2), outbox.slot(0, &Bites::none()).await.unwrap().0);
     Outbox::ticket(asked(1), slot).answer(Outcome::Data { bytes: vec![1; 4096].into(), whole: false });
     let (mut ours, _theirs) = tokio::io::duplex(16);
-    let error = send_all(&mut ours, &outbox, Duration::from_millis(20)).await.unwrap_err();
+    let error = send_all(&mut ours, &outbox).await.unwrap_err();
     assert_eq!(error.kind(), io::ErrorKind::TimedOut);
     outbox.abandon();
     late.answer(Outcome::Done);
@@ -113,13 +119,13 @@ async fn a_client_that_takes_nothing_is_given_up_after_the_deadline() {
 #[tokio::test]
 async fn replies_that_are_never_sent_give_back_what_all_share() {
     let limits = Limits::default();
-    let shared = Arc::new(Semaphore::new(limits.shared_bytes));
-    let outbox = Outbox::new(limits, Arc::clone(&shared), no_socket(), Arc::default());
+    let shared = shares(limits);
+    let outbox = Outbox::new(limits, shared.account("vm"), no_socket(), Arc::default());
     let (slot, _) = outbox.slot(1 << 20, &Bites::none()).await.unwrap();
     Outbox::answer_at_once(asked(1), slot, Outcome::Done);
-    assert!(shared.available_permits() < limits.shared_bytes);
+    assert!(shared.free() < limits.shared_bytes);
     drop(outbox);
-    assert_eq!(shared.available_permits(), limits.shared_bytes);
+    assert_eq!(shared.free(), limits.shared_bytes);
 }
 
 /// A connection whose other threads may send, and its client's end.
@@ -127,7 +133,7 @@ fn with_socket() -> (Arc<Outbox>, UnixStream) {
     let (ours, theirs) = UnixStream::pair().unwrap();
     theirs.set_nonblocking(true).unwrap();
     let limits = Limits::default();
-    let (shared, socket) = (Arc::new(Semaphore::new(limits.shared_bytes)), Socket::plain(Arc::new(ours.into())));
+    let (shared, socket) = (shares(limits).account("vm"), Socket::plain(Arc::new(ours.into())));
     (Outbox::new(limits, shared, socket, Arc::default()), theirs)
 }
 
@@ -203,8 +209,7 @@ async fn the_last_reply_of_a_connection_wakes_its_writer_to_the_end() {
 async fn replies_hold_memory_until_they_are_sent_or_nobody_gets_them_and_a_read_that_must_wait_none() {
     let pool = Arc::<Pool>::default();
     let limits = Limits::default();
-    let shared = Arc::new(Semaphore::new(limits.shared_bytes));
-    let outbox = Outbox::new(limits, shared, no_socket(), Arc::clone(&pool));
+    let outbox = Outbox::new(limits, shares(limits).account("vm"), no_socket(), Arc::clone(&pool));
     let slot = async || outbox.slot(4096, &Bites::none()).await.unwrap().0;
     drop(Outbox::read_at_once(asked(1), slot().await, 4096, false, |_| false).unwrap_err());
     assert_eq!(pool.kept(), 1);
