@@ -2,7 +2,7 @@
 //!
 //! **Start**, in this order: certificates → NBD sockets → address for metrics → cache root and its lock → admin socket →
 //! store and its probe → discovery → the log line that begins with `ready:`. Sockets are bound early, so that a taken port
-//! costs nothing, and served only when every export is known. A start that fails removes the sockets and the empty folders
+//! costs nothing, and served once the exports are listed; their heads are read on behind that. A start that fails removes the sockets and the empty folders
 //! it made.
 //!
 //! **Stop**, on SIGTERM or SIGINT: no new clients → what was accepted is answered, to NBD clients within
@@ -30,7 +30,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::signal::unix::{Signal, SignalKind, signal};
-use tokio::sync::watch;
+use tokio::sync::{oneshot, watch};
 use tokio::task::JoinSet;
 
 use crate::admin::{self, Api, BindError, ScrapeError, Scrapes, Watch};
@@ -53,6 +53,8 @@ pub(crate) use store::Offline;
 use store::WatchedStore;
 use watched::Watched;
 
+/// How long a start waits for the heads of its exports once the store is listed; what comes later does not hold it up.
+const DISCOVERY_PATIENCE: Duration = Duration::from_secs(1);
 /// How long clients may take to get their last answers when the server stops; those of NBD have less.
 pub const DRAIN_TIMEOUT: Duration = Duration::from_secs(30);
 
@@ -182,6 +184,7 @@ struct Server {
     api: Api,
     scrapes: Option<Scrapes>,
     stop: watch::Sender<bool>,
+    discovery: JoinSet<()>,
     // Last, so that everything that touches the cache root is gone when another server may have it.
     cache_root: CacheRoot,
 }
@@ -225,7 +228,8 @@ impl Server {
             cache_root.disk().map_err(|source| ServerError::CacheRoot { path: config.cache_root.clone(), source })?;
         let services = store.services(&access, Arc::new(disk), Arc::clone(&clock)).with_cache_root(cache_root.id());
         let services = services.with_publish_bytes(config.publish_bytes).with_background(background);
-        let registry = Registry::discover(Arc::new(services), config.cache_root.clone()).await?;
+        let registry = Registry::list_names(Arc::new(services), config.cache_root.clone()).await?;
+        let discovery = discover(Arc::clone(&registry)).await;
 
         cache_folders.keep();
         cache_root.keep();
@@ -243,7 +247,7 @@ impl Server {
         let (scraped, looked_at) = (Arc::clone(&watched), Arc::clone(&watched));
         let watch = Watch::new(move || scraped.page(), move || looked_at.health(), move || watched.status());
         let api = Api { registry, default_chunk_bytes: config.chunk_bytes, watch, limits };
-        Ok(Self { listeners, tls, nbd, admin, api, scrapes, stop, cache_root })
+        Ok(Self { listeners, tls, nbd, admin, api, scrapes, stop, discovery, cache_root })
     }
 
     fn ready(&self) -> String {
@@ -253,7 +257,7 @@ impl Server {
     }
 
     async fn serve(self, signals: &mut Signals, mut reloads: Signal, logging: &mut Logging) -> Result<(), ServerError> {
-        let Self { listeners, tls, nbd, admin, api, scrapes, stop, cache_root } = self;
+        let Self { listeners, tls, nbd, admin, api, scrapes, stop, mut discovery, cache_root } = self;
         let registry = Arc::clone(&api.registry);
         let stopped = stop.subscribe();
         let mut fronts = JoinSet::new();
@@ -282,6 +286,7 @@ impl Server {
         }
         notify::stopping();
         stop.send_replace(true);
+        discovery.shutdown().await;
         let closing = async {
             if tokio::time::timeout(DRAIN_TIMEOUT, async { while fronts.join_next().await.is_some() {} }).await.is_err()
             {
@@ -298,6 +303,23 @@ impl Server {
         tracing::info!("stopped");
         cause.map(drop).map_err(|_| ServerError::Broken)
     }
+}
+
+/// Reads the heads of all exports, and again those that could not be read, until it is dropped. Returns once every head was
+/// read or [`DISCOVERY_PATIENCE`] is over.
+async fn discover(registry: Arc<Registry>) -> JoinSet<()> {
+    let (read, all_read) = oneshot::channel();
+    let mut discovery = JoinSet::new();
+    discovery.spawn(async move {
+        registry.read_on().await;
+        // A start that went on does not wait for it any more.
+        let _ = read.send(());
+        registry.read_again().await;
+    });
+    if tokio::time::timeout(DISCOVERY_PATIENCE, all_read).await.is_err() {
+        tracing::warn!("not every export is known yet: the heads that the store has not given so far are read on");
+    }
+    discovery
 }
 
 /// What SIGHUP asks for.

@@ -56,6 +56,32 @@ fn no_memory_is_in_huge_pages_of_which_a_byte_takes_two_mebibytes() {
 }
 
 #[test]
+fn heads_full_of_fields_of_other_tools_take_no_memory_once_they_are_read() {
+    const HEADS: u64 = 300;
+    let mut server = TestServer::start(&["--listen", "127.0.0.1:0"], &[]);
+    let before = anonymous_bytes(server.pid());
+    server.stop();
+    let note = "x".repeat(MIB as usize - 4096);
+    for i in 0..HEADS {
+        let folder = server.local_root().join(format!("exports/vm-{i}"));
+        std::fs::create_dir_all(&folder).unwrap();
+        let head =
+            json!({"version": 1, "export_id": format!("vm-{i}"), "image_size": 4096, "chunk_size": 4096, "note": note});
+        std::fs::write(folder.join("volume.json"), head.to_string()).unwrap();
+    }
+    server.start_again();
+    let patience = Instant::now() + Duration::from_secs(60);
+    let known = || server.ok("GET", "/v1/status", json!({}))["exports"]["ready"] == HEADS;
+    while !known() && Instant::now() < patience {
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    assert!(known());
+    let more = anonymous_bytes(server.pid()).saturating_sub(before) / MIB;
+    assert!(more < HEADS / 3, "{more} MiB more");
+    server.stop();
+}
+
+#[test]
 fn what_a_publish_writes_to_a_directory_takes_no_place_in_the_page_cache() {
     let store = tempfile::tempdir_in("/var/tmp").unwrap();
     let root = store.path().to_str().unwrap();

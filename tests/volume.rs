@@ -1246,6 +1246,69 @@ async fn one_bad_export_hinders_no_other() {
     assert!(registry.list()[2].failed.as_ref().unwrap().contains("manifest.json"));
 }
 
+#[tokio::test(start_paused = true)]
+async fn a_head_that_does_not_come_holds_up_no_other_export_and_is_read_again() {
+    let mut site = Site::simulated();
+    publish_eight(&mut site).await;
+    for (key, name) in [
+        ("exports/down/volume.json", "down"),
+        ("exports/silent/volume.json", "silent"),
+        ("exports/stray/readme.txt", ""),
+    ] {
+        let text = format!(r#"{{"version":1,"export_id":"{name}","image_size":4096,"chunk_size":4096}}"#);
+        site.store.put(&key.parse().unwrap(), text.into(), Condition::Always).await.unwrap();
+    }
+    site.store.judge(|op, key| match key.as_str() {
+        "exports/silent/volume.json" if op == "get" => Fate::Stuck,
+        "exports/down/volume.json" if op == "get" => Fate::Failed,
+        _ => Fate::Served,
+    });
+    let services = Arc::new(site.services(Arc::new(RealDisk::default())));
+    let registry = Registry::list_names(services, site.cache_root("elsewhere")).await.unwrap();
+    let state = |name: &str| {
+        let listed = registry.list().into_iter().find(|export| export.export_id.as_str() == name);
+        listed.map(|export| (export.discovering, export.failed.is_some(), export.geometry.is_some()))
+    };
+    let unread = Some((true, false, false));
+    for name in ["disk", "down", "silent", "stray"] {
+        assert_eq!(state(name), unread, "{name} is known by its name");
+    }
+    let reading = {
+        let registry = Arc::clone(&registry);
+        tokio::spawn(async move {
+            registry.read_on().await;
+            registry.read_again().await;
+        })
+    };
+    while state("disk") == unread || state("down") == unread || state("stray").is_some() {
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    assert_eq!(state("silent"), unread);
+    assert_eq!(state("disk"), Some((false, false, true)));
+    assert_eq!(state("down"), Some((false, true, false)));
+    assert_eq!(image(&registry, "disk").await[0], 1);
+    assert!(matches!(registry.volume(&id("down")).await, Err(ExportError::StoreUnavailable(_))));
+    reading.abort();
+    // The store is well again: what could not be read is, in the background.
+    site.store.serve_all();
+    registry.read_again().await;
+    assert_eq!(state("down"), Some((false, false, true)));
+}
+
+#[tokio::test]
+async fn a_folder_without_a_head_does_not_keep_its_name_from_being_created() {
+    let mut site = Site::new();
+    site.store.put(&"exports/disk/readme.txt".parse().unwrap(), "".into(), Condition::Always).await.unwrap();
+    let services = Arc::new(site.services(Arc::new(RealDisk::default())));
+    let registry = Registry::list_names(services, site.cache_root("a")).await.unwrap();
+    assert!(registry.list()[0].discovering);
+    let created = registry.create(id("disk"), Geometry::new(4096, 4096).unwrap()).await;
+    let refused = matches!(&created, Err(ExportError::Exists(_)));
+    registry.read_on().await;
+    // What lies there may be an image of an older tool, which is not created over; either way no name stays that is no export.
+    assert_eq!(registry.list().len(), usize::from(!refused));
+}
+
 #[tokio::test]
 async fn a_cache_of_another_geometry_is_refused_and_left_alone() {
     let mut site = Site::new();

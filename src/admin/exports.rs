@@ -258,12 +258,14 @@ struct Progress {
     total_bytes: u64,
 }
 
-/// Whether clients can use the export, and what is wrong: `degraded` is served, but some requests fail or will fail.
+/// Whether clients can use the export, and what is wrong: `degraded` is served, but some requests fail or will fail;
+/// of one that is `discovering` the store has given the name alone so far, and a client that attaches waits for the rest.
 #[derive(Serialize, ToSchema)]
 #[schema(as = ExportHealth)]
 #[serde(tag = "state", rename_all = "lowercase")]
 enum Health {
     Ready,
+    Discovering,
     Degraded { reason: String },
     Failed { reason: String },
 }
@@ -351,7 +353,10 @@ impl From<ExportSummary> for Summary {
             export_id: export.export_id,
             image_size: export.geometry.map(Geometry::image_size),
             chunk_size: export.geometry.map(Geometry::chunk_size),
-            state: Health::of(export.failed, &export.faults),
+            state: match export.discovering {
+                true => Health::Discovering,
+                false => Health::of(export.failed, &export.faults),
+            },
             current_snapshot_id: export.current_snapshot_id,
         }
     }
@@ -461,6 +466,7 @@ mod tests {
                 current_snapshot_id: None,
                 failed: failed.map(str::to_owned),
                 faults: faults.to_vec(),
+                discovering: false,
             };
             serde_json::to_value(Summary::from(export)).unwrap()
         };

@@ -42,6 +42,8 @@ pub struct ExportCounts {
     pub degraded: usize,
     /// Those that cannot be served; the list of exports says why.
     pub failed: usize,
+    /// Those of which the store has given the name alone so far.
+    pub discovering: usize,
 }
 
 pub(super) fn routes() -> OpenApiRouter<Api> {

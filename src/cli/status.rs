@@ -24,6 +24,15 @@ impl Status {
     }
 }
 
+/// How many exports there are of each kind; those that the store has only named so far go away by themselves.
+fn exports_line(exports: &Value) -> String {
+    let line = format!("{} ready, {} degraded, {} failed", exports["ready"], exports["degraded"], exports["failed"]);
+    match number(exports, "discovering") {
+        0 => line,
+        unread => format!("{line}, {unread} discovering"),
+    }
+}
+
 fn shown(status: &Value) -> String {
     let exports = &status["exports"];
     let listen = status["listen"].as_array().into_iter().flatten().filter_map(Value::as_str);
@@ -37,10 +46,7 @@ fn shown(status: &Value) -> String {
     pairs(&[
         ("version", text(status, "version").to_owned()),
         ("started", format!("{} ({} ago)", text(status, "started_at"), ago(number(status, "uptime_seconds")))),
-        (
-            "exports",
-            format!("{} ready, {} degraded, {} failed", exports["ready"], exports["degraded"], exports["failed"]),
-        ),
+        ("exports", exports_line(exports)),
         ("clients", number(status, "connections").to_string()),
         ("NBD", listen.collect::<Vec<_>>().join(" ")),
         ("store", health),

@@ -66,6 +66,7 @@ impl Watched {
         let mut counts = ExportCounts::default();
         for export in self.registry.list() {
             let count = match (&export.failed, export.faults.is_empty()) {
+                _ if export.discovering => &mut counts.discovering,
                 (Some(_), _) => &mut counts.failed,
                 (None, false) => &mut counts.degraded,
                 (None, true) => &mut counts.ready,

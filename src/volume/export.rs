@@ -16,17 +16,43 @@ use super::registry::ExportError;
 use super::{Services, Volume};
 use crate::background;
 use crate::manifest::head::Head;
-use crate::units::ExportId;
+use crate::units::{ExportId, Geometry, SnapshotId};
 
 /// An export that is known here.
 #[derive(Debug)]
 pub(super) struct Export {
     read_only: bool,
-    /// The head as last read, or why it could not be.
-    head: Mutex<Result<Head, String>>,
+    known: Mutex<Known>,
     /// Why the last attempt at opening it failed, if another may succeed.
     unopened: Mutex<Option<Fault>>,
     state: Mutex<State>,
+}
+
+/// What is known of an export that is not open: no more of its head than the list shows, as its size is the store's choice.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Known {
+    /// A name that the listing had.
+    Name,
+    /// The head could not be read, and why.
+    Unread(String),
+    /// What the head said when it was last read.
+    Read { geometry: Geometry, current: Option<SnapshotId> },
+    /// It cannot be served, and why.
+    Failed(String),
+}
+
+impl Known {
+    pub(super) fn of(head: &Head) -> Self {
+        Self::Read { geometry: head.geometry, current: head.current }
+    }
+
+    /// Why it cannot be served.
+    pub(super) fn failed(&self) -> Option<&str> {
+        match self {
+            Self::Unread(reason) | Self::Failed(reason) => Some(reason),
+            Self::Name | Self::Read { .. } => None,
+        }
+    }
 }
 
 #[derive(Debug)]
@@ -55,14 +81,33 @@ impl Drop for Attempt<'_> {
 }
 
 impl Export {
-    pub(super) fn new(head: Result<Head, String>, read_only: bool) -> Arc<Self> {
-        let (head, unopened) = (Mutex::new(head), Mutex::default());
-        Arc::new(Self { read_only, head, unopened, state: Mutex::new(State::Unopened) })
+    pub(super) fn new(known: Known, read_only: bool) -> Arc<Self> {
+        let (known, unopened) = (Mutex::new(known), Mutex::default());
+        Arc::new(Self { read_only, known, unopened, state: Mutex::new(State::Unopened) })
     }
 
-    /// The head as last read, or why it could not be.
-    pub(super) fn head(&self) -> Result<Head, String> {
-        self.head.lock().clone()
+    /// What is known of it.
+    pub(super) fn known(&self) -> Known {
+        self.known.lock().clone()
+    }
+
+    /// Whether its head was never read.
+    pub(super) fn is_unread(&self) -> bool {
+        matches!(*self.known.lock(), Known::Name | Known::Unread(_))
+    }
+
+    /// What reading its head came to, unless more is known by now. Logged once, however often it is tried.
+    pub(super) fn note_read(&self, id: &ExportId, read: Known) {
+        let mut known = self.known.lock();
+        if !matches!(*known, Known::Name | Known::Unread(_)) || *known == read {
+            return;
+        }
+        match (&*known, read.failed()) {
+            (_, Some(reason)) => tracing::error!(export = %id, "cannot be served: {reason}"),
+            (Known::Unread(_), None) => tracing::info!(export = %id, "its head can be read again"),
+            _ => {}
+        }
+        *known = read;
     }
 
     /// What is wrong with it while it is not open.
@@ -115,7 +160,7 @@ impl Export {
         };
         match opened.await {
             Ok((head, volume)) => {
-                *self.head.lock() = Ok(head);
+                *self.known.lock() = Known::of(&head);
                 *self.unopened.lock() = None;
                 attempt.leaves = State::Open(Arc::clone(&volume));
                 Ok(volume)
@@ -124,7 +169,8 @@ impl Export {
                 if let ExportError::StoreUnavailable(reason) = &e {
                     let found = Fault::new(Cause::StoreUnavailable, clock.now(), Arc::clone(reason));
                     faults::note(&self.unopened, found);
-                } else {
+                } else if !(matches!(e, ExportError::NotFound(..)) && self.is_unread()) {
+                    // A folder without a head is none of the exports: the discovery leaves it out.
                     self.note_failure(&id, e.to_string());
                 }
                 Err(e)
@@ -133,12 +179,12 @@ impl Export {
     }
 
     fn note_failure(&self, id: &ExportId, reason: String) {
-        let mut head = self.head.lock();
+        let mut known = self.known.lock();
         // Logged once, however often it is tried.
-        if head.as_ref().err() != Some(&reason) {
+        if known.failed() != Some(&*reason) {
             tracing::error!(export = %id, "cannot be served: {reason}");
-            *head = Err(reason);
         }
+        *known = Known::Failed(reason);
     }
 
     /// Sees to it that no opening begins any more, and waits for one that is under way. The volume, if there is one.

@@ -1,18 +1,21 @@
 //! Export name → open volume: create, open, clone, unload, discover.
 //!
-//! An export is known by its head alone until somebody uses it: only then are its manifest loaded and its cache
+//! An export is known by its name once the store is listed, and can be used from then on; the heads are read one after the
+//! other meanwhile. Until it is used only what the list shows is kept of its head; then its manifest is loaded and its cache
 //! opened. An export that cannot be served stays listed with the reason, and is tried again at the next use; no
 //! other export notices.
 
+use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use futures_util::stream::{self, StreamExt};
 use parking_lot::{Mutex, RwLock};
 
-use super::export::Export;
+use super::export::{Export, Known};
 use super::faults::Fault;
 use super::head::Swap;
 use super::kept::{self, Kept, KeptStates};
@@ -25,8 +28,16 @@ use crate::cache::{self, Base, open as cache_files};
 use crate::manifest::head::{CloneSeed, Head};
 use crate::units::{ExportId, Generation, Geometry, SnapshotId, UnitError};
 
-/// How many exports are looked at or closed at a time.
+/// How many exports are closed at a time.
 const EXPORTS_AT_A_TIME: usize = 64;
+/// How many heads are read at a time: each may have [`MAX_HEAD_BYTES`](crate::manifest::head::MAX_HEAD_BYTES), whatever is
+/// in it, and none stays in memory.
+const HEADS_AT_A_TIME: usize = 16;
+/// How many interrupted publishes are settled at a time.
+const JOURNALS_AT_A_TIME: usize = 16;
+/// How long a head that could not be read is left alone, at first and at most.
+const FIRST_PAUSE: Duration = Duration::from_secs(10);
+const MAX_PAUSE: Duration = Duration::from_secs(600);
 
 /// What the list of exports says of one.
 #[derive(Debug, Clone)]
@@ -39,6 +50,8 @@ pub struct ExportSummary {
     pub current_snapshot_id: Option<SnapshotId>,
     /// Why the export cannot be served, if it cannot.
     pub failed: Option<String>,
+    /// Whether nothing but its name is known yet.
+    pub discovering: bool,
     /// What is wrong with it otherwise, the worst first.
     pub faults: Vec<Fault>,
 }
@@ -239,64 +252,135 @@ impl Drop for Arriving<'_> {
 }
 
 impl Registry {
-    /// Finds every export under the export root and settles what a crash left of their publishes.
+    /// Finds every export under the export root, reads every head once, and settles what a crash left of their publishes.
     ///
     /// # Errors
-    /// [`ExportError::StoreUnavailable`] if the store cannot be listed. One bad export is no error.
+    /// As [`list_names`](Self::list_names).
     pub async fn discover(services: Arc<Services>, cache_root: PathBuf) -> Result<Arc<Self>, ExportError> {
-        let kept = KeptStates::load(&services, &cache_root).await?;
-        let registry = Arc::new(Self {
-            services,
-            cache_root,
-            exports: RwLock::default(),
-            arriving: Mutex::default(),
-            kept: tokio::sync::Mutex::new(kept),
-            kept_room: tokio::sync::OnceCell::new(),
-        });
-        let folders = registry.services.store.list_folders(registry.services.root.prefix()).await?;
-        let ids: Vec<ExportId> = folders.iter().filter_map(|name| name.parse().ok()).collect();
-        stream::iter(ids).for_each_concurrent(EXPORTS_AT_A_TIME, |id| registry.discover_one(id)).await;
-        registry.discover_local().await;
+        let registry = Self::list_names(services, cache_root).await?;
+        registry.read_on().await;
         Ok(registry)
     }
 
-    async fn discover_one(&self, id: ExportId) {
-        let Kept::Open { read_only } = self.kept.lock().await.of(&id) else { return };
-        let head = match self.services.read_head(&id).await {
-            Ok(Some(stored)) => Ok(stored.head),
-            Ok(None) => return,
-            Err(e) => Err(e.to_string()),
+    /// Finds the name of every export under the export root: each can be used from now on.
+    ///
+    /// # Errors
+    /// [`ExportError::StoreUnavailable`] if the store cannot be listed; what keeps it from knowing which exports are closed.
+    pub async fn list_names(services: Arc<Services>, cache_root: PathBuf) -> Result<Arc<Self>, ExportError> {
+        let kept = KeptStates::load(&services, &cache_root).await?;
+        let folders = services.store.list_folders(services.root.prefix()).await?;
+        let named = |id: ExportId| match kept.of(&id) {
+            Kept::Open { read_only } => Some((id, Export::new(Known::Name, read_only))),
+            Kept::Closed => None,
         };
-        if let Err(reason) = &head {
-            tracing::error!(export = %id, "cannot be served: {reason}");
-        }
-        self.exports.write().insert(id, Export::new(head, read_only));
+        let exports = folders.iter().filter_map(|name| name.parse().ok()).filter_map(named).collect();
+        Ok(Arc::new(Self {
+            services,
+            cache_root,
+            exports: RwLock::new(exports),
+            arriving: Mutex::default(),
+            kept: tokio::sync::Mutex::new(kept),
+            kept_room: tokio::sync::OnceCell::new(),
+        }))
     }
 
-    /// Caches without an export in the store are reported, for they may hold what was never published; those with an
-    /// interrupted publish are opened, which settles it.
-    async fn discover_local(&self) {
+    /// Reads the heads of what was listed, and settles what a crash left of their publishes. One bad export is no error, and
+    /// holds up no other.
+    pub async fn read_on(&self) {
+        tokio::join!(self.read_heads(), self.settle_journals());
+        self.report_strays().await;
+    }
+
+    /// Tries heads again that could not be read, at a pace that slows down, until there are none.
+    pub async fn read_again(&self) {
+        let mut pause = FIRST_PAUSE;
+        while !self.unread().is_empty() {
+            self.services.clock.sleep(pause).await;
+            self.read_heads().await;
+            pause = MAX_PAUSE.min(pause * 2);
+        }
+    }
+
+    async fn read_heads(&self) {
+        let unread = self.unread();
+        let read = |(id, export)| async move { self.read_head_of(&id, &export).await };
+        stream::iter(unread).for_each_concurrent(HEADS_AT_A_TIME, read).await;
+    }
+
+    fn unread(&self) -> Vec<(ExportId, Arc<Export>)> {
+        let all = self.exports.read();
+        let unread = all.iter().filter(|(_, export)| export.is_unread());
+        unread.map(|(id, export)| (id.clone(), Arc::clone(export))).collect()
+    }
+
+    /// Reads the head of a name that the listing had; a folder without one is no export and is left out from now on.
+    async fn read_head_of(&self, id: &ExportId, export: &Arc<Export>) {
+        match self.services.read_head(id).await {
+            Ok(Some(stored)) => export.note_read(id, Known::of(&stored.head)),
+            Ok(None) => {
+                let mut exports = self.exports.write();
+                if export.is_unread() && exports.get(id).is_some_and(|known| Arc::ptr_eq(known, export)) {
+                    exports.remove(id);
+                }
+            }
+            Err(e) => export.note_read(id, Known::Unread(e.to_string())),
+        }
+    }
+
+    /// Whether a name is taken here. A name that is known from the listing alone is looked at first.
+    async fn is_loaded(&self, id: &ExportId) -> bool {
+        let listed = self.exports.read().get(id).cloned();
+        if let Some(export) = listed.filter(|export| export.is_unread()) {
+            self.read_head_of(id, &export).await;
+        }
+        self.exports.read().contains_key(id)
+    }
+
+    /// Opens the exports whose caches have an interrupted publish, which settles it.
+    async fn settle_journals(&self) {
+        let names = self.list_local(&self.cache_root).await;
+        let settle = |id: ExportId| async move {
+            let files = self.list_local(&self.cache_root.join(id.as_str())).await;
+            if files.iter().any(|name| name == JOURNAL_FILE)
+                && let Err(e) = self.volume(&id).await
+                && !matches!(e, ExportError::NotFound(..))
+            {
+                tracing::error!(export = %id, "an interrupted publish is not settled yet: {e}");
+            }
+        };
+        let ids = names.iter().filter_map(|name| name.parse::<ExportId>().ok());
+        let known: Vec<_> = ids.filter(|id| self.exports.read().contains_key(id)).collect();
+        stream::iter(known).for_each_concurrent(JOURNALS_AT_A_TIME, settle).await;
+    }
+
+    /// Caches without an export in the store are reported, for they may hold what was never published.
+    async fn report_strays(&self) {
         for name in self.list_local(&self.cache_root).await {
             let Ok(id) = name.parse::<ExportId>() else { continue };
-            if self.kept.lock().await.of(&id) == Kept::Closed {
+            if self.exports.read().contains_key(&id) || self.kept.lock().await.of(&id) == Kept::Closed {
                 continue;
             }
             let files = self.list_local(&self.cache_root.join(id.as_str())).await;
-            let known = self.exports.read().contains_key(&id);
-            if known && files.iter().any(|name| name == JOURNAL_FILE) {
-                if let Err(e) = self.volume(&id).await {
-                    tracing::error!(export = %id, "an interrupted publish is not settled yet: {e}");
-                }
-            } else if !known && files.iter().any(|name| name == cache_files::META_FILE) {
+            if files.iter().any(|name| name == cache_files::META_FILE) {
                 let reason = format!(
                     "{} is not in the store, but {} holds a cache of it: start with the store that it belongs to, restore the \
                      object, or move the folder away; what was not published is in the folder alone",
                     self.services.root.export(&id).head(),
                     self.cache_root.join(id.as_str()).display()
                 );
-                tracing::error!(export = %id, "cannot be served: {reason}");
-                self.exports.write().insert(id, Export::new(Err(reason), false));
+                self.add_stray(id, reason);
             }
+        }
+    }
+
+    fn add_stray(&self, id: ExportId, reason: String) {
+        // Created or being created since: then its cache is no stray.
+        if self.arriving.lock().contains(&id) {
+            return;
+        }
+        if let Entry::Vacant(entry) = self.exports.write().entry(id) {
+            tracing::error!(export = %entry.key(), "cannot be served: {reason}");
+            entry.insert(Export::new(Known::Failed(reason), false));
         }
     }
 
@@ -316,18 +400,21 @@ impl Registry {
     #[must_use]
     pub fn list(&self) -> Vec<ExportSummary> {
         let summary = |(id, export): (&ExportId, &Arc<Export>)| {
-            let (head, volume) = (export.head(), export.volume());
-            let geometry = head.as_ref().ok().map(|head| head.geometry);
-            let current = head.as_ref().ok().and_then(|head| head.current);
+            let (known, volume) = (export.known(), export.volume());
+            let (geometry, current) = match &known {
+                Known::Read { geometry, current } => (Some(*geometry), *current),
+                Known::Name | Known::Unread(_) | Known::Failed(_) => (None, None),
+            };
             ExportSummary {
                 export_id: id.clone(),
                 geometry: volume.as_ref().map_or(geometry, |v| Some(v.geometry())),
                 current_snapshot_id: volume.as_ref().map_or(current, |v| v.expected_head()),
                 faults: volume.as_ref().map_or_else(|| export.faults(), |v| v.faults()),
-                failed: match volume {
+                failed: match &volume {
                     Some(volume) => volume.cache.failure().map(|why| why.to_string()),
-                    None => head.err(),
+                    None => known.failed().map(str::to_owned),
                 },
+                discovering: volume.is_none() && known == Known::Name,
             }
         };
         self.exports.read().iter().map(summary).collect()
@@ -393,7 +480,7 @@ impl Registry {
         let id = head.export_id.clone();
         let _arriving = self.arriving(&id)?;
         let exists = || ExportError::Exists(id.clone());
-        if self.exports.read().contains_key(&id) {
+        if self.is_loaded(&id).await {
             return Err(exists());
         }
         if self.services.is_taken(&id).await? {
@@ -413,12 +500,12 @@ impl Registry {
             Err(e) => {
                 self.discard_cache(&id).await;
                 if e.acknowledged {
-                    self.exports.write().insert(id, Export::new(Ok(head), false));
+                    self.exports.write().insert(id, Export::new(Known::of(&head), false));
                 }
                 return Err(e.into());
             }
         }
-        let export = Export::new(Ok(head), false);
+        let export = Export::new(Known::of(&head), false);
         self.exports.write().insert(id.clone(), Arc::clone(&export));
         let opened = self.open_export(&id, &export).await;
         let volume =
@@ -467,14 +554,14 @@ impl Registry {
     /// [`ExportError::AlreadyLoaded`], [`ExportError::NotFound`].
     pub async fn open(&self, id: ExportId, read_only: bool) -> Result<ExportStatus, ExportError> {
         let _arriving = self.arriving(&id)?;
-        if self.exports.read().contains_key(&id) {
+        if self.is_loaded(&id).await {
             return Err(ExportError::AlreadyLoaded(id));
         }
         let head = match self.services.read_head(&id).await? {
             Some(stored) => stored.head,
             None => self.services.adopt(&id).await?.ok_or_else(|| ExportError::NotFound(id.clone(), "in the store"))?,
         };
-        let export = Export::new(Ok(head), read_only);
+        let export = Export::new(Known::of(&head), read_only);
         let volume = self.open_export(&id, &export).await?;
         if let Err(e) = self.keep(&id, Kept::Open { read_only }).await {
             if let Err(unsealed) = volume.close().await {
