@@ -271,11 +271,13 @@ impl Server {
         fronts.spawn(admin::serve(admin, api, stopped));
         notify::ready();
 
+        let mut closing_idle = std::pin::pin!(registry.keep_closing_idle());
         let cause = loop {
             tokio::select! {
                 name = signals.next() => break Ok(name),
                 ended = fronts.join_next() => break Err(ended),
                 _ = reloads.recv() => reload(tls.as_deref(), logging).await,
+                never = &mut closing_idle => match never {},
             }
         };
         match &cause {

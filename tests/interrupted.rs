@@ -5,7 +5,7 @@
 mod common;
 
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -22,7 +22,7 @@ use nbd_server::disk::{Disk, RealDisk};
 use nbd_server::store::retry::DEFAULT_LIMIT;
 use nbd_server::store::{Condition, Key};
 use nbd_server::units::SnapshotId;
-use nbd_server::volume::registry::{ExportError, Operation, Registry};
+use nbd_server::volume::registry::{ExportError, IDLE_BEFORE_CLOSE, IDLE_CHECK_INTERVAL, Operation, Registry};
 use nbd_server::volume::{Services, VolumeError};
 use tokio::time::{sleep, timeout};
 
@@ -599,4 +599,179 @@ async fn a_publish_cancelled_at_any_call_is_done_or_as_if_it_had_never_been() {
         registry.snapshot(&id("disk")).await.unwrap();
         assert_eq!(image(&site.elsewhere().await, "disk").await, read_all(&volume).await);
     }
+}
+
+/// How many descriptors this process has on files below a folder.
+fn descriptors_below(dir: &Path) -> usize {
+    let open = std::fs::read_dir("/proc/self/fd").unwrap().filter_map(|fd| std::fs::read_link(fd.unwrap().path()).ok());
+    open.filter(|file| file.starts_with(dir)).count()
+}
+
+/// Closes idle exports until no file below a folder is open: what a use began in the background may last longer than the use.
+async fn close_idle(registry: &Arc<Registry>, dir: &Path) {
+    let closed = async {
+        while descriptors_below(dir) > 0 {
+            registry.close_idle(Duration::ZERO).await;
+            sleep(Duration::from_millis(1)).await;
+        }
+    };
+    timeout(PATIENCE, closed).await.unwrap();
+}
+
+#[tokio::test]
+async fn an_idle_export_is_closed_and_its_status_and_listing_stay_the_same() {
+    let mut site = Site::new();
+    publish_eight(&mut site).await;
+    let (registry, dir) = (site.start("a").await, site.cache_root("a").join("disk"));
+    write(&registry.volume(&id("disk")).await.unwrap(), 0, 0xaa, CHUNK).await;
+    registry.snapshot(&id("disk")).await.unwrap();
+    let before = (status(&registry, "disk").await, registry.list());
+    assert!(descriptors_below(&dir) > 0);
+    close_idle(&registry, &dir).await;
+    site.store.forget_counts();
+    let after = (status(&registry, "disk").await, registry.list());
+    assert_eq!(format!("{after:?}"), format!("{before:?}"));
+    assert_eq!((descriptors_below(&dir), site.store.count("get")), (0, 0), "a status opens it");
+
+    let elsewhere = site.start("origin").await;
+    write(&elsewhere.volume(&id("disk")).await.unwrap(), 0, 0xbb, CHUNK).await;
+    let newer = elsewhere.snapshot(&id("disk")).await.unwrap();
+    registry.snapshots(&id("disk")).await.unwrap();
+    let status = status(&registry, "disk").await;
+    assert_eq!(status.remote_head_snapshot_id, newer.snapshot_id, "a listing found a newer head");
+    assert_eq!(status.current_snapshot_id, before.0.current_snapshot_id);
+    assert_eq!(image(&registry, "disk").await[0], 0xbb, "without changes it follows the head when it is opened");
+}
+
+#[tokio::test]
+async fn an_export_that_is_attached_dirty_faulty_or_published_is_not_closed_as_idle() {
+    let mut site = Site::new();
+    publish_eight(&mut site).await;
+    let (registry, dir) = (site.start("a").await, site.cache_root("a").join("disk"));
+    let stays_open = async |why: &str| {
+        // What the last use began in the background would keep it open, too.
+        sleep(SOON).await;
+        registry.close_idle(Duration::ZERO).await;
+        assert!(descriptors_below(&dir) > 0, "it is {why}");
+    };
+    let attached = registry.volume(&id("disk")).await.unwrap();
+    stays_open("attached").await;
+    write(&attached, 0, 0xaa, CHUNK).await;
+    drop(attached);
+    stays_open("dirty").await;
+    let (open, gate) = tokio::sync::watch::channel(false);
+    site.store.hold_until("upload", gate);
+    let publishing = site.begin_snapshot("a", &registry, "disk").await;
+    stays_open("being published").await;
+    open.send_replace(true);
+    publishing.await.unwrap().unwrap();
+    site.store.judge(|op, _| if op == "get_range" { Fate::Failed } else { Fate::Served });
+    let read = registry.volume(&id("disk")).await.unwrap().read(range(CHUNK, 1)).await;
+    assert!(matches!(read, Err(VolumeError::Unavailable(_))), "{read:?}");
+    stays_open("faulty").await;
+    site.store.serve_all();
+    make_resident(&registry.volume(&id("disk")).await.unwrap(), CHUNK, CHUNK).await;
+    close_idle(&registry, &dir).await;
+    assert_eq!(image(&registry, "disk").await, image(&site.elsewhere().await, "disk").await);
+}
+
+/// A server "a" with an export that is being closed as idle, and the flag that lets this go on.
+async fn being_closed(site: &mut Site, disk: &Hooked) -> (Arc<Registry>, Arc<AtomicBool>) {
+    publish_eight(site).await;
+    let registry = site.start_on("a", Arc::new(disk.clone())).await;
+    make_resident(&registry.volume(&id("disk")).await.unwrap(), 0, 8 * CHUNK).await;
+    let (held, go) = hold_first(disk, "sync", "cache.meta");
+    let (closer, dir) = (Arc::clone(&registry), site.cache_root("a").join("disk"));
+    tokio::spawn(async move { close_idle(&closer, &dir).await });
+    while !held.load(Ordering::SeqCst) {
+        sleep(Duration::from_millis(1)).await;
+    }
+    (registry, go)
+}
+
+#[tokio::test]
+async fn a_client_that_comes_while_an_idle_export_is_closed_gets_it_opened_anew() {
+    let mut site = Site::new();
+    let disk = Hooked::new(RealDisk::default());
+    let (registry, go) = being_closed(&mut site, &disk).await;
+    let dir = site.cache_root("a").join("disk");
+    let (opens, left_open) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
+    let (count, left) = (Arc::clone(&opens), Arc::clone(&left_open));
+    disk.hook(move |op, path| {
+        if op == "open" && path.starts_with(&dir) && count.fetch_add(1, Ordering::SeqCst) == 0 {
+            left.store(descriptors_below(&dir), Ordering::SeqCst);
+        }
+        Ok(())
+    });
+    let clients = [0; 3].map(|_| {
+        let registry = Arc::clone(&registry);
+        tokio::spawn(async move { registry.volume(&id("disk")).await.unwrap() })
+    });
+    sleep(SOON).await;
+    let early = opens.load(Ordering::SeqCst);
+    go.store(true, Ordering::SeqCst);
+    assert_eq!(early, 0, "it is opened while it is being closed");
+    let volumes = timeout(PATIENCE, futures_util::future::try_join_all(clients)).await.unwrap().unwrap();
+    assert!(volumes.iter().all(|volume| Arc::ptr_eq(volume, &volumes[0])));
+    assert!(opens.load(Ordering::SeqCst) > 0);
+    assert_eq!(left_open.load(Ordering::SeqCst), 0, "files of the closed one are still open");
+    write(&volumes[0], 0, 0xaa, CHUNK).await;
+    assert_eq!(read_all(&volumes[0]).await[CHUNK as usize], 2);
+}
+
+#[tokio::test]
+async fn a_stop_and_an_unload_wait_for_an_idle_export_that_is_being_closed() {
+    for unload in [false, true] {
+        let mut site = Site::new();
+        let disk = Hooked::new(RealDisk::default());
+        let (registry, go) = being_closed(&mut site, &disk).await;
+        let ending = async {
+            if unload {
+                registry.unload(&id("disk")).await.unwrap();
+            } else {
+                registry.close().await;
+            }
+        };
+        tokio::pin!(ending);
+        let early = timeout(SOON, &mut ending).await.is_ok();
+        go.store(true, Ordering::SeqCst);
+        assert!(!early, "it ends before the files are closed");
+        timeout(PATIENCE, ending).await.unwrap();
+        assert_eq!(descriptors_below(&site.cache_root("a")), 0);
+        assert_eq!(registry.list().len(), usize::from(!unload));
+        if !unload {
+            let gets = site.store.count("get_range");
+            assert_eq!(image(&site.start("a").await, "disk").await[CHUNK as usize], 2);
+            assert_eq!(site.store.count("get_range"), gets, "clean chunks are kept, as after a clean stop");
+        }
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_export_counts_as_idle_ten_minutes_after_its_last_use_though_its_status_is_polled() {
+    let mut site = Site::simulated();
+    publish_eight(&mut site).await;
+    let (registry, dir) = (site.start("a").await, site.cache_root("a").join("disk"));
+    let closer = Arc::clone(&registry);
+    let closer = tokio::spawn(async move { closer.keep_closing_idle().await });
+    let minutes_until_closed = async || {
+        for minute in 0..60 {
+            status(&registry, "disk").await;
+            assert_eq!(registry.list().len(), 1);
+            if descriptors_below(&dir) == 0 {
+                return minute;
+            }
+            sleep(IDLE_CHECK_INTERVAL).await;
+        }
+        panic!("it stays open");
+    };
+    image(&registry, "disk").await;
+    sleep(IDLE_BEFORE_CLOSE / 2).await;
+    image(&registry, "disk").await;
+    for _ in 0..2 {
+        let closed_after = minutes_until_closed().await;
+        assert!((9..=12).contains(&closed_after), "{closed_after} min");
+        image(&registry, "disk").await;
+    }
+    closer.abort();
 }

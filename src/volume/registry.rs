@@ -2,11 +2,12 @@
 //!
 //! An export is known by its name once the store is listed, and can be used from then on; the heads are read one after the
 //! other meanwhile. Until it is used only what the list shows is kept of its head; then its manifest is loaded and its cache
-//! opened. An export that cannot be served stays listed with the reason, and is tried again at the next use; no
-//! other export notices.
+//! opened. An idle export is closed again. One that cannot be served stays listed with the reason, and is tried again at the
+//! next use; no other export notices.
 
 use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet};
+use std::convert::Infallible;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -38,6 +39,11 @@ const JOURNALS_AT_A_TIME: usize = 16;
 /// How long a head that could not be read is left alone, at first and at most.
 const FIRST_PAUSE: Duration = Duration::from_secs(10);
 const MAX_PAUSE: Duration = Duration::from_secs(600);
+
+/// How long an export stays open that nothing uses.
+pub const IDLE_BEFORE_CLOSE: Duration = Duration::from_mins(10);
+/// How often idle exports are looked for.
+pub const IDLE_CHECK_INTERVAL: Duration = Duration::from_mins(1);
 
 /// What the list of exports says of one.
 #[derive(Debug, Clone)]
@@ -400,7 +406,9 @@ impl Registry {
     #[must_use]
     pub fn list(&self) -> Vec<ExportSummary> {
         let summary = |(id, export): (&ExportId, &Arc<Export>)| {
-            let (known, volume) = (export.known(), export.volume());
+            // In this order: an export that is closed meanwhile has its head known before.
+            let volume = export.volume();
+            let known = export.known();
             let (geometry, current) = match &known {
                 Known::Read { geometry, current } => (Some(*geometry), *current),
                 Known::Name | Known::Unread(_) | Known::Failed(_) => (None, None),
@@ -574,12 +582,15 @@ impl Registry {
         Ok(volume.status())
     }
 
-    /// Everything about one export.
+    /// Everything about one export. One that was closed because it was idle is not opened for this.
     ///
     /// # Errors
     /// As [`volume`](Self::volume).
     pub async fn status(&self, id: &ExportId) -> Result<ExportStatus, ExportError> {
-        Ok(self.volume(id).await?.status())
+        match self.export(id)?.status().await {
+            Some(status) => Ok(ExportStatus { store_outage: self.services.store.outage(), ..status }),
+            None => Ok(self.volume(id).await?.status()),
+        }
     }
 
     /// The published snapshots of an export that is loaded here, newest first, as the store has them now.
@@ -589,8 +600,8 @@ impl Registry {
     pub async fn snapshots(&self, id: &ExportId) -> Result<Line, ExportError> {
         let export = self.export(id)?;
         let line = self.services.snapshots(id).await?;
-        if let (Some(volume), Some(newest)) = (export.volume(), line.snapshots.first()) {
-            volume.note_listed(newest.id, newest.generation);
+        if let Some(newest) = line.snapshots.first() {
+            export.note_listed(newest.id, newest.generation);
         }
         Ok(line)
     }
@@ -667,8 +678,30 @@ impl Registry {
         self.exports.read().values().filter_map(|export| export.volume()).collect()
     }
 
+    fn all(&self) -> Vec<Arc<Export>> {
+        self.exports.read().values().cloned().collect()
+    }
+
+    /// Closes every export that nothing has used for `idle` and that has nothing unpublished or wrong; its next use opens it.
+    pub async fn close_idle(&self, idle: Duration) {
+        for export in self.all() {
+            export.close_if_idle(idle).await;
+        }
+    }
+
+    /// Closes idle exports for as long as it is polled.
+    pub async fn keep_closing_idle(&self) -> Infallible {
+        loop {
+            self.services.clock.sleep(IDLE_CHECK_INTERVAL).await;
+            self.close_idle(IDLE_BEFORE_CLOSE).await;
+        }
+    }
+
     /// Ends publishes, flushes and seals every volume; the server stops afterwards.
     pub async fn close(&self) {
+        for export in self.all() {
+            export.closed().await;
+        }
         stream::iter(self.open_volumes())
             .for_each_concurrent(EXPORTS_AT_A_TIME, |volume| async move {
                 if let Err(e) = volume.close().await {
