@@ -109,8 +109,11 @@ async fn an_export_is_created_listed_described_and_unloaded() {
         "read_only": false, "resident_chunks": 0, "dirty_chunks": 0, "damaged_chunks": 0, "corrupt_fetches": 0, "snapshot_generation": 0, "remote_head_generation": 0, "remote_head_snapshot_id": null,
         "current_snapshot_id": null, "operation_state": "idle", "store": {"reachable": true}, "state": "ready",
     });
-    assert_eq!(created.json(), expected);
-    assert_eq!(api.call("GET", "/v1/exports/vm-2/status", "").json(), expected);
+    for mut status in [created.json(), api.call("GET", "/v1/exports/vm-2/status", "").json()] {
+        let free = status.as_object_mut().unwrap().remove("cache_free_bytes").unwrap();
+        assert!(free.as_u64().is_some_and(|bytes| bytes > 0), "{free}");
+        assert_eq!(status, expected);
+    }
 
     api.create("vm-1");
     let one = |id: &str, size: u64, chunk: u64| json!({"export_id": id, "image_size": size, "chunk_size": chunk, "state": "ready", "current_snapshot_id": null});
@@ -132,6 +135,7 @@ async fn every_answer_with_a_body_ends_its_line() {
         ("POST", "/v1/exports/vm/snapshot"),
         ("POST", "/v1/exports/vm/compact"),
         ("POST", "/v1/exports/vm/cache/reset"),
+        ("POST", "/v1/exports/vm/cache/trim"),
         ("GET", "/v1/exports/no/status"),
         ("GET", "/nowhere"),
     ] {
@@ -204,7 +208,7 @@ async fn what_is_not_there_or_there_already_is_said_so() {
     let body = format!(r#"{{"export_id":"a","source_export_id":"vm","source_snapshot_id":"{snapshot}"}}"#);
     let detail = api.refused("POST", "/v1/exports/clone", &body, 404, "snapshot-not-found");
     assert!(detail.contains(snapshot), "{detail}");
-    for call in ["snapshot", "compact", "cache/reset"] {
+    for call in ["snapshot", "compact", "cache/reset", "cache/trim"] {
         let detail = api.refused("POST", &format!("/v1/exports/no/{call}"), "", 404, "not-found");
         assert!(detail.contains("no"), "{detail}");
     }

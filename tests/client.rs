@@ -61,10 +61,17 @@ fn an_export_lives_its_life_by_commands_alone() {
     for line in ["name:            vm\n", "size:            16 MiB\n", "dirty:           4 MiB (1 of 4 chunks)\n"] {
         assert!(status.contains(line), "{line}\n{status}");
     }
+    let free = status.lines().find_map(|line| line.strip_prefix("free on disk: ")).unwrap().trim();
+    assert!(free.ends_with('B') && free != "0 B", "{status}");
     let first = done(&server, &["snapshot", "create", "vm", "-q"]);
     assert!(done(&server, &["snapshot", "create", "vm"]).contains("nothing was published"));
     let compacted = json_of(&server, &["compact", "vm"]);
     assert_eq!(compacted["generation"], 2);
+    let trimmed = done(&server, &["cache", "trim", "vm"]);
+    assert!(trimmed.starts_with("dropped 4 MiB from the cache of vm; free on its disk: "), "{trimmed}");
+    assert_eq!(json_of(&server, &["cache", "trim", "vm"])["freed_bytes"], 0);
+    assert_eq!(json_of(&server, &["export", "status", "vm"])["resident_chunks"], 0);
+    assert_eq!(done(&server, &["cache", "trim", "vm", "-q"]), "vm\n");
     let listed = done(&server, &["snapshot", "list", "vm", "--quiet"]);
     assert_eq!(listed, format!("{}\n{first}", compacted["snapshot_id"].as_str().unwrap()), "newest first");
     assert!(done(&server, &["snapshot", "list", "vm"]).contains("4 MiB"));

@@ -375,6 +375,28 @@ fn resets_after_unpublished_writes() {
 }
 
 #[test]
+fn trims_of_the_cache_among_writes_and_fills() {
+    scenario("trims of the cache", async |s| {
+        s.create("disk").await;
+        s.write("disk", 0..SECTORS).await;
+        s.snapshot("disk").await;
+        s.write("disk", 1..2).await;
+        s.zero("disk", 8..16, true).await;
+        s.flush("disk").await;
+        s.trim_cache("disk").await;
+        s.read("disk", 16..18).await;
+        s.write("disk", 24..SECTORS).await;
+        s.write("disk", 17..18).await;
+        s.flush("disk").await;
+        s.snapshot("disk").await;
+        s.restart().await;
+        s.trim_cache("disk").await;
+        s.write("disk", 16..24).await;
+        s.write("disk", 2..3).await;
+    });
+}
+
+#[test]
 fn a_clone_and_its_first_publish() {
     scenario("clones", async |s| {
         s.create("disk").await;

@@ -214,6 +214,39 @@ fn a_server_that_dies_on_a_full_disk_starts_reads_and_flushes_on_it_again() {
     server.stop();
 }
 
+#[test]
+fn a_trim_of_the_cache_on_a_full_disk_makes_room_to_write_on() {
+    let disk = SmallDisk::new();
+    let (mut server, mut client) = on_a_full_disk(&disk);
+    let refused_at = write_until_full(&mut client);
+    let full = status(&server);
+    assert!(full["cache_free_bytes"].as_u64().unwrap() < CHUNK as u64, "{full}");
+    let trimmed = server.ok("POST", "/v1/exports/disk/cache/trim", Value::Null);
+    // Eight chunks were read, one of which was written to.
+    let freed = trimmed["freed_bytes"].as_u64().unwrap();
+    assert!(freed >= 7 * CHUNK as u64 && trimmed["cache_free_bytes"].as_u64().unwrap() >= freed, "{trimmed}");
+    let after = status(&server);
+    assert_eq!((&after["state"], &after["dirty_chunks"]), (&json!("ready"), &full["dirty_chunks"]), "{after}");
+    server.wait_for_log("there is space again");
+    client.write(refused_at, &bytes(5, CHUNK));
+    client.flush();
+    // Publishing makes the rest droppable, again and again.
+    for round in 6..9 {
+        disk.fill();
+        server.ok("POST", "/v1/exports/disk/snapshot", Value::Null);
+        server.ok("POST", "/v1/exports/disk/cache/trim", Value::Null);
+        assert_eq!(status(&server)["resident_chunks"], 0);
+        client.write(refused_at, &bytes(round, 2 * CHUNK));
+        client.flush();
+    }
+    server.kill9();
+    disk.make_room();
+    server.start_again();
+    client.move_to(&server);
+    client.check(0, refused_at + 2 * CHUNK);
+    server.stop();
+}
+
 /// ramfs has neither holes to punch nor space to take ahead.
 #[test]
 fn a_file_system_without_holes_serves_a_cache() {

@@ -356,6 +356,33 @@ fn a_reset_lets_no_older_byte_shine_through() {
 }
 
 #[test]
+fn an_eviction_drops_no_write_and_no_byte_that_is_read() {
+    check("an_eviction_drops_no_write_and_no_byte_that_is_read", || {
+        let world = World::new([PUBLISHED[0], PUBLISHED[1], PUBLISHED[2], [16, 17]]);
+        (0..3).for_each(|at| drop(world.fill(at)));
+        world.write(3, Whole, 9);
+        world.begin();
+        let begun = world.now();
+        thread::scope(|s| {
+            s.spawn(|| {
+                assert_eq!(world.read(0), [10, 11]);
+                assert_eq!(world.read(0), [10, 11]);
+            });
+            s.spawn(|| {
+                world.write(1, First, 1);
+                world.flush();
+            });
+            s.spawn(|| world.write(2, Whole, 2));
+            s.spawn(|| world.zero(3, Second));
+            world.cache.evict_clean().unwrap();
+        });
+        assert_eq!([0, 1, 2, 3].map(|at| world.read(at)), [[10, 11], [1, 13], [2, 2], [9, 0]]);
+        assert_crashes_keep_what_they_must(&world, begun);
+        assert_eq!(world.publish(), (vec![1, 2, 3], [[10, 11], [1, 13], [2, 2], [9, 0]]));
+    });
+}
+
+#[test]
 fn nothing_changes_after_a_clean_stop_and_the_next_start_trusts_all_of_it() {
     check("nothing_changes_after_a_clean_stop_and_the_next_start_trusts_all_of_it", || {
         let world = with_dirty_chunks();

@@ -15,7 +15,7 @@ use serde_json::{Value, json};
 /// What stands behind the three backquotes of a block that is run.
 const RUN: [&str; 2] = ["sh api", "sh client"];
 /// Every client command.
-const COMMANDS: [&str; 17] = [
+const COMMANDS: [&str; 18] = [
     "export list",
     "export create",
     "export open",
@@ -29,6 +29,7 @@ const COMMANDS: [&str; 17] = [
     "import",
     "export-image",
     "cache reset",
+    "cache trim",
     "status",
     "attach-command",
     "completions",

@@ -19,7 +19,7 @@ use nbd_server::disk::{Disk, DiskFile, RealDisk};
 use nbd_server::store::{Condition, Store};
 use nbd_server::units::{Geometry, SnapshotId};
 use nbd_server::volume::faults::Cause;
-use nbd_server::volume::registry::{ExportError, Registry};
+use nbd_server::volume::registry::{ExportError, Operation, Registry};
 use nbd_server::volume::{Extent, Residency, VolumeError};
 
 /// Publishes an export of 8 chunks, chunk i full of byte i + 1, and returns its snapshot.
@@ -148,6 +148,112 @@ async fn a_partial_write_on_a_zeroed_chunk_lets_no_older_data_shine_through() {
     expected[10..20].fill(0xaa);
     assert_eq!(read(&volume, 0, CHUNK).await, expected);
     assert_eq!(image(&site.elsewhere().await, "disk").await[..CHUNK as usize], expected);
+}
+
+/// Chunk 0 in part and chunk 1 as zeros are not published, the other six of the eight are clean.
+async fn eight_of_which_six_are_clean(site: &mut Site, disk: Hooked) -> (Arc<Registry>, Vec<u8>) {
+    publish_eight(site).await;
+    let registry = site.start_on("origin", Arc::new(disk)).await;
+    let volume = registry.volume(&id("disk")).await.unwrap();
+    write(&volume, 10, 0xaa, 10).await;
+    volume.trim(range(CHUNK, CHUNK)).await.unwrap();
+    let image: Vec<u8> = (0..8 * CHUNK).map(|at| [1, 0, 3, 4, 5, 6, 7, 8][(at / CHUNK) as usize]).collect();
+    let image = [&image[..10], &[0xaa; 10], &image[20..]].concat();
+    assert_eq!(read_all(&volume).await, image);
+    (registry, image)
+}
+
+#[tokio::test]
+async fn a_trim_of_the_cache_drops_clean_chunks_and_keeps_what_is_not_published() {
+    let mut site = Site::new();
+    let (registry, image) = eight_of_which_six_are_clean(&mut site, Hooked::new(RealDisk::default())).await;
+    let volume = registry.volume(&id("disk")).await.unwrap();
+    let raw = site.cache_root("origin").join("disk/cache.raw");
+    let blocks = || std::fs::metadata(&raw).unwrap().blocks();
+    let before = blocks();
+    assert_eq!(registry.trim_cache(&id("disk")).await.unwrap(), 6 * CHUNK);
+    assert_eq!(before - blocks(), 6 * CHUNK / 512);
+    let extents = volume.extents(range(0, 8 * CHUNK), 100).await.unwrap();
+    let expected =
+        [(CHUNK, Residency::Dirty), (CHUNK, Residency::Zero { dirty: true }), (6 * CHUNK, Residency::Absent)];
+    assert_eq!(extents, expected.map(|(len, residency)| Extent { len, residency }));
+    assert_eq!(registry.trim_cache(&id("disk")).await.unwrap(), 0, "there is no more to drop");
+
+    // As after a kill: the states are in the file, too.
+    let registry = site.start("origin").await;
+    site.store.forget_counts();
+    let volume = registry.volume(&id("disk")).await.unwrap();
+    assert_eq!((read_all(&volume).await, site.store.count("get_range")), (image.clone().into(), 6));
+    make_resident(&volume, 0, 8 * CHUNK).await;
+    assert_eq!(registry.trim_cache(&id("disk")).await.unwrap(), 6 * CHUNK, "what was fetched can be dropped again");
+    registry.snapshot(&id("disk")).await.unwrap();
+    assert_eq!(common::volumes::image(&site.elsewhere().await, "disk").await, image);
+    assert_eq!(registry.trim_cache(&id("disk")).await.unwrap(), CHUNK, "what is published now");
+    assert_eq!(read_all(&volume).await, image);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_trim_of_the_cache_leaves_what_is_fetched_or_written_meanwhile() {
+    let mut site = Site::new();
+    let disk = Hooked::new(RealDisk::default());
+    let (registry, mut image) = eight_of_which_six_are_clean(&mut site, disk.clone()).await;
+    let volume = registry.volume(&id("disk")).await.unwrap();
+    // While the first chunk gets its hole, later ones are there again.
+    let (hole, holes) = std::sync::mpsc::channel();
+    let (go, wait) = std::sync::mpsc::channel::<()>();
+    let wait = std::sync::Mutex::new(wait);
+    disk.hook(move |op, path| {
+        if op == "punch" && path.ends_with("cache.raw") {
+            let _ = hole.send(());
+            // Once the other end is gone it waits no more.
+            let _ = wait.lock().unwrap().recv();
+        }
+        Ok(())
+    });
+    let trimming = tokio::spawn({
+        let registry = Arc::clone(&registry);
+        async move { registry.trim_cache(&id("disk")).await }
+    });
+    tokio::task::block_in_place(|| holes.recv()).unwrap();
+    assert_eq!(status(&registry, "disk").await.resident_chunks, 1, "all are absent before the first hole");
+    assert_eq!(status(&registry, "disk").await.operation, Operation::Trimming);
+    let refused = registry.snapshot(&id("disk")).await.unwrap_err();
+    assert!(refused.to_string().contains("busy trimming"), "{refused}");
+    make_resident(&volume, 4 * CHUNK, CHUNK).await;
+    volume.write(5 * CHUNK, vec![0xbb; CHUNK as usize].into()).await.unwrap();
+    volume.write(6 * CHUNK + 5, vec![0xcc; 5].into()).await.unwrap();
+    image[(5 * CHUNK) as usize..(6 * CHUNK) as usize].fill(0xbb);
+    image[(6 * CHUNK) as usize + 5..(6 * CHUNK) as usize + 10].fill(0xcc);
+    drop(go);
+    assert_eq!(trimming.await.unwrap().unwrap(), 3 * CHUNK);
+    assert_eq!(status(&registry, "disk").await.resident_chunks, 4);
+    assert_eq!(read_all(&volume).await, image);
+    registry.close().await;
+    assert_eq!(common::volumes::image(&site.start("origin").await, "disk").await, image);
+}
+
+#[tokio::test]
+async fn a_trim_of_the_cache_drops_nothing_that_the_store_does_not_have() {
+    let mut site = Site::new();
+    let snapshot = publish_eight(&mut site).await;
+    let registry = site.start("origin").await;
+    let volume = registry.volume(&id("disk")).await.unwrap();
+    let delta = root().export(&id("disk")).delta(snapshot);
+    let blob = site.store.get(&delta, 1 << 20).await.unwrap().bytes;
+    site.store.delete(&delta).await.unwrap();
+    let gone = registry.trim_cache(&id("disk")).await.unwrap_err();
+    assert!(matches!(gone, ExportError::Damaged(_)) && gone.to_string().contains("nothing was dropped"), "{gone}");
+    site.store.put(&delta, blob.slice(..blob.len() - 1), Condition::Always).await.unwrap();
+    assert!(matches!(registry.trim_cache(&id("disk")).await, Err(ExportError::Damaged(_))), "too short");
+    site.store.outage();
+    assert!(matches!(registry.trim_cache(&id("disk")).await, Err(ExportError::StoreUnavailable(_))));
+    assert_eq!(status(&registry, "disk").await.resident_chunks, 8);
+    let image = read_all(&volume).await;
+    assert!(image.chunks(CHUNK as usize).zip(1..).all(|(chunk, value)| chunk.iter().all(|b| *b == value)));
+    site.store.serve_all();
+    site.store.put(&delta, blob, Condition::Always).await.unwrap();
+    assert_eq!(registry.trim_cache(&id("disk")).await.unwrap(), 8 * CHUNK);
+    assert_eq!(read_all(&volume).await, image);
 }
 
 #[tokio::test]

@@ -37,6 +37,7 @@ pub(super) fn routes() -> OpenApiRouter<Api> {
         .routes(routes!(compact))
         .routes(routes!(cancel))
         .routes(routes!(reset))
+        .routes(routes!(trim_cache))
         // "create", "open" and "clone" are export ids too: they can be unloaded like any other.
         .route("/v1/exports/create", delete(unload))
         .route("/v1/exports/open", delete(unload))
@@ -211,6 +212,21 @@ async fn reset(State(api): State<Api>, Named(id): Named, _: Fields<NoFields>) ->
     Ok(Line(after.await?.into()))
 }
 
+/// Drop what the cache holds just as it is published, to free space: it is fetched again when it is read. What is not
+/// published stays, and nothing is dropped unless the store has all of it.
+#[utoipa::path(
+    post, path = "/v1/exports/{id}/cache/trim", operation_id = "trimCache", tag = "exports", params(Named),
+    responses((status = 200, description = "How much was freed", body = Trimmed), Refusal)
+)]
+async fn trim_cache(State(api): State<Api>, Named(id): Named, _: Fields<NoFields>) -> Answer<Trimmed> {
+    let trimmed = to_the_end(async move {
+        let freed_bytes = api.registry.trim_cache(&id).await?;
+        let cache_free_bytes = api.registry.status(&id).await?.cache_free_bytes;
+        Ok(Trimmed { export_id: id, freed_bytes, cache_free_bytes })
+    });
+    Ok(Line(trimmed.await?))
+}
+
 /// Unload an export here; its cache and what is in the store stay.
 #[utoipa::path(
     delete, path = "/v1/exports/{id}", operation_id = "closeExport", tag = "exports", params(Named),
@@ -231,6 +247,18 @@ struct Snapshotted {
     generation: Generation,
     #[schema(value_type = Option<String>, pattern = "^[0-9a-f]{32}$")]
     snapshot_id: Option<SnapshotId>,
+}
+
+/// What a trim of the cache came to.
+#[derive(Serialize, ToSchema)]
+#[schema(as = CacheTrimResult)]
+struct Trimmed {
+    #[schema(value_type = String)]
+    export_id: ExportId,
+    /// Bytes of the chunks that were dropped.
+    freed_bytes: u64,
+    /// What is free now on the file system of the cache; null if it does not say.
+    cache_free_bytes: Option<u64>,
 }
 
 /// What a compaction came to.
@@ -375,6 +403,8 @@ struct Status {
     read_only: bool,
     resident_chunks: u64,
     dirty_chunks: u64,
+    /// Bytes free on the file system of the cache; null if it does not say.
+    cache_free_bytes: Option<u64>,
     /// Chunks that are known not to be in the store as they were published: up to 1024 are known.
     damaged_chunks: u64,
     /// How often a fetch found a chunk to be so, since the export was opened.
@@ -389,7 +419,7 @@ struct Status {
     remote_head_snapshot_id: Option<SnapshotId>,
     #[schema(value_type = Option<String>, pattern = "^[0-9a-f]{32}$")]
     current_snapshot_id: Option<SnapshotId>,
-    /// idle, snapshotting, compacting, resetting or closing.
+    /// idle, snapshotting, compacting, resetting, trimming or closing.
     operation_state: &'static str,
     /// How far a snapshot or a compaction is, once it uploads.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -412,6 +442,7 @@ impl From<ExportStatus> for Status {
             read_only: export.read_only,
             resident_chunks: export.resident_chunks,
             dirty_chunks: export.dirty_chunks,
+            cache_free_bytes: export.cache_free_bytes,
             damaged_chunks: export.damaged_chunks,
             corrupt_fetches: export.corrupt_fetches,
             snapshot_generation: export.snapshot_generation,

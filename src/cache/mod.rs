@@ -10,12 +10,13 @@
 //!   are zeros and bring the bytes of the others.
 //!
 //! Locks, always taken in this order: *checkpointing*, *filling*, the *gate* (shared by every client's read and every
-//! transition, exclusive for the cut, the commit and the reset), a chunk's *stripe* (around each transition), *creating aside*, *aside*,
+//! transition, exclusive for the cut, the commit, the eviction and the reset), a chunk's *stripe* (around each transition), *creating aside*, *aside*,
 //! *syncing*, the *log*, the *base*, the *incarnation*. None is held across anything but local I/O. The methods block, and [`blocking`] is the one crossing from async
 //! code; but for those of `at_once`, which async code may call as it is.
 
 pub mod aside;
 mod at_once;
+mod evict;
 pub mod flush;
 mod full;
 pub mod journal;

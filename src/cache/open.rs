@@ -180,9 +180,7 @@ impl Opening {
         let log = log::stage(&*self.disk, &self.dir, &header, &found.states)
             .and_then(|staged| staged.install(&*self.disk, &self.dir, Some(old)))
             .map_err(|e| self.error("write", META_FILE, e))?;
-        if found.trust == Trust::SealedOnly {
-            self.free_missing(&*raw, &found.states);
-        }
+        self.free_missing(&*raw, &found.states);
         self.forget_failure(failed)?;
         Ok(self.into_cache(boot_id, raw, &found.states, LogFile::Open(log)))
     }
@@ -195,7 +193,8 @@ impl Opening {
         disk::remove_file(&*self.disk, &self.dir, FAILED_FILE).map_err(|e| self.error("removal", FAILED_FILE, e))
     }
 
-    /// Gives back the space of chunks that recovery dropped. Their bytes mean nothing either way.
+    /// Gives back the space of chunks that recovery dropped, or that were dropped when the server died. Their bytes mean
+    /// nothing either way.
     fn free_missing(&self, raw: &dyn DiskFile, states: &[ChunkState]) {
         let mut at = 0u64;
         for run in states.chunk_by(|a, b| a.is_resident() == b.is_resident()) {
@@ -353,19 +352,32 @@ impl Cache {
     /// After an error the change stands in memory, and the old file with its log still describes the time before.
     pub(super) fn checkpoint_after(&self, change: impl FnOnce(&mut Base)) -> Result<(), CacheError> {
         let _one_at_a_time = self.checkpointing.lock();
+        self.write_checkpoint(|base, room| {
+            change(base);
+            self.all_states(room)
+        })
+    }
+
+    /// Writes a checkpoint of the states that `freeze` puts into the room it is given, while no state changes. The caller holds
+    /// *checkpointing*.
+    pub(super) fn write_checkpoint(
+        &self,
+        freeze: impl FnOnce(&mut Base, Vec<ChunkState>) -> Vec<ChunkState>,
+    ) -> Result<(), CacheError> {
         self.ensure_log_is_ours()?;
         let room = super::touched_room(self.geometry.chunk_count().into(), ChunkState::new(Content::Dirty));
+        let closed = || self.error("write", META_FILE, io::Error::other("the cache was closed meanwhile"));
         let (header, states) = {
             let _alone = self.gate.write();
-            let LogFile::Open(file) = &mut *self.log.lock() else { return Ok(()) };
-            change(&mut self.base.lock());
-            (self.header(self.base(), file.begin_carry()), self.all_states(room))
+            let LogFile::Open(file) = &mut *self.log.lock() else { return Err(closed()) };
+            let states = freeze(&mut self.base.lock(), room);
+            (self.header(self.base(), file.begin_carry()), states)
         };
         let synced = if breaks(Rule::SealBeforeData) { Ok(()) } else { self.sync_raw() };
         let staged = synced.and_then(|()| {
             log::stage(&*self.disk, &self.dir, &header, &states).map_err(|e| self.error("write", META_FILE, e))
         });
-        let LogFile::Open(file) = &mut *self.log.lock() else { return Ok(()) };
+        let LogFile::Open(file) = &mut *self.log.lock() else { return Err(closed()) };
         let carried = staged.and_then(|staged| {
             file.carry_over(&staged).map_err(|e| self.error("write", META_FILE, e))?;
             Ok(staged)

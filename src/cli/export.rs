@@ -4,7 +4,7 @@ use clap::{Args, Subcommand};
 use serde_json::{Value, json};
 
 use super::table::{Row, pairs, table};
-use super::{CliError, Common, number, size, snapshot_or_none, text};
+use super::{CliError, Common, bytes_or_unknown, number, size, snapshot_or_none, text};
 use crate::config::{Surroundings, chunk_bytes};
 use crate::units::{ExportId, SnapshotId};
 
@@ -198,11 +198,10 @@ fn list(exports: &[Value]) -> String {
             "" => text(export, "state").to_owned(),
             reason => format!("{}: {reason}", text(export, "state")),
         };
-        let bytes = |field: &str| export[field].as_u64().map_or_else(|| "unknown".to_owned(), size::shown);
         vec![
             text(export, "export_id").to_owned(),
-            bytes("image_size"),
-            bytes("chunk_size"),
+            bytes_or_unknown(export, "image_size"),
+            bytes_or_unknown(export, "chunk_size"),
             snapshot_or_none(export, "current_snapshot_id"),
             state,
         ]
@@ -252,6 +251,7 @@ fn status(export: &Value) -> String {
         ("writes", if export["read_only"] == true { "refused".to_owned() } else { "taken".to_owned() }),
         ("resident", chunks("resident_chunks")),
         ("dirty", chunks("dirty_chunks")),
+        ("free on disk", bytes_or_unknown(export, "cache_free_bytes")),
         ("snapshot", snapshot_or_none(export, "current_snapshot_id")),
         ("generation", format!("{}, in the store {}", export["snapshot_generation"], remote_head(export))),
         ("damaged chunks", number(export, "damaged_chunks").to_string()),

@@ -263,6 +263,11 @@ fn number(answer: &Value, field: &str) -> u64 {
     answer[field].as_u64().unwrap_or_default()
 }
 
+/// A number of bytes in an answer, or that it is not known.
+fn bytes_or_unknown(answer: &Value, field: &str) -> String {
+    answer[field].as_u64().map_or_else(|| "unknown".to_owned(), size::shown)
+}
+
 /// The snapshot that an answer names, or that there is none.
 fn snapshot_or_none(answer: &Value, field: &str) -> String {
     answer[field].as_str().unwrap_or("none").to_owned()

@@ -86,16 +86,24 @@ impl Services {
         self.store.upload(key, len, stream::iter([Ok(bytes)]).boxed()).await
     }
 
-    /// Finds out that the blobs of earlier snapshots which a manifest names are there, whole: all but `uploaded`, which its
+    /// Finds out that the blobs which a manifest names are there, whole: all but the one that was just `uploaded`, which its
     /// upload vouches for.
-    pub(super) async fn check_blobs(&self, manifest: &Manifest, uploaded: &Key) -> Result<(), ExportError> {
-        let named = manifest.blob_lengths().into_iter().filter(|(key, _)| *key != uploaded);
+    ///
+    /// # Errors
+    /// [`ExportError::Damaged`], which says what was `left` undone; [`ExportError::StoreUnavailable`].
+    pub(super) async fn check_blobs(
+        &self,
+        manifest: &Manifest,
+        uploaded: Option<&Key>,
+        left: &str,
+    ) -> Result<(), ExportError> {
+        let named = manifest.blob_lengths().into_iter().filter(|(key, _)| Some(*key) != uploaded);
         let earlier: Vec<_> = named.map(|(key, needed)| (key.clone(), needed)).collect();
-        let checks = stream::iter(earlier).map(|(key, needed)| self.check_blob(key, needed));
+        let checks = stream::iter(earlier).map(|(key, needed)| self.check_blob(key, needed, left));
         checks.buffer_unordered(BLOBS_CHECKED_AT_A_TIME).try_collect().await
     }
 
-    async fn check_blob(&self, key: Key, needed: u64) -> Result<(), ExportError> {
+    async fn check_blob(&self, key: Key, needed: u64, left: &str) -> Result<(), ExportError> {
         let wrong = match self.store.len(&key).await {
             Ok(len) if len >= needed => return Ok(()),
             Ok(len) => format!("has {len} bytes instead of at least {needed}"),
@@ -103,7 +111,7 @@ impl Services {
             Err(e) => return Err(e.into()),
         };
         let text = format!(
-            "{key}, which the image needs, {wrong}: nothing was published. Restore the object from a copy of the bucket; or \
+            "{key}, which the image needs, {wrong}: {left}. Restore the object from a copy of the bucket; or \
              compact the export, which works if the cache holds every chunk that is in it"
         );
         Err(ExportError::Damaged(text.into()))

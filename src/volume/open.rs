@@ -214,6 +214,7 @@ impl Volume {
             resident_chunks,
             dirty_chunks,
             damaged_chunks: self.damaged_chunks(),
+            cache_free_bytes: self.cache.space().ok().map(|space| space.free),
             corrupt_fetches: self.fills.corrupt.load(Ordering::Relaxed),
             snapshot_generation: self.cache.base().generation,
             remote_head_generation: seen.generation,

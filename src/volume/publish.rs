@@ -196,7 +196,9 @@ impl Volume {
             let key = self.keys.manifest(intent.snapshot_id);
             let written = async { Ok(self.services.write_manifest(&key, manifest.clone()).await?) };
             // The head must not name an image of which a part is gone.
-            future::try_join(written, self.services.check_blobs(&manifest, &self.blob_key(intent))).await?;
+            let uploaded = self.blob_key(intent);
+            let checked = self.services.check_blobs(&manifest, Some(&uploaded), "nothing was published");
+            future::try_join(written, checked).await?;
             Ok::<_, ExportError>(manifest)
         };
         // Most of what must be on the disk before the swap goes there beside the upload.

@@ -145,6 +145,17 @@ impl Volume {
         Ok(())
     }
 
+    /// Drops the clean chunks of the cache, whose blobs are in the store by then; how many bytes that freed.
+    pub(super) async fn trim_cache(self: &Arc<Self>) -> Result<u64, ExportError> {
+        let _operation = self.begin(super::registry::Operation::Trimming)?;
+        let _open = self.still_open().await?;
+        // What is gone from the store may be in the cache alone.
+        self.services.check_blobs(&self.image(), None, "nothing was dropped from the cache").await?;
+        let freed = cache::blocking(&self.cache, Cache::evict_clean).await.map_err(|e| self.cache_error(e))?;
+        tracing::info!(export = %self.export_id, freed_bytes = freed, "the clean chunks of the cache were dropped");
+        Ok(freed)
+    }
+
     /// Forgets the cache's content and takes a head's image in its place.
     pub(super) async fn stand_on(self: &Arc<Self>, head: &Head) -> Result<(), ExportError> {
         if head.geometry != self.geometry {

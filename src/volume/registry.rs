@@ -73,6 +73,8 @@ pub enum Operation {
     Compacting,
     /// The local state is being dropped.
     Resetting,
+    /// The clean chunks of the cache are being dropped.
+    Trimming,
     /// The export is being unloaded.
     Closing,
 }
@@ -86,6 +88,7 @@ impl Operation {
             Self::Snapshotting => "snapshotting",
             Self::Compacting => "compacting",
             Self::Resetting => "resetting",
+            Self::Trimming => "trimming",
             Self::Closing => "closing",
         }
     }
@@ -104,6 +107,8 @@ pub struct ExportStatus {
     pub resident_chunks: u64,
     /// Chunks that the next snapshot publishes.
     pub dirty_chunks: u64,
+    /// What is free on the file system of the cache, in bytes; `None` if it does not say.
+    pub cache_free_bytes: Option<u64>,
     /// Chunks that are known not to be in the store as they were published.
     pub damaged_chunks: u64,
     /// How often a fetch found a chunk to be so, since the export was opened.
@@ -163,7 +168,7 @@ pub enum ExportError {
     /// Whoever wanted it does not any more; it is as it was before.
     #[error("export {0} is as it was before: the operation was cancelled")]
     Cancelled(ExportId),
-    /// One publish or reset at a time.
+    /// One publish, reset or trim of the cache at a time.
     #[error("export {0} is busy {1}: wait for it to end and repeat")]
     Busy(ExportId, &'static str),
     /// Another server moved the head: both images are intact, this one's changes are still dirty.
@@ -640,6 +645,16 @@ impl Registry {
     pub async fn reset(&self, id: &ExportId) -> Result<(), ExportError> {
         let volume = self.volume(id).await?;
         in_full(async move { volume.reset().await }).await
+    }
+
+    /// Drops the chunks of the cache that are as published, to be fetched again when they are read; how many bytes that freed.
+    ///
+    /// # Errors
+    /// [`ExportError::Busy`]; [`ExportError::StoreUnavailable`] if the store does not answer, and [`ExportError::Damaged`] if
+    /// it no longer has what would be dropped; those of the disk.
+    pub async fn trim_cache(&self, id: &ExportId) -> Result<u64, ExportError> {
+        let volume = self.volume(id).await?;
+        in_full(async move { volume.trim_cache().await }).await
     }
 
     /// Unloads an export here, until it is opened again; cache and remote data stay.

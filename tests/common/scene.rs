@@ -408,6 +408,11 @@ impl Scene {
         if unclear { self.pin(name).await } else { Some(()) }
     }
 
+    pub async fn trim_cache(&mut self, name: &str) -> Step<()> {
+        let trimmed = self.registry()?.trim_cache(&id(name)).await;
+        self.step(trimmed).map(drop)
+    }
+
     /// A clean stop and a start.
     pub async fn restart(&mut self) -> Step<()> {
         let begun = self.sim.now();
@@ -732,8 +737,11 @@ pub async fn random_steps(scene: &mut Scene, seed: u64, steps: usize) {
             16..=19 => {
                 scene.flush(name).await;
             }
-            20 | 21 => {
+            20 => {
                 scene.read(name, sectors).await;
+            }
+            21 => {
+                scene.trim_cache(name).await;
             }
             22 | 23 => {
                 scene.snapshot(name).await;
