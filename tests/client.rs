@@ -144,7 +144,7 @@ fn the_server_says_how_it_is_and_how_to_attach() {
     let server = TestServer::start(&[], &[]);
     done(&server, &["export", "create", "vm", "1M"]);
     let status = json_of(&server, &["status"]);
-    assert_eq!(status["exports"], json!({"ready": 1, "degraded": 0, "failed": 0}));
+    assert_eq!(status["exports"], json!({"ready": 1, "discovering": 0, "degraded": 0, "failed": 0}));
     assert_eq!((&status["version"], &status["connections"]), (&json!(env!("CARGO_PKG_VERSION")), &json!(0)));
     assert_eq!((&status["store"]["backend"], &status["store"]["reachable"]), (&json!("local"), &json!(true)));
     let text = done(&server, &["status"]);

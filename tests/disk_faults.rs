@@ -366,6 +366,35 @@ async fn a_server_whose_cache_root_was_replaced_says_so_and_touches_nothing_in_t
 }
 
 #[tokio::test]
+async fn nothing_is_written_into_a_folder_that_took_the_place_of_an_exports() {
+    for done in ["close", "reset", "snapshot", "flush"] {
+        let mut site = Site::new();
+        let registry = start_below(&mut site, "here").await;
+        let volume = create(&registry, "disk", 8).await;
+        write(&volume, 0, 1, CHUNK).await;
+        volume.flush().await.unwrap();
+        // A backup takes the folder's place, under a running server.
+        let folder = site.cache_root("here").join("disk");
+        let moved = folder.with_extension("moved");
+        std::fs::rename(&folder, &moved).unwrap();
+        std::fs::create_dir(&folder).unwrap();
+        for file in std::fs::read_dir(&moved).unwrap() {
+            let file = file.unwrap();
+            std::fs::copy(file.path(), folder.join(file.file_name())).unwrap();
+        }
+        let before = content(&folder);
+        write(&volume, CHUNK, 2, CHUNK).await;
+        match done {
+            "close" => registry.close().await,
+            "reset" => drop(registry.reset(&id("disk")).await.unwrap_err()),
+            "snapshot" => drop(registry.snapshot(&id("disk")).await.unwrap_err()),
+            _ => drop(volume.flush().await.unwrap_err()),
+        }
+        assert_eq!(content(&folder), before, "{done}");
+    }
+}
+
+#[tokio::test]
 async fn a_flush_into_a_folder_that_was_removed_is_a_failure() {
     let mut site = Site::new();
     let registry = start_below(&mut site, "here").await;

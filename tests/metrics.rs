@@ -189,7 +189,7 @@ fn a_blob_that_is_gone_shows_everywhere_by_name_until_it_is_restored() {
         let (state, count) = if healthy { ("ready", 0) } else { ("degraded", 1) };
         assert_eq!((&status["state"], &list[0]["state"]), (&json!(state), &json!(state)));
         assert_eq!(status["damaged_chunks"], count, "{status}");
-        assert_eq!(health["exports"], json!({"ready": 1 - count, "degraded": count, "failed": 0}));
+        assert_eq!(health["exports"], json!({"ready": 1 - count, "discovering": 0, "degraded": count, "failed": 0}));
         assert_eq!(page.get("nbd_server_export_damaged_chunks", &[]), f64::from(count));
         assert_eq!(page.get("nbd_server_export_degraded", &[r#"cause="damaged""#]), f64::from(count));
         assert_eq!(page.get("nbd_server_export_up", &[]), 1.0);

@@ -1610,6 +1610,26 @@ async fn a_cache_is_not_dropped_for_a_head_that_was_rolled_back() {
 }
 
 #[tokio::test]
+async fn a_dirty_cache_of_a_newer_snapshot_than_the_head_is_called_what_it_is() {
+    let mut site = Site::new();
+    roll_back_after_a_publish(&mut site).await;
+    let head = root().export(&id("disk")).head();
+    let older = site.store.get(&head, 1 << 20).await.unwrap().bytes;
+    // The same server goes on, and the head is rolled back once more, under changes that are not published.
+    site.cache_root("here");
+    let registry = site.elsewhere().await;
+    let volume = registry.volume(&id("disk")).await.unwrap();
+    write(&volume, 0, 0xbb, CHUNK).await;
+    registry.snapshot(&id("disk")).await.unwrap();
+    write(&volume, CHUNK, 0xcc, CHUNK).await;
+    registry.close().await;
+    drop((volume, registry));
+    site.store.put(&head, older, Condition::Always).await.unwrap();
+    let refused = site.start("elsewhere").await.volume(&id("disk")).await.unwrap_err();
+    assert!(refused.to_string().contains("rolled back"), "{refused}");
+}
+
+#[tokio::test]
 async fn an_older_copy_of_a_cache_with_changes_is_refused_and_says_what_to_do() {
     let mut site = Site::new();
     let registry = site.start("here").await;

@@ -83,15 +83,17 @@ fn export(name: &str) -> Option<ExportInfo> {
     Some(ExportInfo { name: name.into(), size: 1 << 20, read_only: name == "disk2", description: description.into() })
 }
 
-/// The options whose every byte is in `data`, in order.
+/// The options that may be answered: those whose every byte is in `data`, in order, and those that are answered by their
+/// header alone.
 fn whole_options(data: &[u8]) -> Vec<u32> {
     let mut reader = wire::Reader(data.get(4..).unwrap_or_default());
     let mut next = || {
         reader.u64().filter(|magic| *magic == wire::OPTION_MAGIC)?;
         let (option, len) = (reader.u32()?, reader.u32()?);
-        // ABORT is answered at once, without waiting for its data.
+        // ABORT is answered at once, without waiting for its data, and so is what announces too much.
+        let at_once = option == opt::ABORT || len > Limits::default().option.drained_bytes;
         let data = reader.bytes(len as usize);
-        (data.is_some() || option == opt::ABORT).then_some(option)
+        (data.is_some() || at_once).then_some(option)
     };
     std::iter::from_fn(&mut next).collect()
 }

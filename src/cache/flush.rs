@@ -92,8 +92,11 @@ impl Cache {
         self.check_in_place()
     }
 
-    /// Finds out that the next start will find what was made durable.
-    fn check_in_place(&self) -> Result<(), CacheError> {
+    /// Finds out that the next start will find what is made durable, and that no name leads into another's folder.
+    ///
+    /// # Errors
+    /// [`CacheError::Failed`], for good, if `cache.raw` is no longer where it was opened.
+    pub fn check_in_place(&self) -> Result<(), CacheError> {
         let path = self.dir.join(RAW_FILE);
         if self.raw.is_at(&path).map_err(|e| self.error("look-up", RAW_FILE, e))? {
             return Ok(());

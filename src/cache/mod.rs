@@ -206,6 +206,12 @@ impl Cache {
         *noted = noted.or(incarnation);
     }
 
+    /// Whether anything is not published and not in the cut that stands either.
+    #[must_use]
+    pub fn is_dirty_beside_cut(&self) -> bool {
+        self.states.iter().any(|(_, state)| state.is_dirty() && !state.in_cut())
+    }
+
     /// A chunk's state now.
     #[must_use]
     pub fn state(&self, chunk: ChunkIndex) -> ChunkState {

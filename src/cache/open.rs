@@ -87,7 +87,8 @@ impl Opening {
     /// # Errors
     /// As [`open`](Self::open).
     pub fn rehearse(&self) -> Result<(), CacheError> {
-        self.prepare(NO_BOOT).map(drop).map_err(|e| self.error("creation", RAW_FILE, e))
+        let rehearsed = self.prepare(NO_BOOT).and_then(|_| self.disk.remove(&self.dir.join(RAW_FILE)));
+        rehearsed.map_err(|e| self.error("creation", RAW_FILE, e))
     }
 
     /// The files of an empty cache. Without cache.meta, which is only staged, all of this is made anew.
@@ -308,6 +309,7 @@ impl Cache {
         let mut log = self.log.lock();
         let LogFile::Sealed { next_seq, file: old } = &*log else { return Ok(()) };
         let (next_seq, old) = (*next_seq, old.clone());
+        self.check_in_place()?;
         // Nothing changes a state before this returns, for every change needs a mark in a log of ours.
         let staged =
             log::stage(&*self.disk, &self.dir, &self.header(self.base(), next_seq), &self.all_states(Vec::new()))
@@ -374,7 +376,7 @@ impl Cache {
             (self.header(self.base(), file.begin_carry()), states)
         };
         let synced = if breaks(Rule::SealBeforeData) { Ok(()) } else { self.sync_raw() };
-        let staged = synced.and_then(|()| {
+        let staged = synced.and_then(|()| self.check_in_place()).and_then(|()| {
             log::stage(&*self.disk, &self.dir, &header, &states).map_err(|e| self.error("write", META_FILE, e))
         });
         let LogFile::Open(file) = &mut *self.log.lock() else { return Err(closed()) };
@@ -401,6 +403,7 @@ impl Cache {
     pub fn reset(&self, base: Base, incarnation: Option<RandomId>, swap: impl FnOnce()) -> Result<(), CacheError> {
         let _one_at_a_time = self.checkpointing.lock();
         self.ensure_log_is_ours()?;
+        self.check_in_place()?;
         let _alone = self.gate.write();
         // No publish is under way: what one left that could not be settled is of no use.
         self.drop_aside()?;

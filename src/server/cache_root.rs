@@ -133,7 +133,17 @@ impl CacheRoot {
         let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
         match openat(&self.folder, ID_NAME, flags, Mode::empty()) {
             Ok(file) => self.check(File::from(file)),
-            Err(rustix::io::Errno::NOENT) => self.create_id(),
+            Err(rustix::io::Errno::NOENT) => match self.create_id() {
+                // The server must start to make room. A later start gives the id.
+                Err(e) if matches!(e.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded) => {
+                    tracing::warn!(
+                        "{} is full: its id, by which a copy is recognised, is made later",
+                        self.path.display()
+                    );
+                    Ok(())
+                }
+                created => Ok(created?),
+            },
             Err(e) => Err(e.into()),
         }
     }
@@ -163,8 +173,13 @@ impl CacheRoot {
         io::Error::new(io::ErrorKind::InvalidData, text)
     }
 
-    fn create_id(&mut self) -> Result<(), CacheRootError> {
-        let flags = OFlags::CREATE | OFlags::TRUNC | OFlags::WRONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    fn create_id(&mut self) -> io::Result<()> {
+        if let Err(e) = unlinkat(&self.folder, ID_STAGING, AtFlags::empty())
+            && e != rustix::io::Errno::NOENT
+        {
+            return Err(e.into());
+        }
+        let flags = OFlags::CREATE | OFlags::EXCL | OFlags::WRONLY | OFlags::CLOEXEC;
         let mut file = File::from(openat(&self.folder, ID_STAGING, flags, Mode::from_raw_mode(0o600))?);
         let id = Id { version: ID_VERSION, cache_root_id: self.id, file: Birth::of(&file)? };
         // Plain fields always serialize.
@@ -253,6 +268,15 @@ mod tests {
             rustix::fs::mknodat(rustix::fs::CWD, dir.path().join(name), fifo, Mode::from_raw_mode(0o600), 0).unwrap();
             assert!(matches!(CacheRoot::acquire(dir.path()), Err(CacheRootError::Io(_))), "{name}");
         }
+    }
+
+    #[test]
+    fn a_fifo_in_the_place_of_a_new_id_is_replaced() {
+        let dir = tempfile::tempdir().unwrap();
+        let fifo = rustix::fs::FileType::Fifo;
+        rustix::fs::mknodat(rustix::fs::CWD, dir.path().join(ID_STAGING), fifo, Mode::from_raw_mode(0o600), 0).unwrap();
+        let id = acquire_and_keep(dir.path()).id();
+        assert_eq!(acquire_and_keep(dir.path()).id(), id);
     }
 
     #[test]

@@ -31,8 +31,20 @@ impl Services {
         head: Option<SnapshotId>,
         (snapshot, generation): (SnapshotId, Generation),
     ) -> Result<Ancestry, ExportError> {
+        self.ancestry_within(MAX_STEPS, id, geometry, head, (snapshot, generation)).await
+    }
+
+    /// As [`ancestry`](Self::ancestry), following that many manifests at most.
+    pub(super) async fn ancestry_within(
+        &self,
+        max_steps: usize,
+        id: &ExportId,
+        geometry: Geometry,
+        head: Option<SnapshotId>,
+        (snapshot, generation): (SnapshotId, Generation),
+    ) -> Result<Ancestry, ExportError> {
         let mut at = head;
-        for _ in 0..MAX_STEPS {
+        for _ in 0..max_steps {
             let Some(current) = at else { return Ok(Ancestry::Foreign) };
             if current == snapshot {
                 return Ok(Ancestry::Published);

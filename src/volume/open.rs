@@ -26,6 +26,10 @@ use crate::store::StoreError;
 use crate::store::keys::ExportKeys;
 use crate::units::{ExportId, Generation, RandomId, SnapshotId};
 
+/// How many manifests an opening follows from a newer head back to the cache's snapshot: each may have 16 MiB and more. A head
+/// that is farther ahead is taken for a newer one.
+const OPENING_STEPS: usize = 32;
+
 impl Services {
     /// The image that a head stands for, and what a cache of it is relative to.
     pub(super) async fn published_image(&self, head: &Head) -> Result<(Base, Manifest), ExportError> {
@@ -70,7 +74,8 @@ impl Services {
             return Err(ExportError::Damaged(text.into()));
         }
         let geometry = self.read_geometry(id, current.snapshot_id).await?;
-        let head = Head::created(id.clone(), geometry, None).published(current.snapshot_id);
+        // Without an incarnation: a cache of the export may be there, and it is the same export still.
+        let head = Head::new(id.clone(), geometry, None).published(current.snapshot_id);
         Ok(Some(match self.create_head(&head).await? {
             Swap::Landed => head,
             // Another server adopted it first.
@@ -143,8 +148,8 @@ impl Volume {
         if self.builds_on(&head) {
             return self.note_seed(&head).await;
         }
+        self.services.refuse_older_head(&head, self.cache.base(), self.cache.dir()).await?;
         if !self.cache.is_dirty() {
-            self.services.refuse_older_head(&head, self.cache.base(), self.cache.dir()).await?;
             tracing::info!(export = %self.export_id, "another server published since; its snapshot is served from now on");
             return self.stand_on(&head).await;
         }
@@ -238,15 +243,17 @@ impl Services {
             return Ok(());
         }
         let (id, geometry) = (&head.export_id, head.geometry);
-        if self.ancestry(id, geometry, head.current, (snapshot, generation)).await? != Ancestry::Foreign {
+        if self.ancestry_within(OPENING_STEPS, id, geometry, head.current, (snapshot, generation)).await?
+            != Ancestry::Foreign
+        {
             return Ok(());
         }
         let (key, dir) = (self.root.export(id).head(), dir.display());
         let current = head.current.map_or_else(|| "no snapshot".to_owned(), |id| format!("snapshot {id}"));
         let text = format!(
             "{key} names {current}, to which snapshot {snapshot} (generation {generation}) did not lead, on which the cache in \
-             {dir} stands: the object was rolled back, and the cache may be the only copy of what came after. Restore the \
-             object; or, to serve what it names, unload the export, move the folder away and open it again"
+             {dir} stands: the object was rolled back, or the export deleted and created anew, and the cache may be the only copy of \
+             what came after. Restore the object; or, to serve what it names, unload the export, move the folder away and open it again"
         );
         Err(ExportError::Damaged(text.into()))
     }
@@ -323,7 +330,7 @@ fn another_export(keys: &ExportKeys, dir: &Path) -> ExportError {
     ExportError::Damaged(text.into())
 }
 
-fn copied_cache(keys: &ExportKeys, head: &Head, dir: &Path) -> ExportError {
+pub(super) fn copied_cache(keys: &ExportKeys, head: &Head, dir: &Path) -> ExportError {
     let (key, dir) = (keys.head(), dir.display());
     let current = head.current.map_or_else(|| "none".to_owned(), |id| id.to_string());
     let text = format!(

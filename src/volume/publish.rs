@@ -486,6 +486,7 @@ impl Volume {
     }
 
     async fn write_journal(&self, journal: &Journal, phase: Phase) -> Result<(), ExportError> {
+        cache::blocking(&self.cache, Cache::check_in_place).await.map_err(|e| self.cache_error(e))?;
         let bytes = Journal { phase, ..journal.clone() }.encode();
         self.file_io("write", journal::JOURNAL_FILE, move |disk, dir| journal::store(disk, dir, &bytes)).await
     }

@@ -13,7 +13,7 @@ use std::sync::Arc;
 
 use super::ancestry::Ancestry;
 use super::head::{StoredHead, Swap, head_is_gone};
-use super::open::differ;
+use super::open::{copied_cache, differ};
 use super::registry::ExportError;
 use super::{Volume, VolumeError};
 use crate::cache::journal::{self, Journal, Phase};
@@ -46,8 +46,14 @@ impl Volume {
             cache::blocking(&self.cache, Cache::uncut).await.map_err(|e| self.cache_error(e))?;
         }
         match self.outcome(&journal).await? {
+            // Our own life never had its snapshot published at INTENT: the folder is an older state of one that went on.
+            Ancestry::Published if journal.phase == Phase::Intent && self.cache.is_dirty_beside_cut() => {
+                let stored = self.stored_head().await?;
+                Err(copied_cache(&self.keys, &stored.head, self.cache.dir()))
+            }
             Ancestry::Published => self.finish_interrupted(&journal).await,
-            Ancestry::Foreign => self.roll_back(&journal, true).await,
+            // A server that writes no session into its journal may swap from a newer head than it began at.
+            Ancestry::Foreign => self.roll_back(&journal, journal.session_id.is_some()).await,
             Ancestry::Unknown => {
                 tracing::warn!(
                     export = %self.export_id, snapshot = %journal.snapshot_id,
@@ -91,7 +97,9 @@ impl Volume {
         }
         let stored = self.stored_head().await?;
         let ancestry = self.landed(journal, &stored).await?;
-        if ancestry != Ancestry::Foreign || stored.head.current != journal.parent || breaks(Rule::DeleteBeforeFence) {
+        let moved_on = stored.head.current != journal.parent;
+        let never_sent = journal.phase == Phase::Intent && self.is_ours(journal);
+        if ancestry != Ancestry::Foreign || moved_on || never_sent || breaks(Rule::DeleteBeforeFence) {
             return Ok(ancestry);
         }
         // The head is still the one that the swap replaces.
