@@ -359,7 +359,9 @@ fn a_reset_lets_no_older_byte_shine_through() {
 fn an_eviction_drops_no_write_and_no_byte_that_is_read() {
     check("an_eviction_drops_no_write_and_no_byte_that_is_read", || {
         let world = World::new([PUBLISHED[0], PUBLISHED[1], PUBLISHED[2], [16, 17]]);
-        (0..3).for_each(|at| drop(world.fill(at)));
+        (0..3).for_each(|at| {
+            world.fill(at);
+        });
         world.write(3, Whole, 9);
         world.begin();
         let begun = world.now();

@@ -28,7 +28,7 @@ use crate::units::ExportId;
 pub const FILL_BUDGET_BYTES: u64 = 256 << 20;
 /// The most fetches into caches under way at a time, over all volumes of a server: with small chunks the bytes alone would allow
 /// tens of thousands, each with a connection to the store. Object storage gives its best to far fewer. Those of compactions are
-/// among [`BACKGROUND_FETCHES`] and come on top.
+/// among `BACKGROUND_FETCHES` and come on top.
 pub const FETCHES: u32 = 256;
 /// The part of the bytes for chunks that nobody waits for yet.
 pub const BACKGROUND_BYTES: u64 = FILL_BUDGET_BYTES / 2;

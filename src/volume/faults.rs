@@ -6,7 +6,7 @@
 //! - Fetches that failed in an outage of the store are one fault, until the store answers.
 //! - An error of the local disk is a fault until the cache is reset or opened again; a full disk until there is
 //!   room again.
-//! - A head that another server moved is one until changes here can be published again ([`super::seen`]).
+//! - A head that another server moved is one until changes here can be published again (`volume/seen.rs`).
 //! - A publish that failed is a fault until one succeeds, or a reset drops what it was about.
 //!
 //! Memory: up to [`MAX_CHUNK_FAULTS`] chunks of an export are noted. What is beyond them is counted by the meter alone, and
