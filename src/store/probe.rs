@@ -84,19 +84,25 @@ pub async fn probe(store: &Retrying, root: &ExportRoot) -> Result<(), ProbeError
     let name = RandomId::generate();
     let one = root.probe(&format!("{name}-one"));
     let race = root.probe(&format!("{name}-race"));
+    let created = put(store, &one, &"created".into(), &Condition::IfAbsent).await;
+    let has_landed = matches!(created, Ok(Outcome::Landed { .. }));
     let verdict = async {
-        alone(store, &one).await?;
+        alone(store, &one, created?).await?;
         racing(store, &race).await
     }
     .await;
-    // A store that is away removes nothing, and the time for it is up.
-    if !matches!(verdict, Err(ProbeError::Store(StoreError::Unavailable { .. }))) {
-        let left = join(store.delete(&one), store.delete(&race)).await;
-        for (key, removed) in [(&one, left.0), (&race, left.1)] {
-            // A store that refused to be asked has nothing of ours.
-            if let (Err(error), Ok(()) | Err(ProbeError::Unfit { .. })) = (removed, &verdict) {
-                tracing::warn!(%key, %error, "could not remove an object of the start-up probe; delete it by hand");
-            }
+    let left = match verdict {
+        // The time for a store that is away is up.
+        Err(ProbeError::Store(StoreError::Unavailable { .. })) if has_landed => {
+            join(store.delete_once(&one), store.delete_once(&race)).await
+        }
+        Err(ProbeError::Store(StoreError::Unavailable { .. })) => return verdict,
+        _ => join(store.delete(&one), store.delete(&race)).await,
+    };
+    for (key, removed) in [(&one, left.0), (&race, left.1)] {
+        // A store that refused to be asked has nothing of ours.
+        if let (Err(error), true) = (removed, has_landed || matches!(verdict, Err(ProbeError::Unfit { .. }))) {
+            tracing::warn!(%key, %error, "could not remove an object of the start-up probe; delete it by hand");
         }
     }
     verdict
@@ -167,11 +173,10 @@ async fn read(store: &Retrying, key: &Key) -> Result<Option<Object>, StoreError>
     }
 }
 
-/// One writer, step by step.
-async fn alone(store: &Retrying, key: &Key) -> Result<(), ProbeError> {
+/// One writer, step by step, from what its creation of the object came to.
+async fn alone(store: &Retrying, key: &Key, created: Outcome) -> Result<(), ProbeError> {
     let unfit = |finding| Err(ProbeError::Unfit { key: key.clone(), finding });
-    let Outcome::Landed { version: mut current, .. } = put(store, key, &"created".into(), &Condition::IfAbsent).await?
-    else {
+    let Outcome::Landed { version: mut current, .. } = created else {
         return unfit(Finding::NewRefused);
     };
     if let Outcome::Landed { .. } = put(store, key, &"created again".into(), &Condition::IfAbsent).await? {
@@ -196,17 +201,27 @@ async fn alone(store: &Retrying, key: &Key) -> Result<(), ProbeError> {
         Outcome::Rejected(Some(read)) if read.bytes == content => return unfit(Finding::VersionDiffers),
         Outcome::Rejected(_) => return unfit(Finding::WrongContent),
     }
-    // Part of it, as chunks are read.
-    let inner = 1..content.len() - 1;
-    if let Some(range) = ByteRange::new(1, inner.len() as u64)
-        && store.get_range(key, range).await? != content.slice(inner)
-    {
+    if !serves_a_range(store, key, &content).await? {
         return unfit(Finding::WrongRange);
     }
     store.delete(key).await?;
     match put(store, key, &"gone".into(), &Condition::IfVersion(swapped)).await? {
         Outcome::Landed { .. } => unfit(Finding::StaleReplaced),
         Outcome::Rejected(_) => Ok(()),
+    }
+}
+
+/// Whether a part of an object's content can be read, as chunks are.
+async fn serves_a_range(store: &Retrying, key: &Key, content: &Bytes) -> Result<bool, StoreError> {
+    let inner = 1..content.len() - 1;
+    let Some(range) = ByteRange::new(1, inner.len() as u64) else { return Ok(true) };
+    match store.get_range_unless_refused(key, range).await {
+        Ok(bytes) => Ok(bytes == content.slice(inner)),
+        Err(error @ (StoreError::Refused { .. } | StoreError::Short { .. })) => {
+            tracing::error!(%key, "a range of an object of the start-up probe cannot be read: {error}");
+            Ok(false)
+        }
+        Err(e) => Err(e),
     }
 }
 

@@ -262,6 +262,16 @@ impl Retrying {
         self.policy.patience(&*self.clock)
     }
 
+    /// Reads a range of what was not published: unlike for [`Store::get_range`], a refusal is final.
+    pub(crate) async fn get_range_unless_refused(&self, key: &Key, range: ByteRange) -> Result<Bytes, StoreError> {
+        self.repeat("get", key, Overtime::Cut, || self.inner.get_range(key, range)).await
+    }
+
+    /// Removes an object in one attempt.
+    pub(crate) async fn delete_once(&self, key: &Key) -> Result<(), StoreError> {
+        self.patience().cut(Request { operation: "delete", key }, self.inner.delete(key)).await
+    }
+
     /// Of what is passed on once.
     fn noted<T>(&self, outcome: Result<T, StoreError>) -> Result<T, StoreError> {
         self.health.note(self.clock.now(), &outcome);

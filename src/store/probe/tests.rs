@@ -28,6 +28,12 @@ enum Flaw {
     ForgetsWrites,
     /// Serves another range than it was asked for.
     OtherRange,
+    /// Sends the whole object for a range of it, which is refused.
+    IgnoresRanges,
+    /// Ends before the range does.
+    ShortRanges,
+    /// Does not answer when it is asked for a range.
+    NoRanges,
     /// Says that the condition does not hold, and writes nevertheless.
     RejectsAndWrites,
 }
@@ -150,8 +156,15 @@ impl Store for Flawed {
     }
 
     async fn get_range(&self, key: &Key, range: ByteRange) -> Result<Bytes, StoreError> {
-        let bytes = self.inner.get_range(key, range).await?;
-        Ok(if self.flaw == Flaw::OtherRange { bytes.slice(1..) } else { bytes })
+        let request = Request { operation: "get", key };
+        self.requests.fetch_add(1, Ordering::Relaxed);
+        match self.flaw {
+            Flaw::OtherRange => self.inner.get_range(key, range).await.map(|bytes| bytes.slice(1..)),
+            Flaw::IgnoresRanges => Err(request.refused("it ignores ranges")),
+            Flaw::ShortRanges => Err(request.short("it ends at byte 3")),
+            Flaw::NoRanges => Err(request.unavailable("503 SlowDown")),
+            _ => self.inner.get_range(key, range).await,
+        }
     }
     async fn len(&self, key: &Key) -> Result<u64, StoreError> {
         self.inner.len(key).await
@@ -211,6 +224,8 @@ async fn each_broken_promise_is_found_and_named_even_if_requests_are_throttled()
         (Flaw::OtherTagOnRead, Finding::VersionDiffers),
         (Flaw::RejectsAndWrites, Finding::ExistingReplaced),
         (Flaw::OtherRange, Finding::WrongRange),
+        (Flaw::IgnoresRanges, Finding::WrongRange),
+        (Flaw::ShortRanges, Finding::WrongRange),
         (Flaw::Races, Finding::Winners(RACERS)),
         (Flaw::ForgetsWrites, Finding::StaleReplaced),
     ] {
@@ -242,6 +257,15 @@ async fn a_store_that_does_not_answer_is_not_called_unfit() {
     // After the first pause the put is settled by a read, which is repeated for as long as any.
     let limit = retrying.patience().limit() + crate::store::retry::DEFAULT_FIRST_DELAY;
     assert!(clock.monotonic() <= limit, "{:?}", clock.monotonic());
+}
+
+#[tokio::test]
+async fn a_store_that_stops_answering_after_a_put_is_left_empty_too() {
+    let store = Flawed::new(Flaw::NoRanges, Throttle::None);
+    let (retrying, _) = retrying(store.clone());
+    let error = probe(&retrying, &root()).await.unwrap_err();
+    assert!(matches!(error, ProbeError::Store(StoreError::Unavailable { .. })), "{error}");
+    assert_eq!(store.list(root().prefix()).await.unwrap(), []);
 }
 
 #[tokio::test]
