@@ -8,6 +8,7 @@ use std::fs::File;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use object_store::CredentialProvider;
 use parking_lot::Mutex;
@@ -18,9 +19,21 @@ pub(super) struct Copy {
     source: String,
     file: File,
     written: Mutex<String>,
+    /// Whether the last attempt to renew it failed.
+    is_stale: AtomicBool,
 }
 
 impl Copy {
+    /// Renews it, or keeps it if the file cannot be read or holds no token right now: what was lent for it may still be valid,
+    /// and the service that lends says if not.
+    fn renew_or_keep(&self) {
+        let renewed = self.renew();
+        let was_stale = self.is_stale.swap(renewed.is_err(), Ordering::Relaxed);
+        if let (Err(reason), false) = (renewed, was_stale) {
+            tracing::warn!("{reason}; the token that it held before stays in use");
+        }
+    }
+
     fn renew(&self) -> Result<(), String> {
         let token = read_token(&self.source).map_err(|reason| format!("token file {}: {reason}", self.source))?;
         let mut written = self.written.lock();
@@ -39,7 +52,12 @@ fn failed(source: impl Into<crate::store::BoxError>) -> object_store::Error {
 
 /// The path of a copy of a token file.
 pub(super) fn trimmed(source: String, copies: &mut Vec<Copy>) -> object_store::Result<String> {
-    let copy = Copy { source, file: tempfile::tempfile().map_err(failed)?, written: Mutex::default() };
+    let copy = Copy {
+        source,
+        file: tempfile::tempfile().map_err(failed)?,
+        written: Mutex::default(),
+        is_stale: AtomicBool::new(false),
+    };
     copy.renew().map_err(failed)?;
     let path = format!("/proc/self/fd/{}", copy.file.as_raw_fd());
     copies.push(copy);
@@ -64,9 +82,7 @@ impl<C: std::fmt::Debug + Send + Sync> CredentialProvider for Trimmed<C> {
     type Credential = C;
 
     async fn get_credential(&self) -> object_store::Result<Arc<C>> {
-        for copy in &self.copies {
-            copy.renew().map_err(failed)?;
-        }
+        self.copies.iter().for_each(Copy::renew_or_keep);
         self.inner.get_credential().await
     }
 }
