@@ -147,6 +147,8 @@ impl StoreError {
 
 /// The most names one listing returns; a longer one is [`StoreError::Refused`] rather than held in memory.
 pub const MAX_LISTED: usize = 10_000_000;
+/// The most names that a listing of folders returns, one for each export; a longer one is [`StoreError::Refused`].
+pub const MAX_FOLDERS: usize = 100_000;
 
 /// Object storage. Every call is bounded in time by the implementation.
 #[async_trait::async_trait]

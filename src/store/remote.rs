@@ -39,7 +39,7 @@ use object_store::{
 
 use super::health::Health;
 use super::retry::{Request, RetryPolicy};
-use super::{Body, Condition, Key, Object, Store, StoreError, Version};
+use super::{Body, Condition, Key, MAX_FOLDERS, MAX_LISTED, Object, Store, StoreError, Version};
 use crate::clock::Clock;
 use crate::units::ByteRange;
 use answer::judge;
@@ -250,7 +250,7 @@ impl Store for RemoteStore {
     async fn list(&self, prefix: &Key) -> Result<Vec<Key>, StoreError> {
         let below = format!("{prefix}/");
         let mut keys: Vec<Key> = Vec::new();
-        self.pages(prefix, None, |page| {
+        self.pages(prefix, None, MAX_LISTED, |page| {
             let names = page.objects.iter().map(|object| object.location.as_ref());
             // A folder's own marker object (`prefix/`) arrives without its slash: it is not below the prefix.
             keys.extend(names.filter(|name| name.starts_with(&below)).filter_map(|name| name.parse().ok()));
@@ -263,7 +263,7 @@ impl Store for RemoteStore {
 
     async fn list_folders(&self, prefix: &Key) -> Result<Vec<String>, StoreError> {
         let mut names: Vec<String> = Vec::new();
-        self.pages(prefix, Some("/"), |page| {
+        self.pages(prefix, Some("/"), MAX_FOLDERS, |page| {
             names.extend(page.common_prefixes.iter().filter_map(|folder| folder.filename().map(str::to_owned)));
         })
         .await?;

@@ -32,7 +32,7 @@ use super::tmp::Tmp;
 use crate::clock::Clock;
 use crate::disk::private::FOLDER_MODE;
 use crate::slices::{SLICE_BYTES, slices_mut};
-use crate::store::{Condition, Key, MAX_LISTED, Object, Version};
+use crate::store::{Condition, Key, MAX_FOLDERS, MAX_LISTED, Object, Version};
 use crate::units::ByteRange;
 
 /// How long a write waits for other writers before it gives up. The lock is held for a rename and two fsyncs.
@@ -281,7 +281,7 @@ impl Folder {
                     FileType::RegularFile => keys.push(key),
                     _ => {}
                 }
-                bound(keys.len() + pending.len())?;
+                bound(keys.len() + pending.len(), MAX_LISTED)?;
             }
         }
         keys.sort_unstable();
@@ -295,7 +295,7 @@ impl Folder {
             let (name, kind) = entry?;
             if kind == FileType::Directory && key_below(prefix, &name).is_some() {
                 names.push(name.to_string_lossy().into_owned());
-                bound(names.len())?;
+                bound(names.len(), MAX_FOLDERS)?;
             }
         }
         names.sort_unstable();
@@ -397,9 +397,9 @@ fn key_below(folder: &Key, name: &CStr) -> Option<Key> {
     format!("{folder}/{}", name.to_str().ok()?).parse().ok()
 }
 
-fn bound(count: usize) -> Result<(), Fault> {
-    if count > MAX_LISTED {
-        return Err(Fault::Forbidden(format!("there are more than {MAX_LISTED} names; choose a longer prefix")));
+fn bound(count: usize, limit: usize) -> Result<(), Fault> {
+    if count > limit {
+        return Err(Fault::Forbidden(format!("there are more than {limit} names; choose a longer prefix")));
     }
     Ok(())
 }

@@ -11,23 +11,26 @@ use object_store::{Error, ListResult, path};
 
 use super::{Conditional, RemoteStore, SILENCE_LIMIT, timed};
 use crate::store::retry::{Overtime, Request};
-use crate::store::{Key, MAX_LISTED, StoreError};
+use crate::store::{Key, StoreError};
 
 /// How many names stores return on a page, or more.
 const PAGE_NAMES: usize = 1_000;
-/// The most pages one listing takes.
-const MAX_LIST_PAGES: usize = MAX_LISTED / PAGE_NAMES;
+/// The most bytes that names have on average, without the prefix: bounds them all together.
+pub(super) const MEAN_NAME_BYTES: usize = 128;
 /// The most pages of a listing that tell of no name behind those before: services send few, one that sends many never ends.
 pub(super) const MAX_IDLE_PAGES: usize = 100;
-/// The most names that a listing leaves out; each takes ten pages to get around.
+/// The most names that a listing leaves out.
 pub(super) const MAX_STRAYS: usize = 100;
+/// The pages that it takes to get around one.
+const STRAY_PAGES: usize = 11;
 
 impl RemoteStore {
-    /// Hands over one page after the other, each repeated by itself.
+    /// Hands over one page after the other, each repeated by itself; refused if there are more than `max_names` names.
     pub(super) async fn pages(
         &self,
         prefix: &Key,
         delimiter: Option<&'static str>,
+        max_names: usize,
         mut take: impl FnMut(ListResult) + Send,
     ) -> Result<(), StoreError> {
         let request = Request { operation: "list", key: prefix };
@@ -35,7 +38,8 @@ impl RemoteStore {
         let delimiter = delimiter.map(Into::into);
         let mut options = PaginatedListOptions { delimiter, ..PaginatedListOptions::default() };
         let (mut strays, mut idle, mut last, mut tokens) = (0, 0, String::new(), HashSet::new());
-        for _ in 0..MAX_LIST_PAGES {
+        let (max_bytes, mut names, mut bytes) = (max_names * MEAN_NAME_BYTES, 0, 0);
+        for _ in 0..max_names / PAGE_NAMES + MAX_IDLE_PAGES + MAX_STRAYS * STRAY_PAGES {
             let page = || {
                 let listed = self.pages.list_paginated(Some(&below), options.clone());
                 let apart = async {
@@ -48,12 +52,17 @@ impl RemoteStore {
             };
             match self.policy.run(&*self.clock, &self.health, request, Overtime::Cut, page).await? {
                 Ok(page) => {
-                    let names = page.result.objects.iter().map(|object| object.location.as_ref());
-                    let greatest = names.chain(page.result.common_prefixes.iter().map(AsRef::as_ref)).max();
-                    let goes_on = greatest.filter(|name| *name > last.as_str()).map(str::to_owned);
+                    let goes_on = names_of(&page.result).max().filter(|name| *name > last.as_str()).map(str::to_owned);
+                    for name in names_of(&page.result) {
+                        names += 1;
+                        bytes += name.len().saturating_sub(below.len());
+                    }
+                    if names > max_names || bytes > max_bytes {
+                        break;
+                    }
                     take(page.result);
                     let Some(token) = page.page_token else { return Ok(()) };
-                    if !tokens.insert(token.clone()) {
+                    if !tokens.insert(*blake3::hash(token.as_bytes()).as_bytes()) {
                         return Err(request
                             .refused("the listing goes in circles: a page names itself or one before as the next"));
                     }
@@ -75,8 +84,15 @@ impl RemoteStore {
                 }
             }
         }
-        Err(request.refused(format!("there are more than {MAX_LISTED} names; choose a longer prefix")))
+        let text =
+            format!("there are more than {max_names} names, or {max_bytes} bytes of them; choose a longer prefix");
+        Err(request.refused(text))
     }
+}
+
+fn names_of(page: &ListResult) -> impl Iterator<Item = &str> {
+    let objects = page.objects.iter().map(|object| object.location.as_ref());
+    objects.chain(page.common_prefixes.iter().map(AsRef::as_ref))
 }
 
 /// What to ask for instead of a page with a name that is no path, or why that cannot be helped.
