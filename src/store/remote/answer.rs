@@ -50,6 +50,11 @@ pub(super) struct Rejection {
 #[error("{0}")]
 pub(super) struct Unusable(pub(super) String);
 
+/// An object that ends before what was asked of it does.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
+pub(super) struct TooShort(pub(super) String);
+
 /// Code and message of an error's body; empty where there are none.
 fn words(body: &str) -> (String, String) {
     let json = serde_json::from_str(body).ok();
@@ -134,6 +139,9 @@ pub(super) fn judge(error: object_store::Error, request: Request<'_>, conditiona
         }
         if let Some(unusable) = e.downcast_ref::<Unusable>() {
             return request.refused(unusable.clone());
+        }
+        if let Some(short) = e.downcast_ref::<TooShort>() {
+            return request.short(short.clone());
         }
         cause = e.source();
     }

@@ -25,7 +25,7 @@ use reqwest::redirect::Policy;
 use tokio::time::Instant;
 
 use super::CONNECT_TIMEOUT;
-use super::answer::{Rejection, Unusable};
+use super::answer::{Rejection, TooShort, Unusable};
 use super::secrets::Secrets;
 use crate::sabotage::{Rule, breaks};
 use crate::store::BoxError;
@@ -138,9 +138,8 @@ impl HttpService for Gate {
         let range = request.headers().get(header::RANGE).cloned();
         let (generation, client) = self.0.current.lock().clone();
         let mut on_its_way = OnItsWay { pool: Arc::clone(&self.0), client: generation, heard: Instant::now() };
-        let response = client.execute(translated(request)?).await;
+        let response = client.execute(translated(request)?).await.map_err(failure)?;
         on_its_way.hear();
-        let response = response.map_err(failure)?;
         if !response.status().is_success() {
             let (status, mut headers) = (response.status().as_u16(), response.headers().clone());
             secrets.mask(&mut headers);
@@ -178,6 +177,8 @@ fn take_whole(range: &str, parts: &mut hyper::http::response::Parts) -> Result<(
         let said = format!("bytes 0-{last}/{len}");
         parts.headers.insert(header::CONTENT_RANGE, said.parse().map_err(unknown)?);
         parts.status = StatusCode::PARTIAL_CONTENT;
+    } else if first == 0 && len <= last {
+        return Err(unknown(TooShort(format!("it has {len} bytes, bytes 0 to {last} were asked for"))));
     } else if last - first + 1 < len {
         let text = format!("asked for bytes {first} to {last}, it sent all {len} bytes: it ignores ranges");
         return Err(unknown(Unusable(text)));

@@ -182,8 +182,12 @@ async fn a_whole_object_is_taken_for_a_range_that_covers_all_of_it() {
     let error = read(sized("200 OK", "0123456789a")).await.unwrap_err();
     let said = "asked for bytes 0 to 9, it sent all 11 bytes: it ignores ranges";
     assert!(matches!(error, StoreError::Refused { .. }) && error.to_string().ends_with(said), "{error}");
-    for short in [sized("200 OK", "012345678"), answer("200 OK", "Content-Length: 10\r\n", "0123")] {
-        assert!(read(short).await.is_err());
+    let cut = read(answer("200 OK", "Content-Length: 10\r\n", "0123")).await.unwrap_err();
+    assert!(matches!(cut, StoreError::Unavailable { .. }), "{cut}");
+    for object in ["012345678", "0", ""] {
+        let error = read(sized("200 OK", object)).await.unwrap_err();
+        let said = format!("it has {} bytes, bytes 0 to 9 were asked for", object.len());
+        assert!(matches!(error, StoreError::Short { .. }) && error.to_string().ends_with(&said), "{error}");
     }
 }
 
@@ -246,6 +250,35 @@ async fn a_listing_that_never_ends_is_given_up_early_and_named() {
     }
 }
 
+fn folders(names: std::ops::Range<usize>, len: usize, more: &str) -> Answer {
+    let folder = |name| format!("<CommonPrefixes><Prefix>exports/{name:0len$}/</Prefix></CommonPrefixes>");
+    let folders: String = names.map(folder).collect();
+    let token = if more.is_empty() { "" } else { &format!("<NextContinuationToken>{more}</NextContinuationToken>") };
+    sized("200 OK", &format!("<ListBucketResult>{folders}{token}</ListBucketResult>"))
+}
+
+#[tokio::test]
+async fn a_listing_of_folders_has_a_limit_of_names_and_of_bytes_and_names_the_prefix() {
+    let prefix: Key = "exports".parse().unwrap();
+    let (half, len) = (MAX_FOLDERS / 2, listing::MEAN_NAME_BYTES);
+    for (last, len, fits) in [
+        (MAX_FOLDERS, len, true),
+        (MAX_FOLDERS + 1, 6, false),
+        // Fewer, but each a byte longer.
+        (MAX_FOLDERS - 1, len + 1, false),
+    ] {
+        let script = [folders(0..half, len, "t1"), folders(half..last, len, "")];
+        let listed = Endpoint::start(&script).await.store().list_folders(&prefix).await;
+        match listed {
+            Ok(names) => assert!(fits && names.len() == last, "{} of {last}", names.len()),
+            Err(e) => {
+                assert!(!fits && matches!(e, StoreError::Refused { .. }), "{e}");
+                assert!(e.to_string().contains("list of exports: there are more than 100000 names"), "{e}");
+            }
+        }
+    }
+}
+
 #[tokio::test]
 async fn an_answer_that_is_no_content_has_a_limit_and_an_object_has_its_callers() {
     let prefix: Key = "exports".parse().unwrap();
@@ -269,9 +302,8 @@ async fn an_answer_that_is_no_content_has_a_limit_and_an_object_has_its_callers(
     assert!(matches!(error, StoreError::Refused { .. }) && error.to_string().contains("volume.json"), "{error}");
 }
 
-/// A lost connection is silent for ever, a new one is served.
-#[tokio::test]
-async fn after_a_request_without_an_answer_all_others_use_new_connections() {
+/// A lost connection never answers, a new one is served.
+async fn after_a_lost_request_all_others_use_new_connections(ends: bool) {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let url = format!("http://{}", listener.local_addr().unwrap());
     let (lost, lost_now) = tokio::sync::watch::channel(false);
@@ -285,6 +317,9 @@ async fn after_a_request_without_an_answer_all_others_use_new_connections() {
                 while read_request(&mut stream).await.is_some() {
                     if *lost_now.borrow() && !born_lost {
                         *asked_dead.lock().unwrap() += 1;
+                        if ends {
+                            return tokio::time::sleep(http::SUSPECT_AFTER + Duration::from_millis(100)).await;
+                        }
                         continue;
                     }
                     tokio::time::sleep(Duration::from_millis(200)).await;
@@ -301,11 +336,22 @@ async fn after_a_request_without_an_answer_all_others_use_new_connections() {
         outcome.unwrap();
     }
     lost.send(true).unwrap();
-    assert!(tokio::time::timeout(http::SUSPECT_AFTER + Duration::from_millis(100), read()).await.is_err());
+    let patience = http::SUSPECT_AFTER + Duration::from_millis(if ends { 9_000 } else { 100 });
+    assert!(!matches!(tokio::time::timeout(patience, read()).await, Ok(Ok(_))));
     for outcome in futures_util::future::join_all([read(), read(), read(), read()]).await {
         outcome.unwrap();
     }
     assert_eq!(*on_dead.lock().unwrap(), 1);
+}
+
+#[tokio::test]
+async fn after_a_request_without_an_answer_all_others_use_new_connections() {
+    after_a_lost_request_all_others_use_new_connections(false).await;
+}
+
+#[tokio::test]
+async fn after_a_connection_that_ended_without_an_answer_all_others_use_new_ones() {
+    after_a_lost_request_all_others_use_new_connections(true).await;
 }
 
 /// What the library would panic on arrives while the server runs: from a service that lends credentials.
@@ -344,6 +390,25 @@ async fn white_space_at_the_ends_of_a_token_file_is_cut_off_also_when_it_is_exch
     let requests = endpoint.requests.lock().unwrap().join("").to_ascii_lowercase();
     assert!(requests.contains("authorization: first-token\r\n"), "{requests}");
     assert!(requests.contains("authorization: next\r\n"), "{requests}");
+}
+
+#[tokio::test]
+async fn a_token_file_that_cannot_be_read_for_a_moment_fails_no_request() {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    let path = file.path().to_str().unwrap();
+    std::fs::write(path, "a-token").unwrap();
+    let lent = r#"{"AccessKeyId":"A","SecretAccessKey":"s","Token":"t","Expiration":"2999-01-01T00:00:00Z"}"#;
+    let endpoint = Endpoint::start(&[sized("200 OK", lent), sized("200 OK", "7")]).await;
+    let store = endpoint.store_of(
+        RemoteKind::S3,
+        &[("AWS_CONTAINER_CREDENTIALS_FULL_URI", &endpoint.url), ("AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE", path)],
+    );
+    store.get(&key(), 9).await.unwrap();
+    std::fs::write(path, "").unwrap();
+    store.get(&key(), 9).await.unwrap();
+    std::fs::remove_file(path).unwrap();
+    store.get(&key(), 9).await.unwrap();
+    assert_eq!(endpoint.lines().len(), 4, "{:?}", endpoint.lines());
 }
 
 #[tokio::test]
