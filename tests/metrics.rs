@@ -175,6 +175,22 @@ fn an_outage_of_the_store_is_counted_and_its_end_is_seen() {
 }
 
 #[test]
+fn zeroing_that_is_refused_as_it_would_not_be_fast_counts_as_no_error() {
+    const FAST_ZERO: u16 = 1 << 4;
+    let server = TestServer::start(&[], &[]);
+    let mut client = attached(&server);
+    client.write(0, &vec![7; CHUNK]);
+    server.ok("POST", "/v1/exports/vm/snapshot", Value::Null);
+    server.ok("POST", "/v1/exports/vm/cache/reset", Value::Null);
+    assert_eq!(client.call(FAST_ZERO, 6, 0, 512, &[]).errno, 95);
+    let page = Page::of(&server);
+    let zeroing = r#"operation="write_zeroes""#;
+    let count = |outcome| page.get("nbd_server_export_requests_total", &[zeroing, outcome]);
+    assert_eq!((count(r#"outcome="ok""#), count(r#"outcome="error""#)), (1.0, 0.0));
+    assert_eq!(page.get("nbd_server_export_request_bytes_total", &[zeroing]), 0.0);
+}
+
+#[test]
 fn a_blob_that_is_gone_shows_everywhere_by_name_until_it_is_restored() {
     let server = TestServer::start(&[], &[]);
     let mut client = attached(&server);

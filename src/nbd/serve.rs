@@ -80,7 +80,11 @@ fn counted(
     let (counted_as, volume) = (counted_as(&task.command), Arc::clone(volume));
     move |outcome| {
         if let Some((kind, bytes)) = counted_as {
-            volume.observe(kind, bytes, started.elapsed(), !matches!(outcome, Outcome::Failed { .. }));
+            match &outcome {
+                // A client that asks for the fast way is ready for this answer: nothing went wrong, and nothing was moved.
+                Outcome::Failed { errno: Errno::NotSup, .. } => volume.observe(kind, 0, started.elapsed(), true),
+                outcome => volume.observe(kind, bytes, started.elapsed(), !matches!(outcome, Outcome::Failed { .. })),
+            }
         }
         answer(outcome);
     }
@@ -148,7 +152,7 @@ async fn read(volume: &Arc<Volume>, range: ByteRange, whole: bool) -> Result<Out
         return Ok(Outcome::Data { bytes, whole });
     }
     // Other lengths would put the client out of sync for good: better an error here and in the log.
-    tracing::error!("export {}: a read of {range} brought {} bytes", volume.export_id(), bytes.len());
+    tracing::error!(export = %volume.export_id(), "a read of {range} brought {} bytes", bytes.len());
     Ok(Outcome::Failed { errno: Errno::Io, text: "the read came back with another length".into() })
 }
 
