@@ -217,7 +217,7 @@ impl Volume {
                 self.meter.fetched(started, None);
                 let export_id = &self.export_id;
                 let text = format!("export {export_id}: chunk {chunk} was not fetched in time: {}", outage.last_error);
-                tracing::warn!("{text}");
+                tracing::warn!(export = %export_id, %chunk, "{text}");
                 let failed = FetchError::Unavailable(text.into());
                 self.note_fetch(chunk, source, &Err::<(), _>(failed.clone()));
                 Err(failed.into())
@@ -296,10 +296,10 @@ impl FetchError {
         let text = format!("export {export_id}: chunk {chunk} could not be fetched: {error}");
         if let StoreError::NotFound { .. } | StoreError::Short { .. } = error {
             let text = format!("{text}: the object is damaged; restore it from a copy of the bucket");
-            tracing::error!("{text}");
+            tracing::error!(export = %export_id, %chunk, "{text}");
             Self::Damaged(text.into())
         } else {
-            tracing::warn!("{text}");
+            tracing::warn!(export = %export_id, %chunk, "{text}");
             Self::Unavailable(text.into())
         }
     }
@@ -395,6 +395,27 @@ mod tests {
     use crate::store::remote::RemoteStore;
     use crate::store::{Condition, Store};
     use crate::units::SnapshotId;
+
+    #[test]
+    fn a_log_line_of_a_failed_fetch_has_its_export_as_a_field() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let log = Arc::new(file.reopen().unwrap());
+        let key = || "exports/disk/base".parse().unwrap();
+        tracing::subscriber::with_default(tracing_subscriber::fmt().json().with_writer(log).finish(), || {
+            let source = "503 SlowDown".into();
+            for error in
+                [StoreError::NotFound { key: key() }, StoreError::Unavailable { operation: "get", key: key(), source }]
+            {
+                FetchError::of(&"disk".parse().unwrap(), ChunkIndex(7), &error);
+            }
+        });
+        let log = std::fs::read_to_string(file.path()).unwrap();
+        assert_eq!(log.lines().count(), 2, "{log}");
+        for line in log.lines() {
+            let line: serde_json::Value = serde_json::from_str(line).unwrap();
+            assert_eq!((&line["fields"]["export"], &line["fields"]["chunk"]), (&"disk".into(), &"7".into()), "{line}");
+        }
+    }
 
     #[tokio::test]
     async fn a_chunk_is_checked_on_a_core_of_the_budget() {

@@ -487,7 +487,7 @@ impl Volume {
             CacheError::Failed(why) => return VolumeError::Failed(why),
             other => {
                 let text = format!("export {}: {other}", self.export_id);
-                tracing::error!("{text}");
+                tracing::error!(export = %self.export_id, "{text}");
                 VolumeError::Failed(text.into())
             }
         };

@@ -157,7 +157,7 @@ impl Volume {
             return Err(copied_cache(&self.keys, &head, self.cache.dir()));
         }
         match self.conflict(&head) {
-            conflict @ ExportError::Conflict { .. } => tracing::warn!("{conflict}"),
+            conflict @ ExportError::Conflict { .. } => tracing::warn!(export = %self.export_id, "{conflict}"),
             another => return Err(another),
         }
         self.learn_generation().await;
