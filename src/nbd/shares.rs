@@ -4,12 +4,13 @@
 //! and a part of what its export then holds ([`EXPORT_TAKES`]). So greedy clients leave room for the requests of all others,
 //! and no number of clients has to be known for that. While a request waits, clients that hold as much as it wants, or more,
 //! have to move bytes at a minimum rate: what they hold within [`Limits::stalled`](super::Limits::stalled). A client that is
-//! slower is cut off, and its memory goes to those that wait. A request that has waited for long, while its client held
-//! nothing, is not overtaken.
+//! slower is cut off, and its memory goes to those that wait. Exports whose requests wait take turns. A request that has
+//! waited for long, while its client held nothing, needs no more than its own memory and its export's part, and no request of
+//! its export overtakes it; nor does one of another export, unless it waits for what its own export holds.
 //! Must not: blame a client for what it does not cause. Only the time counts in which the server waits for the client, to
 //! take replies or to send its payload; and without a request that waits no client is judged at all.
-//! Locks: one, held across arithmetic and a look at up to [`MAX_LOOK`] waiting requests; once per [`Shares::tick`], and only
-//! while a request waits, across a look at all clients that hold memory.
+//! Locks: one, held across arithmetic and a look at up to [`LOOKS`] requests of each export that waits; once per
+//! [`Shares::tick`], and only while a request waits, across a look at all that wait and all clients that hold memory.
 
 use std::collections::{HashMap, VecDeque};
 use std::future::{Future, poll_fn};
@@ -31,8 +32,8 @@ const EXPORT_TAKES: usize = 3;
 /// The minimum rate is judged over this part of the time in which a client has to move all that it holds; a request that has
 /// waited for as long is not overtaken.
 const PART: u32 = 12;
-/// Waiting requests that a grant looks at. Those behind them get there: the first ones are not overtaken for ever.
-const MAX_LOOK: usize = 256;
+/// Requests of each waiting export that a grant looks at; with each tick it looks at all.
+const LOOKS: usize = 4;
 
 /// What is shared, and with how much of it free.
 #[derive(Debug)]
@@ -50,7 +51,10 @@ struct State {
     holders: HashMap<u64, Holder>,
     /// What the clients of each export hold, as far as it is more than nothing.
     exports: HashMap<Arc<str>, usize>,
-    waiting: VecDeque<Waiting>,
+    /// The requests of each export that wait; no line is empty.
+    waiting: HashMap<Arc<str>, VecDeque<Waiting>>,
+    /// The exports of `waiting`, that whose turn is next first.
+    turns: VecDeque<Arc<str>>,
     judged: Option<Instant>,
     /// The number of the next client or request.
     next: u64,
@@ -72,6 +76,15 @@ struct Waiting {
     wanted: usize,
     since: Instant,
     granted: oneshot::Sender<()>,
+}
+
+/// What a look at an export's line came to.
+enum Look {
+    Granted,
+    /// Other exports go on.
+    Waits,
+    /// No other export may overtake it.
+    Blocks,
 }
 
 /// A client's account of what it holds and moves.
@@ -96,8 +109,16 @@ fn fits(total: usize, free: usize, held: usize, held_of_export: usize, wanted: u
         return wanted <= total;
     }
     let Some(left) = free.checked_sub(wanted) else { return false };
-    (held + wanted).saturating_mul(CLIENT_LEAVES) <= left
-        && held_of_export + wanted <= left.saturating_mul(EXPORT_TAKES)
+    (held + wanted).saturating_mul(CLIENT_LEAVES) <= left && fits_export(total, free, held_of_export, wanted)
+}
+
+/// Whether there is memory for a request within the part of its export.
+fn fits_export(total: usize, free: usize, held_of_export: usize, wanted: usize) -> bool {
+    if free == total {
+        return wanted <= total;
+    }
+    let Some(left) = free.checked_sub(wanted) else { return false };
+    held_of_export + wanted <= left.saturating_mul(EXPORT_TAKES)
 }
 
 /// Whether a client that holds so much moved too little: less than all of it in `hold`.
@@ -111,7 +132,8 @@ impl Shares {
             free: total,
             holders: HashMap::new(),
             exports: HashMap::new(),
-            waiting: VecDeque::new(),
+            waiting: HashMap::new(),
+            turns: VecDeque::new(),
             judged: None,
             next: 0,
         };
@@ -159,17 +181,33 @@ impl State {
         self.holders.get(&account.client).map_or(0, |holder| holder.held)
     }
 
+    fn held_of_export(&self, account: &Account) -> usize {
+        self.exports.get(&account.export).copied().unwrap_or(0)
+    }
+
     /// Takes memory, if it fits.
     fn take(&mut self, total: usize, account: &Arc<Account>, wanted: usize) -> bool {
-        let of_export = self.exports.get(&account.export).copied().unwrap_or(0);
-        if !fits(total, self.free, self.held(account), of_export, wanted) {
-            return false;
+        let fits = fits(total, self.free, self.held(account), self.held_of_export(account), wanted);
+        if fits {
+            self.hand_out(account, wanted);
         }
+        fits
+    }
+
+    /// Takes memory for a request that has aged, if it fits.
+    fn take_aged(&mut self, total: usize, account: &Arc<Account>, wanted: usize) -> bool {
+        let fits = fits_export(total, self.free, self.held_of_export(account), wanted);
+        if fits {
+            self.hand_out(account, wanted);
+        }
+        fits
+    }
+
+    fn hand_out(&mut self, account: &Arc<Account>, wanted: usize) {
         self.free -= wanted;
         *self.exports.entry(Arc::clone(&account.export)).or_default() += wanted;
         let new = || Holder { held: 0, account: Arc::clone(account), judged_since: None };
         self.holders.entry(account.client).or_insert_with(new).held += wanted;
-        true
     }
 
     fn give_back(&mut self, account: &Account, bytes: usize) {
@@ -188,27 +226,77 @@ impl State {
         }
     }
 
-    /// Grants what fits to those that wait, in the order of their arrival.
-    fn grant(&mut self, shares: &Shares) {
+    fn line_up(&mut self, waiting: Waiting) {
+        let export = Arc::clone(&waiting.account.export);
+        let line = self.waiting.entry(Arc::clone(&export)).or_default();
+        if line.is_empty() {
+            self.turns.push_back(export);
+        }
+        line.push_back(waiting);
+    }
+
+    /// Takes a request out of its line; false if it waits no more.
+    fn leave(&mut self, export: &str, request: u64) -> bool {
+        let Some(line) = self.waiting.get_mut(export) else { return false };
+        let Some(nth) = line.iter().position(|waiting| waiting.request == request) else { return false };
+        line.remove(nth);
+        if line.is_empty() {
+            self.waiting.remove(export);
+            self.turns.retain(|turn| **turn != *export);
+        }
+        true
+    }
+
+    /// Grants what fits to those that wait, export by export, with so many looks at each.
+    fn grant(&mut self, shares: &Shares, looks: usize) {
         if self.waiting.is_empty() {
             return;
         }
         let now = Instant::now();
         let mut nth = 0;
-        while let Some(waiting) = self.waiting.get(nth).filter(|_| nth < MAX_LOOK) {
-            let (account, wanted) = (Arc::clone(&waiting.account), waiting.wanted);
-            let aged = self.has_aged(waiting, shares, now);
-            if self.take(shares.total, &account, wanted) {
-                let granted = self.waiting.remove(nth).is_some_and(|waiting| waiting.granted.send(()).is_ok());
+        while let Some(export) = self.turns.get(nth).cloned() {
+            match self.look_at(&export, shares, now, looks) {
+                Look::Granted => {
+                    self.turns.remove(nth);
+                    if self.waiting.get(&export).is_some_and(|line| !line.is_empty()) {
+                        self.turns.push_back(export);
+                    } else {
+                        self.waiting.remove(&export);
+                    }
+                }
+                Look::Waits => nth += 1,
+                Look::Blocks => return,
+            }
+        }
+    }
+
+    /// Grants memory to the first request of an export. One that may wait for its own client goes behind the others.
+    fn look_at(&mut self, export: &str, shares: &Shares, now: Instant, looks: usize) -> Look {
+        let most = self.waiting.get(export).map_or(0, VecDeque::len).min(looks);
+        for _ in 0..most {
+            let Some(first) = self.waiting.get(export).and_then(VecDeque::front) else { break };
+            let (account, wanted) = (Arc::clone(&first.account), first.wanted);
+            let aged = self.has_aged(first, shares, now);
+            let blocks = aged && !self.waits_for_its_export(first, shares.total);
+            let taken = match aged {
+                true => self.take_aged(shares.total, &account, wanted),
+                false => self.take(shares.total, &account, wanted),
+            };
+            let holds = self.held(&account) > 0;
+            let Some(line) = self.waiting.get_mut(export) else { break };
+            if taken {
+                let granted = line.pop_front().is_some_and(|waiting| waiting.granted.send(()).is_ok());
                 if !granted {
                     self.give_back(&account, wanted);
                 }
-            } else if aged {
-                return;
-            } else {
-                nth += 1;
+                return Look::Granted;
             }
+            if !holds {
+                return if blocks { Look::Blocks } else { Look::Waits };
+            }
+            line.rotate_left(1);
         }
+        Look::Waits
     }
 
     /// Whether a request has waited for long, and not for its own client.
@@ -216,17 +304,25 @@ impl State {
         now.saturating_duration_since(waiting.since) >= shares.patience() && self.held(&waiting.account) == 0
     }
 
-    /// Whether a newcomer would overtake such a request.
-    fn overtakes(&self, shares: &Shares) -> bool {
+    /// Whether a request would fit if its export held nothing.
+    fn waits_for_its_export(&self, waiting: &Waiting, total: usize) -> bool {
+        fits_export(total, self.free + self.held_of_export(&waiting.account), 0, waiting.wanted)
+    }
+
+    /// Whether a newcomer would overtake a request that has aged.
+    fn overtakes(&self, newcomer: &Account, shares: &Shares) -> bool {
         if self.waiting.is_empty() {
             return false;
         }
         let now = Instant::now();
-        self.waiting.iter().take(MAX_LOOK).any(|waiting| self.has_aged(waiting, shares, now))
+        self.waiting.values().filter_map(VecDeque::front).any(|first| {
+            self.has_aged(first, shares, now)
+                && (first.account.export == newcomer.export || !self.waits_for_its_export(first, shares.total))
+        })
     }
 
-    /// Cuts clients off that hold too much for what they move, if it is time to look.
-    fn judge(&mut self, shares: &Shares, now: Instant) {
+    /// Judges the clients and looks at all that wait, if it is time.
+    fn tick(&mut self, shares: &Shares, now: Instant) {
         let since_last = self.judged.map(|last| now.saturating_duration_since(last));
         if since_last.is_some_and(|since| since < shares.tick()) {
             return;
@@ -234,8 +330,14 @@ impl State {
         self.judged = Some(now);
         // No request waited meanwhile: what was moved then does not matter.
         let afresh = since_last.is_none_or(|since| since >= shares.patience());
+        self.judge(shares, now, afresh);
+        self.grant(shares, usize::MAX);
+    }
+
+    /// Cuts clients off that hold too much for what they move.
+    fn judge(&mut self, shares: &Shares, now: Instant, afresh: bool) {
         let claim = |waiting: &Waiting| self.held(&waiting.account) + waiting.wanted;
-        let Some(least) = self.waiting.iter().map(claim).min() else { return };
+        let Some(least) = self.waiting.values().flatten().map(claim).min() else { return };
         for holder in self.holders.values_mut() {
             let moved = holder.account.moved.load(Ordering::Relaxed);
             let judged_since = holder.judged_since.filter(|_| !afresh && holder.account.is_waited_for());
@@ -259,7 +361,7 @@ impl Account {
     /// Takes memory, if it need not wait.
     pub(super) fn try_take(self: &Arc<Self>, bytes: usize) -> bool {
         let state = &mut *self.shares.state.lock();
-        !state.overtakes(&self.shares) && state.take(self.shares.total, self, bytes)
+        !state.overtakes(self, &self.shares) && state.take(self.shares.total, self, bytes)
     }
 
     /// Waits for memory; no more than there is in all.
@@ -269,16 +371,16 @@ impl Account {
             let state = &mut *self.shares.state.lock();
             let request = state.number();
             let (account, wanted) = (Arc::clone(self), bytes.min(self.shares.total));
-            state.waiting.push_back(Waiting { request, account, wanted, since: Instant::now(), granted });
+            state.line_up(Waiting { request, account, wanted, since: Instant::now(), granted });
             // What was given back before this.
-            state.grant(&self.shares);
+            state.grant(&self.shares, LOOKS);
             Place { request, wanted, account: self, taken: false }
         };
         loop {
             tokio::select! {
                 biased;
                 _ = &mut told => break,
-                () = sleep(self.shares.tick()) => self.shares.state.lock().judge(&self.shares, Instant::now()),
+                () = sleep(self.shares.tick()) => self.shares.state.lock().tick(&self.shares, Instant::now()),
             }
         }
         place.taken = true;
@@ -287,7 +389,7 @@ impl Account {
     pub(super) fn give_back(&self, bytes: usize) {
         let state = &mut *self.shares.state.lock();
         state.give_back(self, bytes);
-        state.grant(&self.shares);
+        state.grant(&self.shares, LOOKS);
     }
 
     /// Waits for the client no longer than it may stall. What is ready at once costs no timer.
@@ -364,12 +466,11 @@ impl Drop for Place<'_> {
         }
         let shares = &self.account.shares;
         let state = &mut *shares.state.lock();
-        match state.waiting.iter().position(|waiting| waiting.request == self.request) {
-            Some(nth) => drop(state.waiting.remove(nth)),
-            None => state.give_back(self.account, self.wanted),
+        if !state.leave(&self.account.export, self.request) {
+            state.give_back(self.account, self.wanted);
         }
         // Others may have waited behind it.
-        state.grant(shares);
+        state.grant(shares, LOOKS);
     }
 }
 

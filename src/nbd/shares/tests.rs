@@ -177,6 +177,74 @@ async fn a_request_that_has_waited_for_long_is_not_overtaken() {
     tokio::join!(waiting, behind);
 }
 
+/// Export "a" at its bound by clients that give nothing back.
+fn filled_by_one_export() -> Arc<Shares> {
+    let shares = shares();
+    while fill(&shares.account("a"), MIB) > 0 {}
+    assert!(shares.free() > 200 * MIB);
+    shares
+}
+
+/// Begins to wait for memory.
+fn line_up(account: &Arc<Account>, bytes: usize) -> tokio::task::JoinHandle<()> {
+    let account = Arc::clone(account);
+    tokio::spawn(async move { account.take(bytes).await })
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_request_that_waits_for_its_own_export_holds_up_no_other() {
+    let shares = filled_by_one_export();
+    let (first, newcomer, other) = (shares.account("a"), shares.account("a"), shares.account("b"));
+    let waiting = line_up(&first, 32 * MIB);
+    sleep(HOLD).await;
+    assert!(!waiting.is_finished());
+    assert!(other.try_take(MIB) && !newcomer.try_take(1), "it is overtaken by other exports alone");
+    let taken = tokio::time::timeout(HOLD / PART * 2, shares.account("c").take(32 * MIB)).await;
+    assert!(taken.is_ok(), "what waits behind it, too");
+    waiting.abort();
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_large_request_is_granted_once_it_has_waited_for_long_and_is_there() {
+    let shares = shares();
+    for account in clients(&shares, 16) {
+        fill(&account, MIB);
+    }
+    let large = shares.account("large");
+    assert!(shares.free() > 43 * MIB && shares.free() < 9 * 32 * MIB && !large.try_take(32 * MIB));
+    let begun = Instant::now();
+    assert!(tokio::time::timeout(HOLD, large.take(32 * MIB)).await.is_ok());
+    assert!(begun.elapsed() >= HOLD / PART);
+}
+
+#[tokio::test(start_paused = true)]
+async fn exports_with_many_waiting_requests_take_turns_with_one_that_has_few() {
+    let (greedy, _) = used_up();
+    let shares = Arc::clone(&greedy.shares);
+    let many: Vec<_> = (0..300).map(|_| line_up(&shares.account("a"), 32 * MIB)).collect();
+    sleep(Duration::from_millis(1)).await;
+    let few = line_up(&shares.account("b"), MIB);
+    sleep(Duration::from_millis(1)).await;
+    greedy.give_back(200 * MIB);
+    sleep(Duration::from_millis(1)).await;
+    assert!(few.is_finished());
+    many.iter().for_each(tokio::task::JoinHandle::abort);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_client_of_the_same_export_is_served_past_those_that_wait_for_themselves() {
+    let shares = shares();
+    let greedy: Vec<_> = (0..10).map(|_| shares.account("a")).collect();
+    for account in &greedy {
+        fill(account, MIB);
+    }
+    let lines: Vec<_> = greedy.iter().map(|account| line_up(account, 32 * MIB)).collect();
+    sleep(Duration::from_millis(1)).await;
+    let modest = shares.account("a");
+    assert!(tokio::time::timeout(HOLD / PART, modest.take(MIB)).await.is_ok());
+    lines.iter().for_each(tokio::task::JoinHandle::abort);
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_request_that_no_longer_waits_leaves_its_place_and_what_it_was_granted() {
     let (greedy, modest) = used_up();
