@@ -265,9 +265,11 @@ async fn a_cut_costs_one_record_however_many_chunks_are_dirty() {
         let (operations, over) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
         let (counted, journal) = (operations.clone(), over.clone());
         disk.hook(move |op, path| {
-            if path.to_string_lossy().contains("snapshot.journal") && op != "open" {
+            // Looking for a file changes nothing, and waits for no disk.
+            let looks = ["open", "is_at"].contains(&op);
+            if path.to_string_lossy().contains("snapshot.journal") && !looks {
                 journal.store(1, Ordering::SeqCst);
-            } else if journal.load(Ordering::SeqCst) == 0 && op != "open" {
+            } else if journal.load(Ordering::SeqCst) == 0 && !looks {
                 counted.fetch_add(1, Ordering::SeqCst);
             }
             Ok(())
