@@ -728,6 +728,25 @@ async fn closed_and_read_only_exports_are_so_after_a_restart_until_they_are_open
 }
 
 #[tokio::test]
+async fn closes_at_once_that_are_refused_leave_an_export_open_after_a_restart() {
+    let mut site = Site::new();
+    let registry = site.start("a").await;
+    let volume = create(&registry, "disk", 8).await;
+    write(&volume, 0, 1, CHUNK).await;
+    let (open, gate) = tokio::sync::watch::channel(false);
+    site.store.hold_until("upload", gate);
+    let publishing = site.begin_snapshot("a", &registry, "disk").await;
+    let disk = id("disk");
+    for refused in futures_util::future::join_all([registry.unload(&disk), registry.unload(&disk)]).await {
+        assert!(matches!(refused, Err(ExportError::Busy(..))), "{refused:?}");
+    }
+    open.send_replace(true);
+    publishing.await.unwrap().unwrap();
+    drop((volume, registry));
+    assert_eq!(image(&site.start("a").await, "disk").await[0], 1);
+}
+
+#[tokio::test]
 async fn an_export_is_writable_again_once_it_is_opened_so_and_an_unreadable_state_is_refused() {
     let mut site = Site::new();
     publish_eight(&mut site).await;

@@ -241,7 +241,7 @@ pub struct Registry {
     services: Arc<Services>,
     cache_root: PathBuf,
     exports: RwLock<BTreeMap<ExportId, Arc<Export>>>,
-    /// What is being created or loaded, so that two calls never make one export twice.
+    /// What is being created, opened or closed, so that two calls never make one export twice.
     arriving: Mutex<BTreeSet<ExportId>>,
     /// Which exports are closed or read-only, also after a restart.
     kept: tokio::sync::Mutex<KeptStates>,
@@ -531,7 +531,7 @@ impl Registry {
         if self.arriving.lock().insert(id.clone()) {
             Ok(Arriving { registry: self, id: id.clone() })
         } else {
-            Err(ExportError::Busy(id.clone(), "being created or loaded"))
+            Err(ExportError::Busy(id.clone(), "being created, opened or closed"))
         }
     }
 
@@ -663,6 +663,8 @@ impl Registry {
     /// [`ExportError::NotFound`], [`ExportError::Busy`]; those of the disk that keeps it closed after a restart.
     pub async fn unload(&self, id: &ExportId) -> Result<(), ExportError> {
         let export = self.export(id)?;
+        // Of two calls at once one would take what the other has kept for what was there before.
+        let _one_at_a_time = self.arriving(id)?;
         let before = self.kept.lock().await.of(id);
         self.keep(id, Kept::Closed).await?;
         let unloaded = self.unload_one(id, &export).await;
