@@ -139,7 +139,7 @@ pub fn remove_file(disk: &dyn Disk, dir: &Path, name: &str) -> io::Result<()> {
 /// would bring it to 2.2 µs, and cost a long write 25 µs per MiB more, where these cost 5.
 const WRITE_PIECE_BYTES: usize = 32 << 10;
 
-/// The kernel's files. What they hold is images: only their owner may read them.
+/// Image data is for its owner alone.
 const FILE_MODE: Mode = Mode::from_raw_mode(private::FILE_MODE);
 const FOLDER_MODE: Mode = Mode::from_raw_mode(private::FOLDER_MODE);
 
@@ -326,7 +326,6 @@ impl RealFile {
 
 /// Whether a file system has no such operation: NFS before 4.2, many of FUSE.
 fn is_unsupported(result: &rustix::io::Result<()>) -> bool {
-    use rustix::io::Errno;
     matches!(result, Err(Errno::OPNOTSUPP | Errno::NOSYS))
 }
 
